@@ -1,0 +1,1 @@
+"""The shared library: cohorts, artifacts, batches, metrics, training, tuning and the registry."""

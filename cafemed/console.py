@@ -1,0 +1,70 @@
+"""What a job says: its root first, a line a stage, progress bars, and errors as one line."""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cafemed import artifacts
+from cafemed.errors import UserError
+
+T = TypeVar("T")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def say(stage: str, text: str) -> None:
+    """Prints one line of progress: `stage   text`."""
+    print(f"{stage:<9} {text}", flush=True)
+
+
+@contextlib.contextmanager
+def job(root: Path) -> Iterator[None]:
+    """Prints the root, and turns a user's error or Ctrl-C into one line and an exit status.
+
+    Raises:
+        SystemExit: 2 after a UserError, 130 after Ctrl-C.
+    """
+    say("root", str(root))
+    try:
+        yield
+    except UserError as err:
+        print(f"error: {err}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def is_done(folder: Path, stage: str, fingerprint: str, force: bool) -> bool:
+    """Says whether a stage can be skipped, and prints so if it can."""
+    if force or not artifacts.is_current(folder, stage, fingerprint):
+        return False
+    say(stage, f"unchanged, skipped (force=true redoes it): {folder}")
+    return True
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Iterates with a progress bar on standard error; silent where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield from bar.track(items, description=what, total=total)

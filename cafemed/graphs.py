@@ -1,0 +1,191 @@
+"""Causal graphs and effect tables as files and arrays, and the node classes of visits.
+
+`causal` produces them; models, training and serving read them from here.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from scipy import sparse
+
+from cafemed.codes import CodeLists
+from cafemed.errors import ArtifactError
+
+#: Classes of a visit's codes in the graph over that visit's codes (models.md 1.9).
+CAUSE, ORPHAN, MIDDLE, EFFECT = 0, 1, 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalGraph:
+    """An essential graph over codes.
+
+    Attributes:
+        nodes: names, "diagnosis/icd9:4019" (`codes.node_name`), sorted.
+        source, target: int32 (edges,), indices into nodes; source → target if directed.
+        directed: bool (edges,); an undirected edge is listed once, source < target.
+        stability: float32 (edges,), share of bootstraps that have the edge; NaN if none were run.
+        support: int64 (edges,), visits in which both ends are present.
+    """
+
+    nodes: tuple[str, ...]
+    source: NDArray[np.int32]
+    target: NDArray[np.int32]
+    directed: NDArray[np.bool_]
+    stability: NDArray[np.float32]
+    support: NDArray[np.int64]
+
+    @property
+    def num_edges(self) -> int:
+        """Edges, directed and undirected."""
+        return len(self.source)
+
+    def directed_adjacency(self, nodes: list[str]) -> sparse.csr_array:
+        """Directed edges among the named nodes, float32 CSR (n, n); [i, j] = 1 means i → j.
+
+        A name that the graph does not have is an isolated node.
+        """
+        position = {name: i for i, name in enumerate(nodes)}
+        index = np.array([position.get(name, -1) for name in self.nodes], np.int64)
+        a, b = index[self.source], index[self.target]
+        keep = self.directed & (a >= 0) & (b >= 0)
+        return sparse.csr_array(
+            (np.ones(int(keep.sum()), np.float32), (a[keep], b[keep])),
+            shape=(len(nodes), len(nodes)),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectTable:
+    """Effects of diagnoses and procedures on medications.
+
+    Attributes:
+        codes: row names, "diagnosis/…" then "procedure/…", in vocabulary order.
+        medications: column names, "medication/…", in vocabulary order.
+        effect: float32 (codes, medications), difference of probabilities.
+        standard_error: float32 (codes, medications); NaN where it has no meaning.
+        estimator: "raw" or "adjusted".
+    """
+
+    codes: tuple[str, ...]
+    medications: tuple[str, ...]
+    effect: NDArray[np.float32]
+    standard_error: NDArray[np.float32]
+    estimator: str
+
+
+def node_classes(lists: CodeLists, adjacency: sparse.csr_array) -> NDArray[np.int8]:
+    """Classes of every visit's codes in the graph restricted to that visit's codes.
+
+    Class 0 cause (in 0, out > 0), 1 orphan (in 0, out 0), 2 middle (in > 0, out > 0), 3 effect
+    (in > 0, out 0); models.md 1.9. All visits at once with sparse products.
+
+    Args:
+        lists: code lists of one modality; each code at most once a visit.
+        adjacency: CSR (N, N) of that modality, [i, j] = 1 means i → j (`directed_adjacency`).
+
+    Returns:
+        int8, aligned with `lists.ids`.
+    """
+    size = adjacency.shape[0]
+    present = sparse.csr_array(
+        (np.ones(len(lists.ids), np.float32), lists.ids, lists.offsets),
+        shape=(len(lists), size),
+    )
+    present.sort_indices()
+    row = np.repeat(np.arange(len(lists)), lists.counts)
+    incoming = _at(present @ adjacency, row, lists.ids) > 0
+    outgoing = _at(present @ adjacency.T.tocsr(), row, lists.ids) > 0
+    classes = np.where(
+        incoming, np.where(outgoing, MIDDLE, EFFECT), np.where(outgoing, CAUSE, ORPHAN)
+    )
+    return classes.astype(np.int8)
+
+
+def _at(
+    matrix: sparse.csr_array, row: NDArray[np.int64], column: NDArray[np.int32]
+) -> NDArray[np.float32]:
+    """Values of a sparse matrix at (row, column) pairs, without making it dense."""
+    matrix.sum_duplicates()
+    keys = np.repeat(np.arange(matrix.shape[0], dtype=np.int64), np.diff(matrix.indptr))
+    keys = keys * matrix.shape[1] + matrix.indices
+    wanted = row * matrix.shape[1] + column
+    place = np.searchsorted(keys, wanted)
+    inside = np.minimum(place, max(len(keys) - 1, 0))
+    if len(keys) == 0:
+        return np.zeros(len(wanted), np.float32)
+    values: NDArray[np.float32] = np.where(keys[inside] == wanted, matrix.data[inside], 0)
+    return values
+
+
+def write_graph(graph: CausalGraph, path: Path) -> None:
+    """Writes `graph.parquet`: one row an edge, node names in the schema's metadata."""
+    names = np.asarray(graph.nodes, dtype=object)
+    table = pa.table(
+        {
+            "source": pa.array(names[graph.source], pa.string()),
+            "target": pa.array(names[graph.target], pa.string()),
+            "directed": pa.array(graph.directed),
+            "stability": pa.array(graph.stability),
+            "support": pa.array(graph.support),
+        }
+    )
+    table = table.replace_schema_metadata({"nodes": json.dumps(graph.nodes)})
+    pq.write_table(table, path)
+
+
+def read_graph(path: Path) -> CausalGraph:
+    """Reads `graph.parquet`.
+
+    Raises:
+        ArtifactError: if it is not such a file.
+    """
+    try:
+        table = pq.read_table(path)
+        nodes = tuple(json.loads(table.schema.metadata[b"nodes"]))
+        index = {name: i for i, name in enumerate(nodes)}
+        return CausalGraph(
+            nodes=nodes,
+            source=np.array([index[n] for n in table["source"].to_pylist()], np.int32),
+            target=np.array([index[n] for n in table["target"].to_pylist()], np.int32),
+            directed=np.array(table["directed"].to_numpy(), np.bool_),
+            stability=np.array(table["stability"].to_numpy(), np.float32),
+            support=np.array(table["support"].to_numpy(), np.int64),
+        )
+    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as err:
+        raise ArtifactError(f"{path}: not a causal graph ({type(err).__name__})") from err
+
+
+def write_effects(effects: EffectTable, path: Path) -> None:
+    """Writes `effects.npz` (no pickled objects)."""
+    np.savez_compressed(
+        path,
+        codes=np.array(effects.codes, dtype=np.str_),
+        medications=np.array(effects.medications, dtype=np.str_),
+        effect=effects.effect,
+        standard_error=effects.standard_error,
+        estimator=np.array(effects.estimator, dtype=np.str_),
+    )
+
+
+def read_effects(path: Path) -> EffectTable:
+    """Reads `effects.npz`.
+
+    Raises:
+        ArtifactError: if it is not such a file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return EffectTable(
+                codes=tuple(content["codes"].tolist()),
+                medications=tuple(content["medications"].tolist()),
+                effect=content["effect"].astype(np.float32),
+                standard_error=content["standard_error"].astype(np.float32),
+                estimator=str(content["estimator"]),
+            )
+    except (OSError, KeyError, ValueError) as err:
+        raise ArtifactError(f"{path}: not an effect table ({type(err).__name__})") from err

@@ -1,0 +1,31 @@
+"""Where things are: the configuration beside the code, and the one root of inputs and outputs.
+
+The root is absolute and never under the working directory: a job submitted to a cluster runs in a
+throw-away copy of the project.
+"""
+
+import os
+from pathlib import Path
+
+PROJECT_DIR = Path(__file__).resolve().parent.parent
+CONF_DIR = PROJECT_DIR / "platform" / "conf"
+
+
+def resolve_root(configured: str | None) -> Path:
+    """Gives the absolute root: `paths.root`, else `CAFEMED_HOME`, else `~/.cafemed`.
+
+    A relative value is taken from the user's home, so that it means the same in a submitted job.
+    """
+    chosen = configured or os.environ.get("CAFEMED_HOME") or "~/.cafemed"
+    path = Path(chosen).expanduser()
+    return path if path.is_absolute() else Path.home() / path
+
+
+def experiment_dir(root: Path, name: str) -> Path:
+    """The folder that holds the stages of one experiment: tables, cohort, graph, sweep, …"""
+    return root / "experiments" / name
+
+
+def registry_dir(root: Path, name: str) -> Path:
+    """The registry folder of one experiment's model versions."""
+    return root / "registry" / name

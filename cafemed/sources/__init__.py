@@ -1,0 +1,1 @@
+"""Adapters from tables on disk to `Records`; one module a source."""

@@ -1,0 +1,343 @@
+"""The bundle: everything that a served model needs, in one folder, and no patient's record.
+
+Files: `model.safetensors` (weights), `config.json` (model name and options), `vocabulary.json`,
+`graph.parquet`, `effects.npz`, `ddi.parquet`, `preprocessing.json`, `reference.json`,
+`metrics.json`, `manifest.json` (format version, fingerprints, SHA-256 of every file). Plain
+formats only: nothing in it is ever unpickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cafemed import artifacts, reference
+from cafemed.batches import ModelInputs, model_inputs
+from cafemed.codes import KINDS, node_name
+from cafemed.cohort import read_ddi, read_vocabulary, write_ddi
+from cafemed.config import Range, from_mapping
+from cafemed.errors import ArtifactError, ConfigError
+from cafemed.graphs import (
+    CausalGraph,
+    EffectTable,
+    read_effects,
+    read_graph,
+    write_effects,
+    write_graph,
+)
+from cafemed.reference import Reference
+
+STAGE = "bundle"
+FILES = (
+    "model.safetensors",
+    "config.json",
+    "vocabulary.json",
+    "graph.parquet",
+    "effects.npz",
+    "ddi.parquet",
+    "preprocessing.json",
+    "reference.json",
+    "metrics.json",
+)
+
+_MAX_JSON_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 1 << 20  # a tensor's entry takes about 100 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """What happens before and after the model; content of `preprocessing.json`.
+
+    Attributes:
+        inputs: "current": the visit's own diagnoses and procedures are given; "history": those of
+            the visit before.
+        medication_level: what a medication code stands for, for instance "atc3".
+        target_window_h: medications started within so many hours are recommended; None: all of
+            the stay.
+        threshold: a medication is recommended if its probability reaches this.
+        temperature: logits are divided by this before the sigmoid; 1 leaves them alone.
+    """
+
+    inputs: Literal["current", "history"] = "current"
+    medication_level: str = "atc3"
+    target_window_h: Annotated[float, Range(0, open_low=True)] | None = None
+    threshold: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.5
+    temperature: Annotated[float, Range(0, math.inf, open_low=True, open_high=True)] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A model with all that it needs to answer requests.
+
+    Attributes:
+        model_name: name in the registry of models.
+        model_options: the model's options; JSON values.
+        weights: state dict on the CPU.
+        vocabularies: kind → codes, index = position.
+        graph: gives the node classes of visits.
+        effects: of diagnoses and procedures on medications, in vocabulary order.
+        ddi: bool (N_m, N_m), symmetric, zero diagonal.
+        preprocessing: see Preprocessing.
+        reference: see cafemed/reference.py.
+        metrics: what was measured on which split; JSON values.
+        sources: name of each input (cohort, graph) → its fingerprint.
+        fingerprint: of the manifest; "" for a bundle that was never saved.
+    """
+
+    model_name: str
+    model_options: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+    vocabularies: Mapping[str, tuple[str, ...]]
+    graph: CausalGraph
+    effects: EffectTable
+    ddi: NDArray[np.bool_]
+    preprocessing: Preprocessing
+    reference: Reference
+    metrics: Mapping[str, Any]
+    sources: Mapping[str, str]
+    fingerprint: str = ""
+
+
+def write(target: Path, bundle: Bundle) -> str:
+    """Writes a bundle folder, whole or not at all, and gives its fingerprint.
+
+    Raises:
+        ArtifactError: if the parts do not belong together, or weights are not finite.
+    """
+    _require_consistent(bundle)
+    weights = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous().clone() for name, t in bundle.weights.items()}
+    )
+    sources = {**bundle.sources, "weights": hashlib.sha256(weights).hexdigest()}
+    model = {"name": bundle.model_name, "options": dict(bundle.model_options)}
+    preprocessing = dataclasses.asdict(bundle.preprocessing)
+    config = {"model": model, "preprocessing": preprocessing}
+    with artifacts.new_folder(target, STAGE, sources, config) as (folder, _):
+        (folder / "model.safetensors").write_bytes(weights)
+        _write_json(folder / "config.json", model)
+        vocabulary = {kind: list(bundle.vocabularies[kind]) for kind in KINDS}
+        _write_json(folder / "vocabulary.json", vocabulary)
+        write_graph(bundle.graph, folder / "graph.parquet")
+        write_effects(bundle.effects, folder / "effects.npz")
+        write_ddi(bundle.ddi, bundle.vocabularies["medication"], folder / "ddi.parquet")
+        _write_json(folder / "preprocessing.json", preprocessing)
+        _write_json(folder / "reference.json", reference.to_json(bundle.reference))
+        _write_json(folder / "metrics.json", dict(bundle.metrics))
+    return artifacts.fingerprint(STAGE, sources, config)
+
+
+def load(folder: Path) -> Bundle:
+    """Reads a bundle folder and checks all that can be checked without building the model.
+
+    Raises:
+        ArtifactError: if a file is missing, unknown, truncated or edited, is not of its format, or
+            the files do not belong together.
+    """
+    manifest = verify(folder)
+    model = _read_json(folder / "config.json")
+    if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
+        raise ArtifactError(f"{folder / 'config.json'}: expected keys name and options")
+    vocabularies = read_vocabulary(folder / "vocabulary.json")
+    sources = {name: value for name, value in manifest.inputs.items() if name != "weights"}
+    try:
+        bundle = Bundle(
+            model_name=model["name"],
+            model_options=model["options"],
+            weights=_read_weights(folder / "model.safetensors"),
+            vocabularies=vocabularies,
+            graph=read_graph(folder / "graph.parquet"),
+            effects=read_effects(folder / "effects.npz"),
+            ddi=_read_ddi(folder / "ddi.parquet", vocabularies["medication"]),
+            preprocessing=_read_preprocessing(folder / "preprocessing.json"),
+            reference=reference.from_json(_read_json(folder / "reference.json"), vocabularies),
+            metrics=_read_json(folder / "metrics.json"),
+            sources=sources,
+            fingerprint=manifest.fingerprint,
+        )
+        _require_consistent(bundle)
+    except ArtifactError as err:
+        raise ArtifactError(_located(folder, str(err))) from err
+    return bundle
+
+
+def verify(folder: Path) -> artifacts.Manifest:
+    """Compares a bundle folder's files with its manifest, without reading their content.
+
+    Raises:
+        ArtifactError: for a missing or unknown file, a link, or a size or SHA-256 that differs.
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: expected a bundle folder, found none")
+    wanted = {*FILES, artifacts.MANIFEST}
+    for path in sorted(folder.iterdir()):
+        if path.name not in wanted or path.is_symlink() or not path.is_file():
+            raise ArtifactError(f"{path}: not a file of a bundle; remove it or publish anew")
+    manifest = artifacts.read_manifest(folder, STAGE)
+    _require_manifest(folder / artifacts.MANIFEST, manifest)
+    return artifacts.verify(folder, STAGE)
+
+
+def inputs(bundle: Bundle) -> ModelInputs:
+    """What `models.build` takes besides name and options."""
+    return model_inputs(bundle.vocabularies, bundle.effects, bundle.ddi)
+
+
+def self_check(bundle: Bundle, model: nn.Module) -> float:
+    """Gives the model the invented visits; the largest difference from the recorded logits.
+
+    Raises:
+        ArtifactError: if it is more than rounding.
+    """
+    return reference.run_self_check(
+        bundle.reference.self_check, model, bundle.graph, bundle.vocabularies
+    )
+
+
+def restore_model(bundle: Bundle, build: Callable[..., nn.Module]) -> nn.Module:
+    """Builds the bundle's model, in evaluation mode, and runs its self-check.
+
+    Args:
+        bundle: as loaded.
+        build: `models.build`.
+
+    Raises:
+        ArtifactError: if the weights do not fit the model, or the self-check fails.
+        ConfigError: if the model's name or an option is unknown.
+    """
+    model = build(bundle.model_name, inputs(bundle), bundle.model_options)
+    try:
+        model.load_state_dict(dict(bundle.weights))
+    except (
+        RuntimeError
+    ) as err:  # torch lists every tensor; the first line after the title is enough
+        lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+        reason = lines[1] if len(lines) > 1 else lines[0]
+        raise ArtifactError(
+            f"model.safetensors: not the weights of {bundle.model_name} with these options and "
+            f"vocabularies: {reason}"
+        ) from err
+    model.eval()
+    self_check(bundle, model)
+    return model
+
+
+def _require_manifest(path: Path, manifest: artifacts.Manifest) -> None:
+    # The names are compared with the ones above before any is used as a path.
+    files = manifest.files
+    if not isinstance(files, dict) or set(files) != set(FILES):
+        raise ArtifactError(f"{path}: expected the files {', '.join(FILES)}")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
+            raise ArtifactError(f"{path}: {name}: expected sha256 and bytes")
+    if not isinstance(manifest.inputs, dict) or not isinstance(manifest.config, dict):
+        raise ArtifactError(f"{path}: expected mappings under inputs and config")
+    expected = artifacts.fingerprint(STAGE, manifest.inputs, manifest.config)
+    if manifest.fingerprint != expected:
+        raise ArtifactError(f"{path}: fingerprint does not follow from its content; it was edited")
+    if manifest.inputs.get("weights") != files["model.safetensors"]["sha256"]:
+        raise ArtifactError(f"{path}: inputs.weights is not the SHA-256 of model.safetensors")
+
+
+def _require_consistent(bundle: Bundle) -> None:
+    for kind in KINDS:
+        codes = bundle.vocabularies[kind]
+        if not codes or not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
+            raise ArtifactError(f"vocabulary.json: {kind}: expected distinct codes, at least one")
+    _require_effects(bundle)
+    num_medications = len(bundle.vocabularies["medication"])
+    ddi = bundle.ddi
+    if (
+        ddi.shape != (num_medications, num_medications)
+        or (ddi != ddi.T).any()
+        or ddi.diagonal().any()
+    ):
+        raise ArtifactError(
+            f"ddi.parquet: expected a symmetric ({num_medications}, {num_medications}) matrix "
+            f"with zero diagonal, got {ddi.shape}"
+        )
+    known = {node_name(kind, code) for kind in KINDS for code in bundle.vocabularies[kind]}
+    known |= {node_name("previous_medication", c) for c in bundle.vocabularies["medication"]}
+    strange = next((node for node in bundle.graph.nodes if node not in known), None)
+    if strange is not None:
+        raise ArtifactError(f"graph.parquet: node {strange} is not in vocabulary.json")
+    for name, tensor in bundle.weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"model.safetensors: {name} holds NaN or infinity")
+
+
+def _require_effects(bundle: Bundle) -> None:
+    effects = bundle.effects
+    rows = tuple(node_name(kind, code) for kind in KINDS[:2] for code in bundle.vocabularies[kind])
+    columns = tuple(node_name("medication", code) for code in bundle.vocabularies["medication"])
+    if effects.codes != rows or effects.medications != columns:
+        raise ArtifactError(
+            f"effects.npz: its {len(effects.codes)} codes and {len(effects.medications)} "
+            f"medications are not those of vocabulary.json ({len(rows)} and {len(columns)})"
+        )
+    shape = (len(rows), len(columns))
+    if effects.effect.shape != shape or effects.standard_error.shape != shape:
+        raise ArtifactError(f"effects.npz: expected shape {shape}, got {effects.effect.shape}")
+    if not np.isfinite(effects.effect).all():
+        raise ArtifactError("effects.npz: effect holds NaN or infinity")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ArtifactError(f"{path.name}: larger than {_MAX_JSON_BYTES >> 20} MiB")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as err:
+        raise ArtifactError(f"{path.name}: not JSON ({type(err).__name__})") from err
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path.name}: expected a mapping, got {type(content).__name__}")
+    return content
+
+
+def _read_preprocessing(path: Path) -> Preprocessing:
+    try:
+        return from_mapping(Preprocessing, _read_json(path), "")
+    except ConfigError as err:
+        raise ArtifactError(f"{path.name}: {err}") from err
+
+
+def _read_ddi(path: Path, medications: tuple[str, ...]) -> NDArray[np.bool_]:
+    try:
+        return read_ddi(path, medications)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as err:
+        raise ArtifactError(f"{path.name}: not a table of pairs ({type(err).__name__})") from err
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Reads safetensors after bounding the header, which the library would read up to 100 MB."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= header <= min(_MAX_HEADER_BYTES, size - 8):
+        raise ArtifactError(f"{path.name}: not a safetensors file (no header of a plausible size)")
+    try:
+        weights: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, KeyError, ValueError) as err:
+        raise ArtifactError(f"{path.name}: not a safetensors file ({err})") from err
+    return weights
+
+
+def _located(folder: Path, message: str) -> str:
+    """Puts the folder before a message that names a file of it."""
+    return message if message.startswith(str(folder)) else f"{folder}/{message}"

@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Runs prepare, discover, tune, evaluate and deploy in order, and ends with a summary.
+
+    python jobs/pipeline.py --config-name demo          # small synthetic cohort, two minutes
+    python jobs/pipeline.py data=mimic3 data.root=/tables data.drugs=/drugs
+    ray job submit --working-dir . -- python jobs/pipeline.py --config-name demo
+
+Each stage is its own job in its own process, with its configuration written to
+`<root>/experiments/<name>/pipeline/<job>.yaml`: run one again with
+`python jobs/<job>.py --config-dir <that folder> --config-name <job>`.
+"""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+from hydra import compose
+from omegaconf import DictConfig, OmegaConf
+
+from cafemed import artifacts, console, paths, summary
+
+STAGES = ("prepare", "discover", "tune", "evaluate", "deploy")
+JOBS_DIR = Path(__file__).resolve().parent
+#: Seconds that an interrupted stage has for shutting its cluster down.
+GRACE_S = 60
+
+
+@hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="pipeline")
+def main(cfg: DictConfig) -> None:
+    """Writes each job's configuration, runs the jobs, prints the summary."""
+    root = paths.resolve_root(cfg.paths.root)
+    experiment = paths.experiment_dir(root, cfg.name)
+    with console.job(root), interrupts():
+        conf_dir = write_configs(cfg, root, experiment)
+        started = time.monotonic()
+        for number, job in enumerate(STAGES, 1):
+            console.say(job, f"stage {number} of {len(STAGES)}")
+            began = time.monotonic()
+            run_job(job, conf_dir)
+            console.say(job, f"done in {time.monotonic() - began:.1f} s")
+        took_s = time.monotonic() - started
+        summary.show(experiment, paths.registry_dir(root, cfg.name), took_s)
+
+
+def write_configs(cfg: DictConfig, root: Path, experiment: Path) -> Path:
+    """Gives each job the keys of this configuration that its own configuration has."""
+    folder = experiment / "pipeline"
+    folder.mkdir(parents=True, exist_ok=True)
+    hydra_section = OmegaConf.load(paths.CONF_DIR / "base.yaml").hydra
+    for job in STAGES:
+        own = compose(config_name=job)
+        OmegaConf.set_struct(own, False)
+        shared = {key: cfg[key] for key in own if key in cfg}
+        merged = OmegaConf.create({**own, **shared, "name": cfg.name})
+        plain: Any = OmegaConf.to_container(OmegaConf.merge(merged, cfg.get(job, {})), resolve=True)
+        plain["paths"]["root"] = str(root)
+        plain["hydra"] = OmegaConf.to_container(hydra_section)
+        artifacts.write_text(folder / f"{job}.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+    return folder
+
+
+def run_job(job: str, conf_dir: Path) -> None:
+    """Runs one job to its end; on an interrupt, lets it shut down before going on.
+
+    Raises:
+        SystemExit: with the job's status, if it failed.
+    """
+    command = [sys.executable, str(JOBS_DIR / f"{job}.py")]
+    command += ["--config-path", str(conf_dir), "--config-name", job]
+    # Its own session: a terminal's Ctrl-C reaches the job once, from here.
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        status = process.wait()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        if process.poll() is None:
+            process.kill()
+        raise
+    if status:
+        print(f"error: stage {job} failed with status {status}", file=sys.stderr, flush=True)
+        raise SystemExit(status if status > 0 else 1)
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Makes a SIGTERM (a stopped job, a closing terminal) end the stages as Ctrl-C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

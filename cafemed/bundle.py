@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import artifacts, reference
+from cafemed import artifacts, bundle_files, reference
 from cafemed.batches import ModelInputs, model_inputs
 from cafemed.codes import KINDS, node_name
 from cafemed.cohort import read_ddi, read_vocabulary, write_ddi
@@ -38,19 +38,6 @@ from cafemed.graphs import (
     write_graph,
 )
 from cafemed.reference import Reference
-
-STAGE = "bundle"
-FILES = (
-    "model.safetensors",
-    "config.json",
-    "vocabulary.json",
-    "graph.parquet",
-    "effects.npz",
-    "ddi.parquet",
-    "preprocessing.json",
-    "reference.json",
-    "metrics.json",
-)
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 1 << 20  # a tensor's entry takes about 100 bytes
@@ -124,7 +111,7 @@ def write(target: Path, bundle: Bundle) -> str:
     model = {"name": bundle.model_name, "options": dict(bundle.model_options)}
     preprocessing = dataclasses.asdict(bundle.preprocessing)
     config = {"model": model, "preprocessing": preprocessing}
-    with artifacts.new_folder(target, STAGE, sources, config) as (folder, _):
+    with artifacts.new_folder(target, bundle_files.STAGE, sources, config) as (folder, _):
         (folder / "model.safetensors").write_bytes(weights)
         _write_json(folder / "config.json", model)
         vocabulary = {kind: list(bundle.vocabularies[kind]) for kind in KINDS}
@@ -135,7 +122,7 @@ def write(target: Path, bundle: Bundle) -> str:
         _write_json(folder / "preprocessing.json", preprocessing)
         _write_json(folder / "reference.json", reference.to_json(bundle.reference))
         _write_json(folder / "metrics.json", dict(bundle.metrics))
-    return artifacts.fingerprint(STAGE, sources, config)
+    return artifacts.fingerprint(bundle_files.STAGE, sources, config)
 
 
 def load(folder: Path) -> Bundle:
@@ -145,7 +132,7 @@ def load(folder: Path) -> Bundle:
         ArtifactError: if a file is missing, unknown, truncated or edited, is not of its format, or
             the files do not belong together.
     """
-    manifest = verify(folder)
+    manifest = bundle_files.verify(folder)
     model = _read_json(folder / "config.json")
     if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
         raise ArtifactError(f"{folder / 'config.json'}: expected keys name and options")
@@ -170,23 +157,6 @@ def load(folder: Path) -> Bundle:
     except ArtifactError as err:
         raise ArtifactError(_located(folder, str(err))) from err
     return bundle
-
-
-def verify(folder: Path) -> artifacts.Manifest:
-    """Compares a bundle folder's files with its manifest, without reading their content.
-
-    Raises:
-        ArtifactError: for a missing or unknown file, a link, or a size or SHA-256 that differs.
-    """
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: expected a bundle folder, found none")
-    wanted = {*FILES, artifacts.MANIFEST}
-    for path in sorted(folder.iterdir()):
-        if path.name not in wanted or path.is_symlink() or not path.is_file():
-            raise ArtifactError(f"{path}: not a file of a bundle; remove it or publish anew")
-    manifest = artifacts.read_manifest(folder, STAGE)
-    _require_manifest(folder / artifacts.MANIFEST, manifest)
-    return artifacts.verify(folder, STAGE)
 
 
 def inputs(bundle: Bundle) -> ModelInputs:
@@ -233,40 +203,19 @@ def restore_model(bundle: Bundle, build: Callable[..., nn.Module]) -> nn.Module:
     return model
 
 
-def _require_manifest(path: Path, manifest: artifacts.Manifest) -> None:
-    # The names are compared with the ones above before any is used as a path.
-    files = manifest.files
-    if not isinstance(files, dict) or set(files) != set(FILES):
-        raise ArtifactError(f"{path}: expected the files {', '.join(FILES)}")
-    for name, entry in files.items():
-        if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
-            raise ArtifactError(f"{path}: {name}: expected sha256 and bytes")
-    if not isinstance(manifest.inputs, dict) or not isinstance(manifest.config, dict):
-        raise ArtifactError(f"{path}: expected mappings under inputs and config")
-    expected = artifacts.fingerprint(STAGE, manifest.inputs, manifest.config)
-    if manifest.fingerprint != expected:
-        raise ArtifactError(f"{path}: fingerprint does not follow from its content; it was edited")
-    if manifest.inputs.get("weights") != files["model.safetensors"]["sha256"]:
-        raise ArtifactError(f"{path}: inputs.weights is not the SHA-256 of model.safetensors")
-
-
 def _require_consistent(bundle: Bundle) -> None:
     for kind in KINDS:
         codes = bundle.vocabularies[kind]
         if not codes or not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
             raise ArtifactError(f"vocabulary.json: {kind}: expected distinct codes, at least one")
-    _require_effects(bundle)
-    num_medications = len(bundle.vocabularies["medication"])
-    ddi = bundle.ddi
-    if (
-        ddi.shape != (num_medications, num_medications)
-        or (ddi != ddi.T).any()
-        or ddi.diagonal().any()
-    ):
-        raise ArtifactError(
-            f"ddi.parquet: expected a symmetric ({num_medications}, {num_medications}) matrix "
-            f"with zero diagonal, got {ddi.shape}"
-        )
+    try:
+        inputs(bundle)
+    except ArtifactError as err:
+        raise ArtifactError(f"effects.npz: {err}") from err
+    if bundle.effects.standard_error.shape != bundle.effects.effect.shape:
+        raise ArtifactError("effects.npz: expected standard_error in the shape of effect")
+    if (bundle.ddi != bundle.ddi.T).any() or bundle.ddi.diagonal().any():
+        raise ArtifactError("ddi.parquet: expected a symmetric matrix with zero diagonal")
     known = {node_name(kind, code) for kind in KINDS for code in bundle.vocabularies[kind]}
     known |= {node_name("previous_medication", c) for c in bundle.vocabularies["medication"]}
     strange = next((node for node in bundle.graph.nodes if node not in known), None)
@@ -275,22 +224,6 @@ def _require_consistent(bundle: Bundle) -> None:
     for name, tensor in bundle.weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"model.safetensors: {name} holds NaN or infinity")
-
-
-def _require_effects(bundle: Bundle) -> None:
-    effects = bundle.effects
-    rows = tuple(node_name(kind, code) for kind in KINDS[:2] for code in bundle.vocabularies[kind])
-    columns = tuple(node_name("medication", code) for code in bundle.vocabularies["medication"])
-    if effects.codes != rows or effects.medications != columns:
-        raise ArtifactError(
-            f"effects.npz: its {len(effects.codes)} codes and {len(effects.medications)} "
-            f"medications are not those of vocabulary.json ({len(rows)} and {len(columns)})"
-        )
-    shape = (len(rows), len(columns))
-    if effects.effect.shape != shape or effects.standard_error.shape != shape:
-        raise ArtifactError(f"effects.npz: expected shape {shape}, got {effects.effect.shape}")
-    if not np.isfinite(effects.effect).all():
-        raise ArtifactError("effects.npz: effect holds NaN or infinity")
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cafemed import bundle
+from cafemed import bundle_files
 from cafemed.errors import ArtifactError
 
 #: Names that `promote` accepts: `candidate` is the newest that came out of a sweep, `production`
@@ -82,11 +82,11 @@ def publish(registry: Path, bundle_folder: Path, produced_by: Mapping[str, Any])
     Raises:
         ArtifactError: if the folder is not a whole bundle.
     """
-    bundle.verify(bundle_folder)
+    bundle_files.verify(bundle_folder)
 
     def fill(folder: Path) -> None:
         shutil.copytree(bundle_folder, folder / "bundle")
-        bundle.verify(folder / "bundle")  # what was copied is what was checked
+        bundle_files.verify(folder / "bundle")  # what was copied is what was checked
         record = {**_signature("published"), "produced_by": dict(produced_by)}
         _write_synced(folder / "record.json", record)
 

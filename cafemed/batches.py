@@ -1,0 +1,312 @@
+"""Cohorts and requests as arrays, and batches of whole patients as tensors.
+
+One path for training and serving: `visit_arrays` turns code lists into padded arrays once, and
+`collate` cuts a batch of patients out of them. A model is given a `Batch` and the fixed
+`ModelInputs`; it never sees a cohort.
+
+Modalities are numbered k = 0 diagnosis, 1 procedure, 2 medication of the previous visit.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cafemed.codes import KINDS, CodeLists, node_name
+from cafemed.cohort import Cohort
+from cafemed.errors import ArtifactError
+from cafemed.graphs import ORPHAN, CausalGraph, EffectTable, node_classes
+
+#: The graph node kind of each modality. The medications are those of the previous visit, so the
+#: graph restricted to a visit's inputs never holds the medications that are to be recommended.
+INPUT_NODE_KINDS = ("diagnosis", "procedure", "previous_medication")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInputs:
+    """What a model is built from besides its options: fixed, not learned.
+
+    Attributes:
+        sizes: (N_d, N_p, N_m).
+        effects: float32 (N_d + N_p, N_m), E of models' equation (1); diagnoses first.
+        ddi: bool (N_m, N_m), symmetric, zero diagonal; the interacting pairs.
+    """
+
+    sizes: tuple[int, int, int]
+    effects: NDArray[np.float32]
+    ddi: NDArray[np.bool_]
+
+
+def model_inputs(
+    vocabularies: Mapping[str, tuple[str, ...]], effects: EffectTable, ddi: NDArray[np.bool_]
+) -> ModelInputs:
+    """Checks that effects and interactions belong to the vocabularies, and gives the inputs.
+
+    Args:
+        vocabularies: kind → codes (`Cohort.vocabularies`).
+        effects: rows and columns named by graph nodes.
+        ddi: bool (N_m, N_m).
+
+    Raises:
+        ArtifactError: if names or shapes differ from the vocabularies, or an effect is not finite.
+    """
+    d, p, m = (vocabularies[kind] for kind in KINDS)
+    rows = [node_name("diagnosis", c) for c in d] + [node_name("procedure", c) for c in p]
+    _require_names("rows", effects.codes, rows)
+    _require_names("columns", effects.medications, [node_name("medication", c) for c in m])
+    if effects.effect.shape != (len(rows), len(m)):
+        raise ArtifactError(
+            f"effects: expected shape {(len(rows), len(m))}, got {effects.effect.shape}"
+        )
+    if not np.isfinite(effects.effect).all():
+        raise ArtifactError("effects: expected finite numbers, got NaN or infinity")
+    if ddi.shape != (len(m), len(m)):
+        raise ArtifactError(f"ddi: expected shape {(len(m), len(m))}, got {ddi.shape}")
+    return ModelInputs((len(d), len(p), len(m)), effects.effect.astype(np.float32), ddi)
+
+
+def _require_names(what: str, got: tuple[str, ...], expected: list[str]) -> None:
+    if list(got) == expected:
+        return
+    if len(got) != len(expected):
+        detail = f"expected {len(expected)} {what}, got {len(got)}"
+    else:
+        at = next(i for i, (a, b) in enumerate(zip(got, expected, strict=True)) if a != b)
+        detail = f"{what}[{at}]: expected {expected[at]}, got {got[at]}"
+    raise ArtifactError(f"effects do not belong to this vocabulary: {detail}; run discover again")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisitArrays:
+    """All visits of P patients, V visits patient by patient, as NumPy arrays.
+
+    Holds no torch object and needs no writable array, so it lies in Ray's object store once and
+    is read by every trial without a copy.
+
+    Attributes:
+        codes: int32 (V, 3, L); indices into each modality's own vocabulary, in the visit's order;
+            padding is 0 and means nothing, `counts` says what exists.
+        counts: int32 (V, 3), codes per visit and modality; 0 medications at a first visit.
+        classes: int8 (V, 3, L), node classes (`graphs.CAUSE` …); padding is ORPHAN.
+        targets: bool (V, N_m); all False in a request.
+        patient_offsets: int64 (P + 1,).
+        sex: int8 (P,), index into `cohort.SEXES`.
+        age: float32 (V,), years; NaN where unknown.
+        sizes: (N_d, N_p, N_m).
+    """
+
+    codes: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    classes: NDArray[np.int8]
+    targets: NDArray[np.bool_]
+    patient_offsets: NDArray[np.int64]
+    sex: NDArray[np.int8]
+    age: NDArray[np.float32]
+    sizes: tuple[int, int, int]
+
+    @property
+    def num_patients(self) -> int:
+        """P."""
+        return len(self.patient_offsets) - 1
+
+    @property
+    def num_visits(self) -> int:
+        """V."""
+        return len(self.counts)
+
+
+def visit_arrays(
+    known: tuple[CodeLists, CodeLists, CodeLists],
+    targets: CodeLists | None,
+    patient_offsets: NDArray[np.int64],
+    graph: CausalGraph,
+    vocabularies: Mapping[str, tuple[str, ...]],
+    sex: NDArray[np.int8],
+    age: NDArray[np.float32],
+) -> VisitArrays:
+    """Pads code lists and finds their node classes; the one entry for cohorts and requests.
+
+    Args:
+        known: diagnoses, procedures and previous medications of the V visits, each code at most
+            once in a list.
+        targets: medications to recommend at each visit; None for a request.
+        patient_offsets: int64 (P + 1,); patient p has the visits from its offset to the next.
+        graph: gives the node classes; codes that it does not name are orphans.
+        vocabularies: kind → codes.
+        sex: int8 (P,).
+        age: float32 (V,).
+
+    Raises:
+        ArtifactError: if a code index lies outside its vocabulary, or lengths differ.
+    """
+    sizes = tuple(len(vocabularies[kind]) for kind in KINDS)
+    num_visits = int(patient_offsets[-1])
+    _require_lengths(known, targets, num_visits, len(patient_offsets) - 1, sex, age)
+    longest = max([1, *(int(lists.counts.max(initial=0)) for lists in known)])
+    codes = np.zeros((num_visits, 3, longest), np.int32)
+    classes = np.full((num_visits, 3, longest), ORPHAN, np.int8)
+    counts = np.zeros((num_visits, 3), np.int32)
+    for k, (kind, lists) in enumerate(zip(KINDS, known, strict=True)):
+        _require_inside(kind, lists, sizes[k])
+        nodes = [node_name(INPUT_NODE_KINDS[k], code) for code in vocabularies[kind]]
+        visit = np.repeat(np.arange(num_visits), lists.counts)
+        place = np.arange(len(lists.ids)) - np.repeat(lists.offsets[:-1], lists.counts)
+        codes[visit, k, place] = lists.ids
+        classes[visit, k, place] = node_classes(lists, graph.directed_adjacency(nodes))
+        counts[:, k] = lists.counts
+    if targets is None:
+        wanted = np.zeros((num_visits, sizes[2]), np.bool_)
+    else:
+        _require_inside("target", targets, sizes[2])
+        wanted = targets.multi_hot(sizes[2])
+    return VisitArrays(
+        codes=codes,
+        counts=counts,
+        classes=classes,
+        targets=wanted,
+        patient_offsets=np.asarray(patient_offsets, np.int64),
+        sex=np.asarray(sex, np.int8),
+        age=np.asarray(age, np.float32),
+        sizes=(sizes[0], sizes[1], sizes[2]),
+    )
+
+
+def cohort_arrays(cohort: Cohort, graph: CausalGraph) -> VisitArrays:
+    """The arrays of a whole cohort: every patient of every split, in cohort order."""
+    return visit_arrays(
+        cohort.known_inputs(),
+        cohort.targets,
+        cohort.patient_offsets,
+        graph,
+        cohort.vocabularies,
+        cohort.sex,
+        cohort.age,
+    )
+
+
+def _require_lengths(
+    known: tuple[CodeLists, CodeLists, CodeLists],
+    targets: CodeLists | None,
+    num_visits: int,
+    num_patients: int,
+    sex: NDArray[np.int8],
+    age: NDArray[np.float32],
+) -> None:
+    found = {f"{kind} lists": len(lists) for kind, lists in zip(KINDS, known, strict=True)}
+    found["ages"] = len(age)
+    if targets is not None:
+        found["target lists"] = len(targets)
+    for what, length in found.items():
+        if length != num_visits:
+            raise ArtifactError(f"expected {num_visits} {what}, one a visit, got {length}")
+    if len(sex) != num_patients:
+        raise ArtifactError(f"expected {num_patients} sexes, one a patient, got {len(sex)}")
+
+
+def _require_inside(kind: str, lists: CodeLists, size: int) -> None:
+    if len(lists.ids) and not (lists.ids.min() >= 0 and lists.ids.max() < size):
+        raise ArtifactError(
+            f"{kind} codes: expected indices in 0 .. {size - 1}, the vocabulary's, got indices "
+            f"from {lists.ids.min()} to {lists.ids.max()}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B patients with V visits in all, as tensors on one device; visits patient by patient.
+
+    T is the largest number of visits of a patient, L the largest number of codes of a visit and
+    modality (at least 1).
+
+    Attributes:
+        codes: int64 (V, 3, L), indices into each modality's own vocabulary. Padding holds an
+            arbitrary valid index: mask by `counts`.
+        counts: int64 (V, 3), codes that exist.
+        classes: int64 (V, 3, L), node classes; padding is arbitrary but valid.
+        lengths: int64 (B,), visits of each patient.
+        targets: float32 (V, N_m), 1 where the medication was given.
+        sex: int64 (B,), index into `cohort.SEXES`.
+        age: float32 (V,), years; NaN where unknown.
+        slots: int64 (V,), where each visit lies in the flattened (B, T) grid: b * T + t.
+        num_steps: T.
+    """
+
+    codes: torch.Tensor
+    counts: torch.Tensor
+    classes: torch.Tensor
+    lengths: torch.Tensor
+    targets: torch.Tensor
+    sex: torch.Tensor
+    age: torch.Tensor
+    slots: torch.Tensor
+    num_steps: int
+
+    @property
+    def num_patients(self) -> int:
+        """B."""
+        return len(self.lengths)
+
+    @property
+    def num_visits(self) -> int:
+        """V."""
+        return len(self.counts)
+
+    @property
+    def is_first(self) -> torch.Tensor:
+        """Says for every visit whether it is its patient's first, bool (V,)."""
+        return self.slots % self.num_steps == 0
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """Lays visit rows (V, ...) out as (B, T, ...); steps after a patient's last hold 0."""
+        grid = rows.new_zeros((self.num_patients * self.num_steps, *rows.shape[1:]))
+        grid = grid.index_copy(0, self.slots, rows)
+        return grid.view(self.num_patients, self.num_steps, *rows.shape[1:])
+
+    def flatten(self, padded: torch.Tensor) -> torch.Tensor:
+        """Takes the visits that exist out of (B, T, ...), as rows (V, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.slots)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        moved = {
+            field.name: getattr(self, field.name).to(device)
+            for field in dataclasses.fields(self)
+            if field.name != "num_steps"
+        }
+        return Batch(**moved, num_steps=self.num_steps)
+
+
+def collate(arrays: VisitArrays, patients: NDArray[np.int64]) -> Batch:
+    """Cuts a batch out of the arrays: all visits of the given patients, in the order given.
+
+    Args:
+        arrays: of a cohort or a request.
+        patients: int64 (B,), indices into the patients of `arrays`, at least one.
+    """
+    starts = arrays.patient_offsets[patients]
+    lengths = arrays.patient_offsets[patients + 1] - starts
+    num_visits, num_steps = int(lengths.sum()), max(int(lengths.max(initial=1)), 1)
+    ends = np.cumsum(lengths)
+    step = np.arange(num_visits) - np.repeat(ends - lengths, lengths)
+    visits = np.repeat(starts, lengths) + step
+    slots = np.repeat(np.arange(len(patients)) * num_steps, lengths) + step
+    counts = arrays.counts[visits]
+    longest = max(int(counts.max(initial=1)), 1)
+    return Batch(
+        codes=_tensor(arrays.codes[visits, :, :longest], np.int64),
+        counts=_tensor(counts, np.int64),
+        classes=_tensor(arrays.classes[visits, :, :longest], np.int64),
+        lengths=_tensor(lengths, np.int64),
+        targets=_tensor(arrays.targets[visits], np.float32),
+        sex=_tensor(arrays.sex[patients], np.int64),
+        age=_tensor(arrays.age[visits], np.float32),
+        slots=_tensor(slots, np.int64),
+        num_steps=num_steps,
+    )
+
+
+def _tensor(array: NDArray[np.generic], dtype: type[np.generic]) -> torch.Tensor:
+    # np.array copies: torch warns of arrays that are not writable, as the object store's are.
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))

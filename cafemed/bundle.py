@@ -133,12 +133,13 @@ def load(folder: Path) -> Bundle:
             the files do not belong together.
     """
     manifest = bundle_files.verify(folder)
-    model = _read_json(folder / "config.json")
-    if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
-        raise ArtifactError(f"{folder / 'config.json'}: expected keys name and options")
-    vocabularies = read_vocabulary(folder / "vocabulary.json")
     sources = {name: value for name, value in manifest.inputs.items() if name != "weights"}
     try:
+        model = _read_json(folder / "config.json")
+        if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
+            raise ArtifactError("config.json: expected keys name and options")
+        vocabularies = read_vocabulary(folder / "vocabulary.json")
+        _require_vocabularies(vocabularies)
         bundle = Bundle(
             model_name=model["name"],
             model_options=model["options"],
@@ -203,11 +204,15 @@ def restore_model(bundle: Bundle, build: Callable[..., nn.Module]) -> nn.Module:
     return model
 
 
-def _require_consistent(bundle: Bundle) -> None:
+def _require_vocabularies(vocabularies: Mapping[str, tuple[str, ...]]) -> None:
     for kind in KINDS:
-        codes = bundle.vocabularies[kind]
+        codes = vocabularies[kind]
         if not codes or not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
             raise ArtifactError(f"vocabulary.json: {kind}: expected distinct codes, at least one")
+
+
+def _require_consistent(bundle: Bundle) -> None:
+    _require_vocabularies(bundle.vocabularies)
     try:
         inputs(bundle)
     except ArtifactError as err:

@@ -1,0 +1,170 @@
+"""From a source to a cohort folder: what `jobs/prepare.py` runs."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cafemed import artifacts, cohort, console, drugs, protocols, synthetic
+from cafemed.config import Range
+from cafemed.errors import ConfigError
+from cafemed.protocols import CohortConfig
+from cafemed.records import Dropped, SourceFile
+from cafemed.sources import mimic3
+from cafemed.sources.reading import InputFile
+from cafemed.synthetic import SyntheticConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the records and the drug tables are, and how they become a cohort.
+
+    Attributes:
+        source: which adapter reads the records.
+        root: folder of the tables; not used by "synthetic".
+        drugs: folder with ndc_to_atc3.csv, ddi_atc3.csv and perhaps atc3_smiles.csv.
+        ndc_to_atc, ddi, smiles: single files, each instead of that folder's.
+        seed: of the synthetic population.
+        generator: the synthetic population.
+        cohort: the protocol and its settings.
+    """
+
+    source: Literal["synthetic", "mimic3", "mimic4", "tables"] = "synthetic"
+    root: str | None = None
+    drugs: str | None = None
+    ndc_to_atc: str | None = None
+    ddi: str | None = None
+    smiles: str | None = None
+    seed: Annotated[int, Range(0)] = 0
+    generator: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
+    cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
+
+    def __post_init__(self) -> None:
+        """Checks what needs two settings at once."""
+        if self.source == "tables" and self.cohort.protocol == "published":
+            raise ConfigError(
+                "cohort.protocol: published is defined on MIMIC's tables alone, source=tables "
+                "needs clean"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The files of a cohort, found and identified, not yet read."""
+
+    root: Path
+    tables: Mapping[str, InputFile]
+    drugs: Mapping[str, InputFile]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Name of each input → SHA-256."""
+        return {name: file.sha256 for name, file in (*self.tables.items(), *self.drugs.items())}
+
+
+def make_tables(config: DataConfig, folder: Path, force: bool) -> None:
+    """Writes the synthetic tables into an artifact folder, unless they are there already."""
+    settings = {"seed": config.seed, **dataclasses.asdict(config.generator)}
+    if console.is_done(folder, "tables", artifacts.fingerprint("tables", {}, settings), force):
+        return
+    console.say("tables", f"drawing {config.generator.num_patients} synthetic patients")
+    with artifacts.new_folder(folder, "tables", {}, settings, private=True) as (partial, _):
+        synthetic.write_tables(synthetic.generate(config.generator, config.seed), partial)
+
+
+def locate(config: DataConfig, tables: Path) -> Inputs:
+    """Finds and identifies all files.
+
+    Args:
+        config: the data section.
+        tables: the folder of `make_tables`, which stands for root and drugs of "synthetic".
+
+    Raises:
+        DataError: if a file is missing.
+        ConfigError: if there is no table of interactions.
+    """
+    if config.source == "synthetic":
+        return Inputs(tables, mimic3.locate(tables), drugs.locate(tables / "drugs"))
+    if config.root is None:
+        raise ConfigError(f"data.root: expected the {config.source} tables, got null")
+    root = Path(config.root).expanduser()
+    return Inputs(root, mimic3.locate(root), _locate_drugs(config))
+
+
+def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -> dict[str, Any]:
+    """Reads, applies the protocol and writes the cohort folder, unless it is there already.
+
+    Returns:
+        The report of the manifest: "files", "dropped", "summary".
+
+    Raises:
+        DataError: if a table cannot be used or no patients are left.
+    """
+    settings = {"source": config.source, **dataclasses.asdict(config.cohort)}
+    wanted = artifacts.fingerprint("cohort", inputs.fingerprints(), settings)
+    if console.is_done(folder, "cohort", wanted, force):
+        return artifacts.read_manifest(folder, "cohort").report
+    console.say("cohort", f"reading {config.source} tables from {inputs.root}")
+    records = mimic3.read(inputs.root, inputs.tables)
+    knowledge = drugs.read(inputs.drugs)
+    console.say("cohort", f"applying the protocol {config.cohort.protocol}")
+    made, dropped = protocols.build(records, knowledge, config.cohort)
+    with artifacts.new_folder(folder, "cohort", inputs.fingerprints(), settings, private=True) as (
+        partial,
+        report,
+    ):
+        cohort.write(made, partial)
+        report.update(_report(made, (*records.files, *knowledge.files), dropped))
+    return report
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """Writes a cohort's report as a short table."""
+    numbers = report["summary"]
+    split = ", ".join(f"{count} {name}" for name, count in numbers["split"].items())
+    lines = [
+        f"patients       {numbers['patients']:,} ({split})",
+        f"visits         {numbers['visits']:,}",
+        f"{'kind':<15}{'codes':>8}{'a visit':>10}{'most':>8}",
+    ]
+    for kind, mean in numbers["codes_per_visit"].items():
+        codes = numbers["codes"].get(kind, numbers["codes"]["medication"])
+        lines.append(f"  {kind:<13}{codes:>8,}{mean:>10.2f}{numbers['most_codes'][kind]:>8}")
+    lines.append(
+        f"DDI            {numbers['ddi_pairs']:,} pairs; rate {numbers['ddi_rate']:.4f} among the "
+        "true sets"
+    )
+    if numbers["empty_targets"]:
+        lines.append(f"no target      {numbers['empty_targets']:,} visits")
+    lines.append(f"{'rows read':<44}{'rows':>12}")
+    lines += [f"  {file['name']:<42}{file['rows']:>12,}" for file in report["files"]]
+    lines.append(f"{'rows dropped':<44}{'rows':>12}")
+    for row in report["dropped"]:
+        if row["rows"]:
+            lines.append(f"  {row['table']:<14}{row['reason']:<44}{row['rows']:>12,}")
+    return "\n".join(lines)
+
+
+def _locate_drugs(config: DataConfig) -> dict[str, InputFile]:
+    given = {
+        name: None if path is None else Path(path).expanduser()
+        for name, path in (
+            ("ndc_to_atc", config.ndc_to_atc),
+            ("ddi", config.ddi),
+            ("smiles", config.smiles),
+        )
+    }
+    folder = None if config.drugs is None else Path(config.drugs).expanduser()
+    return drugs.locate(folder, **given)
+
+
+def _report(
+    made: cohort.Cohort, files: tuple[SourceFile, ...], dropped: list[Dropped]
+) -> dict[str, Any]:
+    return {
+        "files": [
+            {"name": f.path.name, "sha256": f.sha256, "bytes": f.num_bytes, "rows": f.num_rows}
+            for f in files
+        ],
+        "dropped": [{"table": d.table, "reason": d.reason, "rows": d.num_rows} for d in dropped],
+        "summary": protocols.summary(made),
+    }

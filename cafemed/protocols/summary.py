@@ -1,0 +1,57 @@
+"""What a cohort looks like in numbers; nothing at patient level."""
+
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from cafemed.codes import CodeLists
+from cafemed.cohort import SPLITS, Cohort
+
+
+def ddi_rate(lists: CodeLists, ddi: np.ndarray[Any, np.dtype[np.bool_]]) -> float:
+    """Interacting pairs among all pairs of a visit's medications, pooled over visits.
+
+    Args:
+        lists: sets of medications, one a visit.
+        ddi: bool (M, M), symmetric, zero diagonal.
+
+    Returns:
+        A share; 0 where no visit has two medications.
+    """
+    present = sparse.csr_array(
+        (np.ones(len(lists.ids), np.float32), lists.ids, lists.offsets),
+        shape=(len(lists), len(ddi)),
+    )
+    together = (present.T @ present).toarray()
+    num_pairs = int((lists.counts * (lists.counts - 1)).sum())
+    return float((together * ddi).sum(dtype=np.float64) / num_pairs) if num_pairs else 0.0
+
+
+def summary(cohort: Cohort) -> dict[str, Any]:
+    """Sizes, means and rates of a cohort, as JSON values.
+
+    Returns:
+        patients, visits, codes (kind → vocabulary size), codes_per_visit (kind → mean), most_codes
+        (kind → largest number in a visit), split (name → patients), ddi_pairs, ddi_rate (of the
+        target sets), empty_targets (visits without one), age_known and sex_known (shares).
+    """
+    lists = {
+        "diagnosis": cohort.diagnoses,
+        "procedure": cohort.procedures,
+        "medication": cohort.medications,
+        "target": cohort.targets,
+    }
+    return {
+        "patients": cohort.num_patients,
+        "visits": cohort.num_visits,
+        "codes": {kind: len(codes) for kind, codes in cohort.vocabularies.items()},
+        "codes_per_visit": {k: round(float(v.counts.mean()), 2) for k, v in lists.items()},
+        "most_codes": {kind: int(v.counts.max()) for kind, v in lists.items()},
+        "split": {name: len(cohort.patients_of(name)) for name in SPLITS},
+        "ddi_pairs": int(cohort.ddi.sum()) // 2,
+        "ddi_rate": round(ddi_rate(cohort.targets, cohort.ddi), 4),
+        "empty_targets": int((cohort.targets.counts == 0).sum()),
+        "age_known": round(float(np.isfinite(cohort.age).mean()), 4),
+        "sex_known": round(float((cohort.sex > 0).mean()), 4),
+    }

@@ -1,0 +1,85 @@
+"""MIMIC-III: the tables as PhysioNet ships them, or the synthetic tables of the same schema.
+
+Columns and tables: https://mimic.mit.edu/docs/iii/tables. Birth dates of patients over 89 are
+shifted there by some 300 years; the mended age is in `cafemed.protocols.visits`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from cafemed.codes import normalise
+from cafemed.drugs import ndc
+from cafemed.records import Records, SourceFile
+from cafemed.sources import events, reading
+from cafemed.sources.reading import Columns, InputFile
+
+COLUMNS = {
+    "ADMISSIONS": Columns(("subject_id", "hadm_id", "admittime")),
+    "PATIENTS": Columns(("subject_id", "gender", "dob")),
+    "DIAGNOSES_ICD": Columns(("hadm_id", "seq_num", "icd9_code")),
+    "PROCEDURES_ICD": Columns(("hadm_id", "seq_num", "icd9_code")),
+    "PRESCRIPTIONS": Columns(("subject_id", "hadm_id", "startdate", "ndc"), ("icustay_id",)),
+}
+
+
+def locate(root: Path) -> dict[str, InputFile]:
+    """Finds the five tables in the folder `root`, `.csv` or `.csv.gz`, names in either case.
+
+    Raises:
+        DataError: if a table is missing or there twice.
+    """
+    return reading.locate(root, list(COLUMNS))
+
+
+def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:
+    """Reads MIMIC-III's tables.
+
+    Args:
+        root: the folder of the tables.
+        files: what `locate(root)` gave, where it was called already.
+
+    Raises:
+        DataError: if a table or column is missing, empty or unreadable, a date does not parse, or
+            an admission is listed twice.
+    """
+    tables = reading.read_all(files or locate(root), COLUMNS)
+    people, people_file = tables["PATIENTS"]
+    admissions, admissions_file = tables["ADMISSIONS"]
+    visits = events.visit_table(
+        admissions_file,
+        admissions,
+        patient="subject_id",
+        visit="hadm_id",
+        admitted=reading.times(admissions_file, admissions, "admittime"),
+        people=events.People(
+            reading.text(people, "subject_id"),
+            reading.sexes(reading.text(people, "gender")),
+            reading.times(people_file, people, "dob"),
+        ),
+    )
+    return Records(
+        visits=visits,
+        diagnoses=_codes(*tables["DIAGNOSES_ICD"]),
+        procedures=_codes(*tables["PROCEDURES_ICD"]),
+        prescriptions=_prescriptions(*tables["PRESCRIPTIONS"]),
+        files=tuple(file for _, file in tables.values()),
+        dropped=(),
+    )
+
+
+def _codes(table: pa.Table, file: SourceFile) -> pa.Table:
+    code = reading.recode(reading.text(table, "icd9_code"), lambda c: normalise("icd9", c))
+    sequence = reading.integers(file, table, "seq_num")
+    return pa.table({"visit": reading.text(table, "hadm_id"), "code": code, "sequence": sequence})
+
+
+def _prescriptions(table: pa.Table, file: SourceFile) -> pa.Table:
+    return events.prescription_table(
+        patient=reading.text(table, "subject_id"),
+        visit=reading.text(table, "hadm_id"),
+        stay=reading.text(table, "icustay_id") if "icustay_id" in table.column_names else None,
+        code=reading.recode(reading.text(table, "ndc"), ndc),
+        start=reading.times(file, table, "startdate"),
+    )

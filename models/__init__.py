@@ -1,0 +1,66 @@
+"""PyTorch models of medication recommendation, and the one registry of them.
+
+A model is built from its name, the fixed inputs and its options; `forward(batch)` gives logits,
+float32 (B, T, N_m), one row for each visit given the visits before it; steps after a patient's
+last visit hold arbitrary finite numbers.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cafemed import config
+from cafemed.batches import ModelInputs
+from cafemed.errors import ConfigError
+
+# name → (module, model class, options class). Modules are imported when asked for, so that one
+# model's dependencies do not become everyone's.
+_REGISTRY = {"cafemed": ("models.cafemed", "CafeMed", "CafeMedOptions")}
+
+#: The names that `build` knows.
+NAMES = tuple(_REGISTRY)
+
+
+def build(
+    name: str, inputs: ModelInputs, options: Mapping[str, Any] | None = None, seed: int = 0
+) -> nn.Module:
+    """Builds a model with new weights; the same seed gives the same weights to the bit.
+
+    The caller's random state is left as it was.
+
+    Args:
+        name: one of NAMES.
+        inputs: sizes, effects and interacting pairs.
+        options: fields of the model's options dataclass; those left out take their defaults.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: if the name or an option is unknown, or a value is out of range or does not
+            go with another.
+    """
+    module, model_class, options_class = _entry(name)
+    checked = config.from_mapping(getattr(module, options_class), options or {}, "model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = getattr(module, model_class)(inputs, checked)
+    return model
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Checks a model's name and options without building it.
+
+    Raises:
+        ConfigError: see `build`.
+    """
+    module, _, options_class = _entry(name)
+    config.from_mapping(getattr(module, options_class), options, "model")
+
+
+def _entry(name: str) -> tuple[Any, str, str]:
+    if name not in _REGISTRY:
+        raise ConfigError(f"model.name: expected one of {', '.join(NAMES)}, got {name!r}")
+    path, model_class, options_class = _REGISTRY[name]
+    return importlib.import_module(path), model_class, options_class

@@ -1,0 +1,207 @@
+"""CafeMed: causal modulation, attention over the three modalities, and GRUs over visits.
+
+All visits of a batch of patients are encoded at once; the GRUs pass over the visits once, and
+their output at visit t is what the model says of visit t, since the input of visit t is its
+diagnoses, its procedures and the medications of visit t - 1.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from cafemed.batches import Batch, ModelInputs
+from cafemed.config import Range
+from cafemed.errors import ConfigError
+from models.charm import Charm
+from models.cwg import CausalWeightGenerator, EntityWeights
+from models.homogeneous import ClassMask
+from models.packing import Packing, pack, sum_groups
+
+#: Embeddings start uniform in (-EMBEDDING_BOUND, EMBEDDING_BOUND), as CausalMed's.
+EMBEDDING_BOUND = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class CafeMedOptions:
+    """Options of CafeMed; docs/models.md says which the paper gives and which we decided.
+
+    Attributes:
+        dimension: d, of embeddings and GRUs.
+        dropout: on looked-up embeddings, in training.
+        dropout_shared: one draw for both branches; False: medications get another draw in the
+            second branch.
+        modulation_strength: alpha of equation (3).
+        learnable_modulation: alpha is learned, starting from modulation_strength.
+        cwg_hidden: h of equation (2); None: d / 2.
+        cwg_activation: of equation (2).
+        cwg_shared: one generator for the three modalities, or one each.
+        cwg_context: the mean of equation (1) over all medications, or over the previous visit's.
+        standardise_effects: w is centred and scaled over all codes before equation (2).
+        effect_aggregate: equation (1) over E or |E|.
+        medication_weight: w of a medication: mean effect of all codes on it, or 0.
+        layout: modalities side by side in CHARM's channels, or three columns.
+        reduction_ratio: r of equations (5) and (10).
+        shuffle_groups: g of equation (8); 1 leaves the shuffle out.
+        unshuffle: undo the shuffle before the blocks are split.
+        kernel_storage: keep only the kernel columns that meet data, or all of 7 x 7.
+        norm_affine: instance norm learns a scale and a shift.
+        gate: equation (13) from the visit's mean w, from each entity's own w, or left out.
+        gate_place: the gate on CHARM's output or on its input.
+        first_visit_slot: a first visit has one medication position, a zero vector.
+        homogeneous_input: the class mask on raw or on modulated embeddings.
+        duplicate_state: the head sees [h; o] with h = o (equation (16)), or o once.
+        use_cwg: False: "w/o CWG", alpha = 0 and no gate.
+        use_charm: False: "w/o CHARM", u = e~.
+    """
+
+    dimension: Annotated[int, Range(1)] = 64
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.7
+    dropout_shared: bool = True
+    modulation_strength: Annotated[float, Range(0, 10)] = 0.1
+    learnable_modulation: bool = False
+    cwg_hidden: Annotated[int | None, Range(1)] = None
+    cwg_activation: Literal["relu", "tanh"] = "relu"
+    cwg_shared: bool = True
+    cwg_context: Literal["entity", "visit"] = "entity"
+    standardise_effects: bool = False
+    effect_aggregate: Literal["signed", "absolute"] = "signed"
+    medication_weight: Literal["mean", "zero"] = "mean"
+    layout: Literal["channels", "width"] = "channels"
+    reduction_ratio: Annotated[int, Range(1)] = 4
+    shuffle_groups: Annotated[int, Range(1)] = 4
+    unshuffle: bool = False
+    kernel_storage: Literal["used", "full"] = "used"
+    norm_affine: bool = False
+    gate: Literal["visit", "position", "none"] = "visit"
+    gate_place: Literal["output", "input"] = "output"
+    first_visit_slot: bool = True
+    homogeneous_input: Literal["raw", "modulated"] = "raw"
+    duplicate_state: bool = True
+    use_cwg: bool = True
+    use_charm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.use_charm:
+            self._require_divisor("reduction_ratio", self.reduction_ratio, "")
+            hint = "; the paper leaves the shuffle out then: shuffle_groups=1 does so"
+            self._require_divisor("shuffle_groups", self.shuffle_groups, hint)
+
+    @property
+    def channels(self) -> int:
+        """C of CHARM's maps."""
+        return 3 * self.dimension if self.layout == "channels" else self.dimension
+
+    @property
+    def hidden(self) -> int:
+        """h of equation (2)."""
+        return self.cwg_hidden if self.cwg_hidden is not None else max(self.dimension // 2, 1)
+
+    def _require_divisor(self, key: str, value: int, hint: str) -> None:
+        if self.channels % value:
+            of = "3 * dimension" if self.layout == "channels" else "dimension"
+            raise ConfigError(
+                f"{key}: expected a divisor of {of} = {self.channels} (CHARM's channels), "
+                f"got {value}{hint}"
+            )
+
+
+class CafeMed(nn.Module):
+    """CafeMed over batches of patients.
+
+    Args:
+        inputs: sizes and effects.
+        options: see CafeMedOptions.
+    """
+
+    def __init__(self, inputs: ModelInputs, options: CafeMedOptions) -> None:
+        super().__init__()
+        self.sizes = inputs.sizes
+        self.options = options
+        d = options.dimension
+        self.embedding = nn.Parameter(
+            torch.empty(sum(inputs.sizes), d).uniform_(-EMBEDDING_BOUND, EMBEDDING_BOUND)
+        )
+        self.entity_weights = EntityWeights(
+            inputs, options.cwg_context, options.effect_aggregate, options.medication_weight
+        )
+        self.cwg = self._build_cwg(options) if options.use_cwg else None
+        self.charm = self._build_charm(options) if options.use_charm else None
+        self.class_mask = ClassMask(d)
+        self.fusion = nn.Parameter(torch.ones(3, 2))
+        self.grus = nn.ModuleList(nn.GRU(d, d, batch_first=True) for _ in range(3))
+        self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
+
+    def _build_cwg(self, options: CafeMedOptions) -> CausalWeightGenerator:
+        return CausalWeightGenerator(
+            self.entity_weights.table,
+            dimension=options.dimension,
+            hidden=options.hidden,
+            activation=options.cwg_activation,
+            shared=options.cwg_shared,
+            standardise=options.standardise_effects,
+            strength=options.modulation_strength,
+            learnable=options.learnable_modulation,
+        )
+
+    def _build_charm(self, options: CafeMedOptions) -> Charm:
+        return Charm(
+            dimension=options.dimension,
+            reduction=options.reduction_ratio,
+            groups=options.shuffle_groups,
+            unshuffle=options.unshuffle,
+            layout=options.layout,
+            storage=options.kernel_storage,
+            affine=options.norm_affine,
+            gate=options.gate if options.use_cwg else "none",
+            gate_place=options.gate_place,
+        )
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Gives logits for every visit from the visits before it and its known codes.
+
+        Args:
+            batch: B patients, at most T visits each.
+
+        Returns:
+            float32 (B, T, N_m), y^ of models.md 1.11; steps after a patient's last visit hold
+            arbitrary finite numbers.
+        """
+        packing = pack(batch, self.sizes, self.options.first_visit_slot)
+        visits = self.encode_visits(packing)
+        states = [
+            gru(batch.pad(visits[:, k]))[0] for k, gru in enumerate(self.grus)
+        ]  # h_k = o_k^t for one layer, so o stands for both halves of equation (16).
+        patient = torch.relu(torch.cat(states, -1))
+        if self.options.duplicate_state:
+            patient = torch.cat([patient, patient], -1)
+        logits: torch.Tensor = self.head(patient)
+        return logits
+
+    def encode_visits(self, packing: Packing) -> torch.Tensor:
+        """Equations (1) to (13) and (15): z, float32 (V, 3, d)."""
+        looked_up = self.embedding[packing.ids]
+        embedded = self._dropout(looked_up)
+        weights = self.entity_weights(packing)
+        modulated = other = embedded
+        if not self.options.dropout_shared:
+            is_medication = (packing.modality == 2)[:, None]
+            modulated = torch.where(is_medication, self._dropout(looked_up), embedded)
+        if self.cwg is not None:
+            modulated = self.cwg(modulated, weights, packing.modality)
+        if self.options.homogeneous_input == "modulated":
+            other = modulated
+        homogeneous = self.class_mask(other, packing.modality, packing.classes)
+        num_groups = 3 * packing.num_visits
+        if self.charm is None:
+            fused = sum_groups(modulated, packing.group, num_groups)
+        else:
+            refined = self.charm(modulated, weights, packing)
+            fused = sum_groups(refined, packing.slot_group, num_groups)
+        masked = sum_groups(homogeneous, packing.group, num_groups)
+        stacked = torch.stack([masked, fused], 1).view(packing.num_visits, 3, 2, -1)
+        return (self.fusion[:, :, None] * stacked).sum(2)
+
+    def _dropout(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(rows, self.options.dropout, self.training)

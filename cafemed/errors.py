@@ -21,5 +21,9 @@ class ArtifactError(UserError):
     """An artifact is missing, truncated, edited, or does not belong to the others."""
 
 
+class TrainingError(UserError):
+    """A loss or a prediction is not a finite number, so that training cannot go on."""
+
+
 class MissingProgramError(UserError):
     """An optional program or package (R with pcalg, RDKit) is not installed."""

@@ -1,0 +1,161 @@
+"""Checkpoints of training: everything that an interrupted fit needs to go on as if it had not been.
+
+A folder holds `checkpoint.json` (epoch, history, plain random states) and the safetensors file
+that it names (weights, best weights, optimiser, torch's random states). The JSON is replaced last
+and in one step, so a process that dies while saving leaves the checkpoint before it. Nothing is
+ever unpickled.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from cafemed import artifacts
+from cafemed.errors import ArtifactError
+from cafemed.randomness import RandomStates
+
+FILE = "checkpoint.json"
+FORMAT_VERSION = 1
+
+#: state of an optimiser: parameter's index → name ("exp_avg", "step", …) → tensor
+OptimizerState = dict[int, dict[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The state of a fit after an epoch.
+
+    Attributes:
+        identity: of the run (configuration, model, data); a checkpoint of another run is refused.
+        epoch: epochs done.
+        best_epoch: the epoch that `best_weights` are of; 0 if there is none yet.
+        weights: the model's state dict after `epoch`.
+        best_weights: the same after `best_epoch`.
+        optimizer: see OptimizerState.
+        random: states of the generators after `epoch`.
+        history: one JSON object an epoch.
+    """
+
+    identity: str
+    epoch: int
+    best_epoch: int
+    weights: dict[str, Tensor]
+    best_weights: dict[str, Tensor]
+    optimizer: OptimizerState
+    random: RandomStates
+    history: list[dict[str, Any]]
+
+
+def identity(plain: Mapping[str, Any], contents: Iterable[ArrayLike]) -> str:
+    """SHA-256 (hex) of what decides a fit's result: JSON values, and arrays or plain numbers."""
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for content in contents:
+        array = np.ascontiguousarray(content)
+        digest.update(repr((array.shape, array.dtype.str)).encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint and removes the one before it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _flatten(checkpoint)
+    path = folder / f"state-{checkpoint.epoch:06d}.safetensors"
+    partial = path.with_suffix(".partial")
+    safetensors.torch.save_file(tensors, partial)
+    _fsync(partial)
+    partial.replace(path)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "identity": checkpoint.identity,
+        "epoch": checkpoint.epoch,
+        "best_epoch": checkpoint.best_epoch,
+        "tensors": path.name,
+        "sha256": artifacts.sha256_of(path),
+        "random": checkpoint.random.plain,
+        "history": checkpoint.history,
+    }
+    artifacts.write_text(folder / FILE, json.dumps(content))
+    for other in folder.glob("state-*"):
+        if other != path:
+            other.unlink(missing_ok=True)
+
+
+def load(folder: Path, identity: str) -> Checkpoint | None:
+    """Reads the checkpoint of a folder, None if there is none yet.
+
+    Raises:
+        ArtifactError: if it is truncated, edited, of another format version, or of another run.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    advice = f"remove {folder} to train from the start"
+    try:
+        content = json.loads(path.read_text())
+        if content["format_version"] != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path}: format_version {content['format_version']}, this program reads "
+                f"{FORMAT_VERSION}; {advice}"
+            )
+        if content["identity"] != identity:
+            raise ArtifactError(
+                f"{path}: of another run ({content['identity'][:12]}…, this one is "
+                f"{identity[:12]}…: other data, model or configuration); {advice}"
+            )
+        tensors = folder / content["tensors"]
+        if artifacts.sha256_of(tensors) != content["sha256"]:
+            raise ArtifactError(f"{tensors}: was truncated or edited; {advice}")
+        return _unflatten(content, safetensors.torch.load_file(tensors))
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
+        raise ArtifactError(f"{path}: not a checkpoint ({type(err).__name__}); {advice}") from err
+
+
+def _flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    # A copy of each: safetensors refuses tensors that share memory.
+    named = {f"weights/{name}": t for name, t in checkpoint.weights.items()}
+    named |= {f"best/{name}": t for name, t in checkpoint.best_weights.items()}
+    named |= {f"random/{name}": t for name, t in checkpoint.random.tensors.items()}
+    for index, state in checkpoint.optimizer.items():
+        named |= {f"optimizer/{index}/{name}": t for name, t in state.items()}
+    return {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
+
+
+def _unflatten(content: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "best": {}, "random": {}}
+    optimizer: OptimizerState = {}
+    for name, tensor in tensors.items():
+        group, rest = name.split("/", 1)
+        if group == "optimizer":
+            index, key = rest.split("/", 1)
+            optimizer.setdefault(int(index), {})[key] = tensor
+        else:
+            groups[group][rest] = tensor
+    return Checkpoint(
+        identity=content["identity"],
+        epoch=int(content["epoch"]),
+        best_epoch=int(content["best_epoch"]),
+        weights=groups["weights"],
+        best_weights=groups["best"],
+        optimizer=optimizer,
+        random=RandomStates(content["random"], groups["random"]),
+        history=list(content["history"]),
+    )
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

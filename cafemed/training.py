@@ -1,0 +1,337 @@
+"""Training of one model: what every trial, single run and later distributed run shares."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cafemed import checkpoints, losses, metrics, randomness
+from cafemed.batches import Batch, ModelInputs, VisitArrays, collate
+from cafemed.checkpoints import Checkpoint
+from cafemed.config import Range
+from cafemed.errors import DataError, TrainingError
+from cafemed.evaluation import EvaluationSet
+from cafemed.metrics import Metrics
+
+#: Builds a model from its name, inputs, options and seed; jobs pass `models.build`.
+Builder = Callable[[str, ModelInputs, Mapping[str, Any], int], nn.Module]
+
+_TERMS = ("loss", "bce", "margin", "ddi")
+#: Steps between two looks at the losses on a GPU, where every look waits for the device.
+_STEPS_BETWEEN_CHECKS_GPU = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How a model is trained (group `train`).
+
+    Attributes:
+        epochs: at most so many passes over the training patients.
+        patience: stop after so many epochs without a better validation Jaccard.
+        batch_size: patients a step.
+        learning_rate: of Adam.
+        weight_decay: L2 penalty added to Adam's gradient.
+        seed: of the initial weights, the order of the patients and dropout.
+        ddi_target: DDI rate above which a visit is trained towards fewer interactions.
+        ddi_coefficient: how fast the accuracy terms lose weight above it.
+        ddi_weight: factor of the DDI term.
+        margin_weight: share of the multilabel margin in the accuracy terms.
+        threshold: a medication is predicted if its probability reaches this.
+        num_threads: torch's threads; with 1, a seed gives the same weights to the bit.
+    """
+
+    epochs: Annotated[int, Range(1)] = 50
+    patience: Annotated[int, Range(1)] = 10
+    batch_size: Annotated[int, Range(1)] = 32
+    learning_rate: Annotated[float, Range(0, open_low=True)] = 5e-4
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    ddi_target: Annotated[float, Range(0, 1, open_low=True)] = 0.06
+    ddi_coefficient: Annotated[float, Range(0)] = 2.5
+    ddi_weight: Annotated[float, Range(0)] = 0.0005
+    margin_weight: Annotated[float, Range(0, 1)] = 0.05
+    threshold: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.5
+    num_threads: Annotated[int, Range(1)] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochReport:
+    """What an epoch came to.
+
+    Attributes:
+        epoch: from 1.
+        losses: mean over training visits, in training mode: "loss" and its terms "bce", "margin"
+            and "ddi".
+        metrics: on the validation patients, at `FitConfig.threshold`.
+        best: whether this is the best epoch so far.
+        seconds: wall time of training and validation.
+    """
+
+    epoch: int
+    losses: dict[str, float]
+    metrics: Metrics
+    best: bool
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "EpochReport":
+        """What `as_dict` gave."""
+        return cls(**{**content, "metrics": Metrics(**content["metrics"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """A trained model.
+
+    Attributes:
+        best_epoch: epoch with the best validation Jaccard, the first of equal ones. (The published
+            code never takes its first epoch and saves the last epoch's weights under the best
+            one's name; here every epoch may be the best, and its weights are kept.)
+        metrics: on the validation patients, of that epoch.
+        weights: state dict of that epoch, a copy on the CPU.
+        history: every epoch, those before an interruption too.
+    """
+
+    best_epoch: int
+    metrics: Metrics
+    weights: dict[str, Tensor]
+    history: tuple[EpochReport, ...]
+
+
+def fit(
+    build: Builder,
+    model_name: str,
+    model_options: Mapping[str, Any],
+    inputs: ModelInputs,
+    arrays: VisitArrays,
+    train_patients: NDArray[np.int64],
+    validation_patients: NDArray[np.int64],
+    config: FitConfig,
+    on_epoch: Callable[[EpochReport], bool | None] | None = None,
+    checkpoint_dir: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> FitResult:
+    """Trains a model and gives the weights of its best epoch on validation Jaccard.
+
+    Adam, one step a batch of patients, whose order is drawn anew every epoch from the seed. The
+    loss is that of `cafemed/losses.py`, mean over a batch's visits.
+
+    Args:
+        build: see Builder.
+        model_name: passed to `build`.
+        model_options: passed to `build`.
+        inputs: passed to `build`; its `ddi` enters the loss and the metrics.
+        arrays: of the whole cohort.
+        train_patients: indices.
+        validation_patients: indices; for early stopping and the choice of the epoch.
+        config: see FitConfig.
+        on_epoch: called after every epoch, when its checkpoint is written. Training ends with
+            the best epoch so far if it returns True; what it raises ends the fit.
+        checkpoint_dir: a checkpoint of every epoch goes here, and a fit goes on from the one it
+            finds: interrupted at any time, it ends with the same weights (to the bit on one
+            thread of the CPU). A folder belongs to one fit.
+        device: where to train.
+
+    Raises:
+        DataError: if there are no training or no validation patients.
+        TrainingError: if a loss or a prediction is not finite; names epoch, batch and term.
+        ArtifactError: if the checkpoint is of another fit or damaged.
+    """
+    for name, patients in (("training", train_patients), ("validation", validation_patients)):
+        if len(patients) == 0:
+            raise DataError(f"the {name} split has no patients; expected at least one")
+    place = torch.device(device)
+    identity = ""
+    if checkpoint_dir is not None:
+        identity = checkpoints.identity(
+            {
+                "model": model_name,
+                "options": dict(model_options),
+                "config": dataclasses.asdict(config),
+            },
+            [
+                *(inputs.effects, inputs.ddi, train_patients, validation_patients),
+                *(getattr(arrays, field.name) for field in dataclasses.fields(arrays)),
+            ],
+        )
+    with randomness.reproducible(config.seed, config.num_threads, place):
+        model = build(model_name, inputs, model_options, config.seed).to(place)
+        validation = EvaluationSet.of(arrays, validation_patients, device=place)
+        run = _Run(model, inputs, arrays, train_patients, validation, config, place)
+        if checkpoint_dir is not None:
+            run.resume(checkpoints.load(checkpoint_dir, identity))
+        while not run.finished():
+            report = run.epoch()
+            if checkpoint_dir is not None:
+                checkpoints.save(checkpoint_dir, run.checkpoint(identity))
+            if on_epoch is not None and on_epoch(report):
+                break
+        return run.result()
+
+
+class _Run:
+    """The moving parts of one fit."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: ModelInputs,
+        arrays: VisitArrays,
+        patients: NDArray[np.int64],
+        validation: EvaluationSet,
+        config: FitConfig,
+        device: torch.device,
+    ) -> None:
+        self.model, self.arrays, self.patients = model, arrays, patients
+        self.validation, self.config, self.device = validation, config, device
+        self.ddi_pairs = inputs.ddi
+        self.ddi = torch.from_numpy(inputs.ddi.astype(np.float32)).to(device)
+        self.optimizer = torch.optim.Adam(
+            model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.history: list[EpochReport] = []
+        self.best_weights: dict[str, Tensor] = {}
+
+    def best(self) -> EpochReport | None:
+        """The report of the best epoch so far."""
+        return max(self.history, key=lambda r: r.metrics.jaccard, default=None)
+
+    def finished(self) -> bool:
+        """Whether the epochs or the patience are used up."""
+        done, best = len(self.history), self.best()
+        out_of_patience = best is not None and done - best.epoch >= self.config.patience
+        return done >= self.config.epochs or out_of_patience
+
+    def epoch(self) -> EpochReport:
+        """One pass over the training patients, then validation."""
+        started, number, best = time.perf_counter(), len(self.history) + 1, self.best()
+        mean_losses = self._train(number)
+        found = self._validate(number)
+        improved = best is None or found.jaccard > best.metrics.jaccard
+        if improved:
+            self.best_weights = _copy(self.model)
+        seconds = time.perf_counter() - started
+        self.history.append(EpochReport(number, mean_losses, found, improved, seconds))
+        return self.history[-1]
+
+    def _train(self, number: int) -> dict[str, float]:
+        """Steps through the batches of an epoch; gives the mean losses over its visits."""
+        shuffle = np.random.default_rng((self.config.seed, number))
+        order, size = shuffle.permutation(self.patients), self.config.batch_size
+        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        terms = torch.zeros(len(chunks), len(_TERMS), device=self.device)
+        visits = torch.zeros(len(chunks), 1)
+        interval = _STEPS_BETWEEN_CHECKS_GPU if self.device.type == "cuda" else 1
+        self.model.train()
+        for step, chunk in enumerate(chunks):
+            batch = collate(self.arrays, chunk).to(self.device)
+            found = self._losses(batch)
+            loss = found.loss.mean()
+            terms[step] = torch.stack(
+                [loss.detach(), *(getattr(found, name).detach().mean() for name in _TERMS[1:])]
+            )
+            visits[step] = len(batch.targets)
+            if (step + 1) % interval == 0 or step + 1 == len(chunks):
+                first = step - step % interval
+                self._require_finite(terms[first : step + 1].cpu(), number, first, len(chunks))
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        means = (terms.cpu() * visits).sum(dim=0) / visits.sum()
+        return dict(zip(_TERMS, means.tolist(), strict=True))
+
+    def _losses(self, batch: Batch) -> losses.VisitLosses:
+        config = self.config
+        return losses.visit_losses(
+            batch.flatten(self.model(batch)),
+            batch.targets,
+            self.ddi,
+            ddi_target=config.ddi_target,
+            ddi_coefficient=config.ddi_coefficient,
+            ddi_weight=config.ddi_weight,
+            margin_weight=config.margin_weight,
+            threshold=config.threshold,
+        )
+
+    def _require_finite(self, terms: Tensor, epoch: int, first: int, num_steps: int) -> None:
+        """Refuses losses (steps, terms) that are not finite, naming the first batch and term."""
+        bad = torch.nonzero(~torch.isfinite(terms))
+        if len(bad) == 0:
+            return
+        step = int(bad[0, 0])
+        values = dict(zip(_TERMS, terms[step].tolist(), strict=True))
+        found = {name: x for name, x in values.items() if not math.isfinite(x)}
+        if len(found) > 1:
+            del found["loss"]  # their sum: name the cause
+        raise TrainingError(
+            f"training stopped in epoch {epoch}, batch {first + step + 1} of {num_steps}: "
+            f"expected finite loss terms, got {', '.join(f'{n} {x}' for n, x in found.items())}; "
+            f"try a train.learning_rate below {self.config.learning_rate:g}"
+        )
+
+    def _validate(self, number: int) -> Metrics:
+        probabilities = self.validation.predict(self.model)
+        if not np.isfinite(probabilities).all():
+            raise TrainingError(
+                f"training stopped after epoch {number}: expected finite probabilities on the "
+                f"validation patients; try a train.learning_rate below "
+                f"{self.config.learning_rate:g}"
+            )
+        chosen = self.validation
+        return metrics.evaluate(
+            probabilities,
+            chosen.targets,
+            chosen.patient_offsets,
+            self.ddi_pairs,
+            self.config.threshold,
+        )
+
+    def checkpoint(self, identity: str) -> Checkpoint:
+        """Everything that `resume` needs."""
+        best = self.best()
+        return Checkpoint(
+            identity=identity,
+            epoch=len(self.history),
+            best_epoch=0 if best is None else best.epoch,
+            weights=self.model.state_dict(),
+            best_weights=self.best_weights,
+            optimizer=self.optimizer.state_dict()["state"],
+            random=randomness.capture(self.device),
+            history=[report.as_dict() for report in self.history],
+        )
+
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Takes over the state of a checkpoint, if there is one."""
+        if checkpoint is None:
+            return
+        self.model.load_state_dict(checkpoint.weights)
+        fresh = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**fresh, "state": checkpoint.optimizer})
+        self.best_weights = checkpoint.best_weights
+        self.history = [EpochReport.from_dict(report) for report in checkpoint.history]
+        randomness.restore(checkpoint.random, self.device)
+
+    def result(self) -> FitResult:
+        """The best epoch so far; there has been at least one."""
+        best = self.best()
+        assert best is not None
+        return FitResult(best.epoch, best.metrics, self.best_weights, tuple(self.history))
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights as they are now, on the CPU, sharing no memory with it."""
+    return {name: t.detach().to("cpu", copy=True) for name, t in model.state_dict().items()}

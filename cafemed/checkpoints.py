@@ -91,8 +91,12 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             other.unlink(missing_ok=True)
 
 
-def load(folder: Path, identity: str) -> Checkpoint | None:
+def load(folder: Path, identity: str | None) -> Checkpoint | None:
     """Reads the checkpoint of a folder, None if there is none yet.
+
+    Args:
+        folder: where `save` wrote.
+        identity: of the run that goes on; None reads the checkpoint of any run.
 
     Raises:
         ArtifactError: if it is truncated, edited, of another format version, or of another run.
@@ -108,7 +112,7 @@ def load(folder: Path, identity: str) -> Checkpoint | None:
                 f"{path}: format_version {content['format_version']}, this program reads "
                 f"{FORMAT_VERSION}; {advice}"
             )
-        if content["identity"] != identity:
+        if identity is not None and content["identity"] != identity:
             raise ArtifactError(
                 f"{path}: of another run ({content['identity'][:12]}…, this one is "
                 f"{identity[:12]}…: other data, model or configuration); {advice}"

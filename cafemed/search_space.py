@@ -27,6 +27,9 @@ FIXED = {"train": ("epochs", "seed", "num_threads")}
 class Suggests(Protocol):
     """The part of `optuna.Trial` that is used; so this module needs no Optuna."""
 
+    @property
+    def number(self) -> int: ...
+
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...

@@ -9,9 +9,10 @@ from cafemed import artifacts, cohort, console, drugs, protocols, synthetic
 from cafemed.config import Range
 from cafemed.errors import ConfigError
 from cafemed.protocols import CohortConfig
-from cafemed.records import Dropped, SourceFile
-from cafemed.sources import mimic3
+from cafemed.records import Dropped, Records, SourceFile
+from cafemed.sources import mimic3, mimic4, tables
 from cafemed.sources.reading import InputFile
+from cafemed.sources.tables import Systems
 from cafemed.synthetic import SyntheticConfig
 
 
@@ -24,6 +25,7 @@ class DataConfig:
         root: folder of the tables; not used by "synthetic".
         drugs: folder with ndc_to_atc3.csv, ddi_atc3.csv and perhaps atc3_smiles.csv.
         ndc_to_atc, ddi, smiles: single files, each instead of that folder's.
+        systems: code systems of a user's own table, where its rows name none.
         seed: of the synthetic population.
         generator: the synthetic population.
         cohort: the protocol and its settings.
@@ -35,6 +37,7 @@ class DataConfig:
     ndc_to_atc: str | None = None
     ddi: str | None = None
     smiles: str | None = None
+    systems: Systems = dataclasses.field(default_factory=Systems)
     seed: Annotated[int, Range(0)] = 0
     generator: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
@@ -71,23 +74,25 @@ def make_tables(config: DataConfig, folder: Path, force: bool) -> None:
         synthetic.write_tables(synthetic.generate(config.generator, config.seed), partial)
 
 
-def locate(config: DataConfig, tables: Path) -> Inputs:
+def locate(config: DataConfig, synthetic_tables: Path) -> Inputs:
     """Finds and identifies all files.
 
     Args:
         config: the data section.
-        tables: the folder of `make_tables`, which stands for root and drugs of "synthetic".
+        synthetic_tables: the folder of `make_tables`, which stands for root and drugs there.
 
     Raises:
         DataError: if a file is missing.
         ConfigError: if there is no table of interactions.
     """
     if config.source == "synthetic":
-        return Inputs(tables, mimic3.locate(tables), drugs.locate(tables / "drugs"))
+        folder = synthetic_tables
+        return Inputs(folder, mimic3.locate(folder), drugs.locate(folder / "drugs"))
     if config.root is None:
         raise ConfigError(f"data.root: expected the {config.source} tables, got null")
     root = Path(config.root).expanduser()
-    return Inputs(root, mimic3.locate(root), _locate_drugs(config))
+    adapter = {"mimic3": mimic3, "mimic4": mimic4, "tables": tables}[config.source]
+    return Inputs(root, adapter.locate(root), _locate_drugs(config))
 
 
 def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -> dict[str, Any]:
@@ -100,11 +105,13 @@ def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -
         DataError: if a table cannot be used or no patients are left.
     """
     settings = {"source": config.source, **dataclasses.asdict(config.cohort)}
+    if config.source == "tables":
+        settings["systems"] = dataclasses.asdict(config.systems)
     wanted = artifacts.fingerprint("cohort", inputs.fingerprints(), settings)
     if console.is_done(folder, "cohort", wanted, force):
         return artifacts.read_manifest(folder, "cohort").report
     console.say("cohort", f"reading {config.source} tables from {inputs.root}")
-    records = mimic3.read(inputs.root, inputs.tables)
+    records = _read(config, inputs)
     knowledge = drugs.read(inputs.drugs)
     console.say("cohort", f"applying the protocol {config.cohort.protocol}")
     made, dropped = protocols.build(records, knowledge, config.cohort)
@@ -142,6 +149,14 @@ def describe(report: Mapping[str, Any]) -> str:
         if row["rows"]:
             lines.append(f"  {row['table']:<14}{row['reason']:<44}{row['rows']:>12,}")
     return "\n".join(lines)
+
+
+def _read(config: DataConfig, inputs: Inputs) -> Records:
+    if config.source == "tables":
+        return tables.read(inputs.root, config.systems, inputs.tables)
+    if config.source == "mimic4":
+        return mimic4.read(inputs.root, inputs.tables)
+    return mimic3.read(inputs.root, inputs.tables)
 
 
 def _locate_drugs(config: DataConfig) -> dict[str, InputFile]:

@@ -1,11 +1,15 @@
 """The tables of `Records`, put together the same way by every source."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from cafemed.codes import normalise
+from cafemed.drugs import ndc
 from cafemed.errors import DataError
 from cafemed.records import SourceFile
 from cafemed.sources import reading
@@ -77,3 +81,35 @@ def prescription_table(
     return pa.table(
         {"patient": patient, "visit": visit, "stay": stay, "code": code, "start": start}
     )
+
+
+def code_name(system: str, code: str) -> str | None:
+    """Writes a code as cohorts have it ("icd9:4019"); None for a blank cell."""
+    if not code.strip():
+        return None
+    return ndc(code) if system == "ndc" else normalise(system, code)
+
+
+def coded(
+    system: NDArray[np.int64], systems: Sequence[str], code: pa.DictionaryArray
+) -> pa.DictionaryArray:
+    """Writes codes whose system differs from row to row; each distinct pair is written once.
+
+    Args:
+        system: int64 (n,), index into `systems`.
+        systems: names of code systems.
+        code: n cells.
+
+    Returns:
+        Null where the code is; the dictionary is sorted and without repetition.
+    """
+    values = code.dictionary.to_pylist()
+    place = reading.indices(code)
+    pair = np.where(place >= 0, system * len(values) + place, -1)
+    distinct, index = np.unique(pair, return_inverse=True)
+    names = [
+        (code_name(systems[p // len(values)], values[p % len(values)]) or "") if p >= 0 else ""
+        for p in distinct.tolist()
+    ]
+    written = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), pa.array(names))
+    return reading.recode(written, lambda name: name or None)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cafemed.codes import normalise
 from cafemed.drugs import ndc
 from cafemed.records import Records, SourceFile
 from cafemed.sources import events, reading
@@ -70,7 +69,7 @@ def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:
 
 
 def _codes(table: pa.Table, file: SourceFile) -> pa.Table:
-    code = reading.recode(reading.text(table, "icd9_code"), lambda c: normalise("icd9", c))
+    code = reading.recode(reading.text(table, "icd9_code"), lambda c: events.code_name("icd9", c))
     sequence = reading.integers(file, table, "seq_num")
     return pa.table({"visit": reading.text(table, "hadm_id"), "code": code, "sequence": sequence})
 

@@ -186,23 +186,24 @@ def integers(file: SourceFile, table: pa.Table, name: str) -> pa.Array:
     return _convert(file, table, name, _integer, pa.int32(), "a whole number")
 
 
-def choice(file: SourceFile, table: pa.Table, name: str, allowed: Sequence[str]) -> pa.Array:
-    """Checks that a column holds one of these words (in either case), and gives it in lower case.
+def choice(
+    file: SourceFile, table: pa.Table, name: str, allowed: Sequence[str]
+) -> NDArray[np.int64]:
+    """Gives the position of each cell's word (in either case) in `allowed`; -1 where empty.
 
     Raises:
-        DataError: naming file, column and row of the first other or empty cell.
+        DataError: naming file, column and row of the first cell that holds another word.
     """
-
-    def known(value: str) -> str:
-        if value.lower() not in allowed:
-            raise ValueError
-        return value.lower()
-
-    expected = "one of " + ", ".join(allowed)
-    column = _convert(file, table, name, known, pa.string(), expected)
-    if column.null_count:
-        raise _bad_cell(file, name, int(np.argmax(column.is_null())), expected)
-    return column
+    column = _convert(
+        file,
+        table,
+        name,
+        lambda value: list(allowed).index(value.lower()),
+        pa.int64(),
+        "one of " + ", ".join(allowed),
+    )
+    positions: NDArray[np.int64] = pc.fill_null(column, -1).to_numpy()
+    return positions
 
 
 def present(file: SourceFile, table: pa.Table, name: str) -> None:
@@ -213,7 +214,7 @@ def present(file: SourceFile, table: pa.Table, name: str) -> None:
     """
     column = text(table, name)
     if column.null_count:
-        raise _bad_cell(file, name, int(np.argmax(column.is_null())), "a value")
+        raise bad_cell(file, name, int(np.argmax(column.is_null())), "a value")
 
 
 def sexes(column: pa.DictionaryArray) -> pa.Array:
@@ -224,6 +225,14 @@ def sexes(column: pa.DictionaryArray) -> pa.Array:
     ]
     taken = pc.take(pa.array(of_value, pa.int8()), column.indices)
     return pc.fill_null(taken, SEXES.index("unknown"))
+
+
+def bad_cell(file: SourceFile, name: str, row: int, expected: str) -> DataError:
+    """The error for a cell, which it does not show: it may be a patient's."""
+    return DataError(
+        f"{file.path}: column {name}, row {row + 1} below the header: expected {expected}, "
+        "the cell holds something else or nothing"
+    )
 
 
 def _convert(
@@ -241,7 +250,7 @@ def _convert(
             parsed.append(parse(value.strip()) if value.strip() else None)
         except ValueError:
             row = int(np.argmax(indices(column) == position))
-            raise _bad_cell(file, name, row, expected) from None
+            raise bad_cell(file, name, row, expected) from None
     return pc.take(pa.array(parsed, kind), column.indices)
 
 
@@ -258,13 +267,6 @@ def _integer(value: str) -> int:
     if abs(number) >= 1 << 31:
         raise ValueError
     return number
-
-
-def _bad_cell(file: SourceFile, name: str, row: int, expected: str) -> DataError:
-    return DataError(
-        f"{file.path}: column {name}, row {row + 1} below the header: expected {expected}, "
-        "the cell holds something else or nothing"
-    )
 
 
 def _read_csv(path: Path, required: Sequence[str], optional: Sequence[str]) -> pa.Table:

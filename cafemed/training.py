@@ -16,7 +16,7 @@ from cafemed import checkpoints, losses, metrics, randomness
 from cafemed.batches import Batch, ModelInputs, VisitArrays, collate
 from cafemed.checkpoints import Checkpoint
 from cafemed.config import Range
-from cafemed.errors import DataError, TrainingError
+from cafemed.errors import ConfigError, DataError, TrainingError
 from cafemed.evaluation import EvaluationSet
 from cafemed.metrics import Metrics
 
@@ -80,6 +80,14 @@ class EpochReport:
     best: bool
     seconds: float
 
+    def __str__(self) -> str:
+        m = self.metrics
+        return (
+            f"{self.epoch:>3}  loss {self.losses['loss']:.4f}  validation Jaccard {m.jaccard:.4f}  "
+            f"F1 {m.f1:.4f}  PRAUC {m.prauc:.4f}  DDI {m.ddi_rate:.4f}  "
+            f"drugs {m.num_medications:.2f}  {self.seconds:.1f} s{'  best' if self.best else ''}"
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return dataclasses.asdict(self)
@@ -107,6 +115,20 @@ class FitResult:
     metrics: Metrics
     weights: dict[str, Tensor]
     history: tuple[EpochReport, ...]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `device: auto | cpu | cuda` in a configuration means.
+
+    Raises:
+        ConfigError: if it is another word, or CUDA is asked for where torch finds none.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device: expected one of auto, cpu, cuda, got {name!r}")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("device: expected a CUDA device for cuda, torch finds none; use cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def fit(

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Trains one model on an experiment's cohort and graph.
+
+    python jobs/train.py
+    python jobs/train.py train.learning_rate=0.002 train.epochs=20
+    python jobs/train.py model=cafemed model.use_charm=false name=ablation
+    ray job submit --working-dir . -- python jobs/train.py
+
+Reads ROOT/experiments/NAME/cohort and /graph (of prepare.py and discover.py) and writes
+ROOT/experiments/NAME/fit. Run again after an interruption, with the same configuration, it goes on
+from the last whole epoch and ends with the same weights. A run whose inputs and configuration are
+unchanged is skipped.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from cafemed import artifacts, config, console, paths
+
+
+@hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Runs the stage."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    root = paths.resolve_root(values["paths"]["root"])
+    with console.job(root):
+        run(paths.experiment_dir(root, str(values["name"])), values)
+
+
+def run(folder: Path, values: dict[str, Any]) -> None:
+    """Loads, trains, measures, writes and reports."""
+    import models  # torch takes seconds to import: not for --help
+    from cafemed import experiment, fits, training
+    from cafemed.cohort import SPLITS
+
+    options = dict(values["model"])
+    name = options.pop("name")
+    models.check_options(name, options)
+    fit_config = config.from_mapping(training.FitConfig, values["train"], "train")
+    device = training.choose_device(values["device"])
+    settings = {"model": {"name": name, "options": options}, "train": values["train"]}
+
+    # 1) Skip what is done.
+    sources = experiment.read_sources(folder)
+    wanted = artifacts.fingerprint(fits.STAGE, sources, settings)
+    target, checkpoint = folder / "fit", folder / "checkpoints" / f"fit-{wanted[:16]}"
+    if console.is_done(target, fits.STAGE, wanted, values["force"]):
+        return
+    if values["force"]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    elif checkpoint.exists():
+        console.say("train", f"going on from the checkpoint in {checkpoint}")
+
+    # 2) Train.
+    given = experiment.load_inputs(folder)
+    patients = {split: given.cohort.patients_of(split) for split in SPLITS}
+    console.say(
+        "train",
+        f"{name} on {device}: {len(patients['train'])} training and "
+        f"{len(patients['validation'])} validation patients",
+    )
+    result = training.fit(
+        models.build,
+        name,
+        options,
+        given.inputs,
+        given.arrays,
+        patients["train"],
+        patients["validation"],
+        fit_config,
+        on_epoch=lambda report: console.say("epoch", str(report)),
+        checkpoint_dir=checkpoint,
+        device=device,
+    )
+
+    # 3) Measure the best epoch, write, report.
+    model = models.build(name, given.inputs, options, fit_config.seed).to(device)
+    model.load_state_dict(result.weights)
+    measured = fits.measure(
+        model,
+        given.arrays,
+        patients,
+        given.inputs.ddi,
+        fit_config.threshold,
+        fit_config.seed,
+        device,
+    )
+    fits.write(target, given.sources, settings, result, measured)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    console.say("train", f"best epoch {result.best_epoch} of {len(result.history)}")
+    print(fits.describe(measured))
+    console.say("done", str(target))
+
+
+if __name__ == "__main__":
+    main()

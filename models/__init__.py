@@ -59,6 +59,17 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     config.from_mapping(getattr(module, options_class), options, "model")
 
 
+def options_class(name: str) -> type:
+    """The dataclass of a model's options: their defaults and what they may be.
+
+    Raises:
+        ConfigError: if the name is unknown.
+    """
+    module, _, options = _entry(name)
+    found: type = getattr(module, options)
+    return found
+
+
 def _entry(name: str) -> tuple[Any, str, str]:
     if name not in _REGISTRY:
         raise ConfigError(f"model.name: expected one of {', '.join(NAMES)}, got {name!r}")

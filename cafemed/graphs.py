@@ -5,6 +5,8 @@
 
 import dataclasses
 import json
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,10 @@ def write_effects(effects: EffectTable, path: Path) -> None:
     )
 
 
+#: What numpy and zipfile raise on a file that is damaged in one place or another.
+_DAMAGED = (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
 def read_effects(path: Path) -> EffectTable:
     """Reads `effects.npz`.
 
@@ -179,13 +185,20 @@ def read_effects(path: Path) -> EffectTable:
         ArtifactError: if it is not such a file.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
-            return EffectTable(
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            table = EffectTable(
                 codes=tuple(content["codes"].tolist()),
                 medications=tuple(content["medications"].tolist()),
                 effect=content["effect"].astype(np.float32),
                 standard_error=content["standard_error"].astype(np.float32),
                 estimator=str(content["estimator"]),
             )
-    except (OSError, KeyError, ValueError) as err:
+    except _DAMAGED as err:
         raise ArtifactError(f"{path}: not an effect table ({type(err).__name__})") from err
+    shape = (len(table.codes), len(table.medications))
+    if table.effect.shape != shape or table.standard_error.shape != shape:
+        raise ArtifactError(
+            f"{path}: expected shape {shape} (codes, medications), got effects of shape "
+            f"{table.effect.shape} and standard errors of shape {table.standard_error.shape}"
+        )
+    return table

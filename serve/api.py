@@ -1,0 +1,217 @@
+"""The routes over HTTP, without Ray: any object with a recommender can stand behind them.
+
+No answer holds a stack trace and no log line holds a code: a failure is logged as its type and
+place in the program, never with its message, because that may quote a request.
+"""
+
+import logging
+import re
+import traceback
+import uuid
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.encoding import EncodedPatient, UnknownSystemError
+from serve.recommender import INTENDED_USE, Recommender
+from serve.schema import (
+    MAX_BODY_BYTES,
+    MAX_MESSAGES,
+    FieldProblem,
+    Health,
+    ModelCard,
+    Problem,
+    RecommendRequest,
+    RecommendResponse,
+    field_path,
+)
+
+logger = logging.getLogger(__name__)
+
+_INVALID = "the request is not valid"
+_LOADING = "the model is still being loaded"
+_MAX_FIELD_LENGTH = 200
+
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: {"model": Problem},
+    HTTPStatus.UNPROCESSABLE_ENTITY.value: {"model": Problem},
+    HTTPStatus.INTERNAL_SERVER_ERROR.value: {"model": Problem},
+    HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Problem},
+}
+
+
+class Service(Protocol):
+    """What the routes need."""
+
+    @property
+    def recommender(self) -> Recommender | None:
+        """The recommender in use, None while the first one is loaded."""
+
+    async def probabilities(
+        self, recommender: Recommender, patients: Sequence[EncodedPatient]
+    ) -> list[NDArray[np.float32]]:
+        """Runs the model, batched with other requests; one row (N_m,) a patient."""
+
+
+def create_api(service: Service) -> FastAPI:
+    """Gives the ASGI application of a service."""
+    api = FastAPI(title="CafeMed", version="1", description=INTENDED_USE)
+    api.add_middleware(_BodyLimit, max_bytes=MAX_BODY_BYTES)
+    api.add_exception_handler(RequestValidationError, _refuse_invalid)
+    api.add_exception_handler(UnknownSystemError, _refuse_system)
+    api.add_exception_handler(HTTPException, _refuse_other)
+
+    @api.post("/v1/recommend", response_model=RecommendResponse, responses=_PROBLEMS)
+    async def recommend(
+        body: RecommendRequest, request: Request
+    ) -> RecommendResponse | JSONResponse:
+        """Recommends medications for the current visit of every patient."""
+        recommender = service.recommender
+        if recommender is None:
+            return _problem(request, HTTPStatus.SERVICE_UNAVAILABLE, _LOADING)
+        patients = recommender.encode(body)
+        try:
+            scores = await service.probabilities(recommender, patients)
+            return RecommendResponse(
+                request_id=_id_of(request),
+                model=recommender.name,
+                recommendations=[
+                    recommender.answer(patient, row)
+                    for patient, row in zip(patients, scores, strict=True)
+                ],
+            )
+        except Exception as err:  # noqa: BLE001 - the server would log the message with its codes
+            return _failed(request, err)
+
+    @api.get(
+        "/v1/model",
+        response_model=ModelCard,
+        responses={HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Problem}},
+    )
+    async def model(request: Request) -> ModelCard | JSONResponse:
+        """Describes the model that answers."""
+        recommender = service.recommender
+        if recommender is None:
+            return _problem(request, HTTPStatus.SERVICE_UNAVAILABLE, _LOADING)
+        return recommender.card
+
+    @api.get("/healthz")
+    async def healthz() -> Health:
+        """Says that the process answers."""
+        return Health(status="ok")
+
+    @api.get(
+        "/readyz",
+        response_model=Health,
+        responses={HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Health}},
+    )
+    async def readyz() -> Health | JSONResponse:
+        """Says whether a model is loaded; 503 while it is not."""
+        if service.recommender is None:
+            return JSONResponse(
+                Health(status="loading").model_dump(), HTTPStatus.SERVICE_UNAVAILABLE
+            )
+        return Health(status="ok")
+
+    return api
+
+
+class _BodyLimit:
+    """Refuses a body over the limit: by its announced length, else once that much has come."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received: list[Message] = []
+        come = 0
+        size = int(dict(scope["headers"]).get(b"content-length", b"0"))
+        more = True
+        while more and size <= self._max_bytes:
+            message = await receive()
+            received.append(message)
+            more = message["type"] == "http.request" and message.get("more_body", False)
+            come += len(message.get("body", b""))
+            size = max(size, come)
+        if size > self._max_bytes:
+            answer = _problem(
+                Request(scope),
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body may have at most {self._max_bytes} bytes; send fewer patients at once",
+            )
+            await answer(scope, receive, send)
+            return
+
+        async def replay() -> Message:
+            return received.pop(0) if received else await receive()
+
+        await self._app(scope, replay, send)
+
+
+async def _refuse_invalid(request: Request, err: Exception) -> JSONResponse:
+    assert isinstance(err, RequestValidationError)
+    problems = [
+        FieldProblem(
+            # The first part of a location is always "body"; a part may be the client's own key.
+            field=field_path(tuple(error["loc"])[1:])[:_MAX_FIELD_LENGTH] or "body",
+            message=str(error["msg"]).removeprefix("Value error, "),
+        )
+        for error in err.errors()
+        if error["type"] != "json_invalid"
+    ] or [FieldProblem(field="body", message="not JSON")]
+    return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, problems[:MAX_MESSAGES])
+
+
+async def _refuse_system(request: Request, err: Exception) -> JSONResponse:
+    assert isinstance(err, UnknownSystemError)
+    problem = FieldProblem(field=err.field, message=str(err))
+    return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [problem])
+
+
+async def _refuse_other(request: Request, err: Exception) -> JSONResponse:
+    assert isinstance(err, HTTPException)
+    if err.status_code == HTTPStatus.BAD_REQUEST:
+        # How FastAPI calls a body that is not even text, or nested too deeply.
+        problem = FieldProblem(field="body", message="not JSON")
+        return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [problem])
+    answer = _problem(request, HTTPStatus(err.status_code), str(err.detail))
+    answer.headers.update(err.headers or {})
+    return answer
+
+
+def _failed(request: Request, err: Exception) -> JSONResponse:
+    place = traceback.extract_tb(err.__traceback__)[-1]
+    answer = Problem(message="the request failed in the server", request_id=_id_of(request))
+    logger.error(
+        "request %s failed: %s at %s:%s",
+        answer.request_id,
+        type(err).__name__,
+        place.filename,
+        place.lineno,
+    )
+    return JSONResponse(answer.model_dump(), HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _problem(
+    request: Request, status: HTTPStatus, message: str, problems: Sequence[FieldProblem] = ()
+) -> JSONResponse:
+    answer = Problem(message=message, problems=list(problems), request_id=_id_of(request))
+    return JSONResponse(answer.model_dump(), status)
+
+
+def _id_of(request: Request) -> str:
+    """The request's own id, which Ray Serve's proxy gives it and logs; a new one without that."""
+    given = request.headers.get("x-request-id", "")
+    return given if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given) else str(uuid.uuid4())

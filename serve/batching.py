@@ -1,0 +1,162 @@
+"""Batches of fixed shape: an answer must not depend on who else is in the batch, bit for bit.
+
+A matrix product gives a row other last bits among 64 rows than alone, so the model may only run at
+a few fixed shapes, and a patient's shape must follow from that patient alone. Padding the lists is
+not enough: a model may drop the padding and lay all codes of a batch end to end. So each patient
+is filled up with visits after the current one, which cannot influence it, until the number of
+visits, of codes, and of positions (the sum over visits of the longest list, at least 1) are all
+those of the shape; and a batch is filled up by repeating its first patient.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import pad
+
+from cafemed.batches import Batch, collate, visit_arrays
+from cafemed.codes import CodeLists
+from cafemed.graphs import CausalGraph
+from serve.encoding import EncodedPatient
+from serve.schema import MAX_CODES
+
+#: Smallest of the shapes' positions; the next ones double. A hospital patient with two visits of
+#: fifteen codes takes 64.
+_MIN_POSITIONS = 32
+_MIN_VISITS = 2
+#: Positions of one run: the more, the better it fills the processor and the longer one waits.
+_RUN_POSITIONS = 512
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Shape:
+    """A shape that the model runs at.
+
+    Attributes:
+        visits: that a patient has room for; fillers come on top.
+        positions: of every patient, fillers included; twice as many codes.
+    """
+
+    visits: int
+    positions: int
+
+    @property
+    def patients(self) -> int:
+        """Patients of one run."""
+        return max(1, _RUN_POSITIONS // self.positions)
+
+    @property
+    def width(self) -> int:
+        """Codes that one list has room for."""
+        return min(MAX_CODES, self.positions)
+
+    @property
+    def num_fillers(self) -> int:
+        """Filling visits of either kind (`fillers_of`)."""
+        return math.ceil(self.positions / self.width)
+
+    @property
+    def steps(self) -> int:
+        """Visits of every patient, fillers included."""
+        return self.visits + 2 * self.num_fillers
+
+
+def shape_of(patient: EncodedPatient) -> Shape:
+    """The shape for a patient: the smallest that has room for it and its fillers."""
+    visits = _MIN_VISITS
+    while visits < patient.num_visits:
+        visits *= 2
+    for power in itertools.count():
+        shape = Shape(visits, _MIN_POSITIONS << power)
+        full, single, _ = _missing(patient, shape)
+        if min(full, single) >= shape.num_fillers:
+            return shape
+    raise AssertionError("unreachable")
+
+
+def fillers_of(patient: EncodedPatient, shape: Shape) -> NDArray[np.int64]:
+    """Codes of each list of the visits that come after a patient's last, int64 (visits, 3).
+
+    First empty visits, which have one position and no code; then visits with three equally long
+    lists, which have three codes a position, and visits with diagnoses alone, which have one. So
+    many of each are chosen that the sums come out.
+    """
+    full, single, odd = _missing(patient, shape)
+    empty = np.zeros((shape.visits - patient.num_visits, 3), np.int64)
+    threes = np.repeat(_split(full, shape.num_fillers)[:, None], 3, axis=1)
+    ones = np.zeros((shape.num_fillers, 3), np.int64)
+    ones[:, 0] = _split(single, shape.num_fillers)
+    ones[0, 1] = odd
+    return np.concatenate([empty, threes, ones])
+
+
+def batch_of(
+    patients: Sequence[EncodedPatient],
+    shape: Shape,
+    graph: CausalGraph,
+    vocabularies: Mapping[str, tuple[str, ...]],
+) -> Batch:
+    """Makes the tensors of one run.
+
+    Args:
+        patients: 1 to shape.patients, all of this shape.
+        shape: see Shape.
+        graph: of the bundle.
+        vocabularies: of the bundle.
+
+    Returns:
+        a batch of exactly shape.patients patients with shape.steps visits each; the given ones
+        come first.
+    """
+    repeated = [*patients, *[patients[0]] * (shape.patients - len(patients))]
+    arrays = visit_arrays(
+        _lists(repeated, shape),
+        None,
+        np.arange(shape.patients + 1, dtype=np.int64) * shape.steps,
+        graph,
+        vocabularies,
+        np.array([patient.sex for patient in repeated], np.int8),
+        np.repeat(np.array([patient.age for patient in repeated], np.float32), shape.steps),
+    )
+    batch = collate(arrays, np.arange(shape.patients))
+    counts = batch.counts.view(shape.patients, shape.steps, 3)
+    for p, patient in enumerate(repeated):
+        counts[p, patient.num_visits :] = torch.from_numpy(fillers_of(patient, shape))
+    # A batch is as wide as its longest list; what the fillers' counts now cover is padding, which
+    # holds valid indices.
+    missing = (0, shape.width - batch.codes.shape[2])
+    return dataclasses.replace(
+        batch, codes=pad(batch.codes, missing), classes=pad(batch.classes, missing)
+    )
+
+
+def _missing(patient: EncodedPatient, shape: Shape) -> tuple[int, int, int]:
+    """Positions to fill with three codes each and with one code each, and a code left over."""
+    sizes = np.array([[len(codes) for codes in kind] for kind in patient.known])
+    used = int(sizes.max(0).clip(min=1).sum())
+    positions = shape.positions - used - (shape.visits - patient.num_visits)
+    codes = 2 * shape.positions - int(sizes.sum())
+    full, odd = divmod(codes - positions, 2)
+    return full, positions - full, odd
+
+
+def _split(total: int, parts: int) -> NDArray[np.int64]:
+    """Splits a number as evenly as can be, int64 (parts,)."""
+    return total // parts + (np.arange(parts) < total % parts).astype(np.int64)
+
+
+def _lists(
+    patients: Sequence[EncodedPatient], shape: Shape
+) -> tuple[CodeLists, CodeLists, CodeLists]:
+    """What is known at each visit, with none for the fillers."""
+    lists: list[list[Sequence[int]]] = [[], [], []]
+    for patient in patients:
+        for k in range(3):
+            lists[k].extend(patient.known[k])
+            lists[k].extend([()] * (shape.steps - patient.num_visits))
+    diagnoses, procedures, medications = map(CodeLists.of, lists)
+    return diagnoses, procedures, medications

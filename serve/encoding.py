@@ -1,0 +1,133 @@
+"""From a request's codes to the model's indices, and what was lost on the way."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from cafemed.bundle import Preprocessing
+from cafemed.codes import KINDS
+from cafemed.cohort import SEXES
+from serve.schema import Code, Kind, Patient, RecommendRequest, UnknownCode, Visit, field_path
+
+#: Systems that may be asked for although a model was not trained on them; their codes are
+#: then unknown. Any other system must be one of the model's.
+_STANDARD_SYSTEMS = {
+    "diagnosis": ("icd10", "icd9"),
+    "procedure": ("icd10", "icd9"),
+    "medication": ("atc",),
+}
+
+#: Characters of an ATC code at each of its levels.
+_ATC_CHARACTERS = {"atc1": 1, "atc2": 3, "atc3": 4, "atc4": 5, "atc5": 7}
+
+_KINDS: tuple[Kind, ...] = ("diagnosis", "procedure", "medication")
+_FIELDS = ("diagnoses", "procedures", "medications")
+
+
+class UnknownSystemError(ValueError):
+    """A request names a code system that neither the model nor the standard list has."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPatient:
+    """What the model is given for one patient of T visits.
+
+    Attributes:
+        known: for diagnoses, procedures and previous medications: T tuples of indices, each index
+            at most once a visit.
+        taken: indices of the medications that the patient already takes.
+        sex: index into cohort.SEXES.
+        age: years at the current visit; NaN if unknown.
+        unknown: the request's codes that the vocabularies do not have.
+    """
+
+    known: tuple[tuple[tuple[int, ...], ...], ...]
+    taken: tuple[int, ...]
+    sex: int
+    age: float
+    unknown: tuple[UnknownCode, ...]
+
+    @property
+    def num_visits(self) -> int:
+        """T."""
+        return len(self.known[0])
+
+
+class Encoder:
+    """Looks up codes as the bundle's vocabularies write them."""
+
+    def __init__(
+        self, vocabularies: Mapping[str, Sequence[str]], preprocessing: Preprocessing
+    ) -> None:
+        self._index = [{code: i for i, code in enumerate(vocabularies[kind])} for kind in KINDS]
+        self._uses_current = preprocessing.inputs == "current"
+        self._atc_characters = _ATC_CHARACTERS.get(preprocessing.medication_level)
+        self.systems: dict[str, list[str]] = {
+            kind: sorted({code.partition(":")[0] for code in vocabularies[kind]}) for kind in KINDS
+        }
+        self._accepted = [{*self.systems[kind], *_STANDARD_SYSTEMS[kind]} for kind in KINDS]
+
+    def encode(self, request: RecommendRequest) -> list[EncodedPatient]:
+        """Encodes every patient of a request.
+
+        Raises:
+            UnknownSystemError: naming the field.
+        """
+        return [self._encode(patient, p) for p, patient in enumerate(request.patients)]
+
+    def _encode(self, patient: Patient, p: int) -> EncodedPatient:
+        unknown: list[UnknownCode] = []
+        visits = [
+            self._visit(visit, ("patients", p, "visits", t), unknown)
+            for t, visit in enumerate(patient.visits)
+        ]
+        diagnoses, procedures, medications = (tuple(lists) for lists in zip(*visits, strict=True))
+        if not self._uses_current:
+            diagnoses, procedures = _shifted(diagnoses), _shifted(procedures)
+        previous = _shifted(medications)
+        return EncodedPatient(
+            known=(diagnoses, procedures, previous),
+            taken=medications[-1] if patient.visits[-1].medications else previous[-1],
+            sex=SEXES.index(patient.sex),
+            age=math.nan if patient.age is None else patient.age,
+            unknown=tuple(unknown),
+        )
+
+    def _visit(
+        self, visit: Visit, location: tuple[str | int, ...], unknown: list[UnknownCode]
+    ) -> tuple[tuple[int, ...], ...]:
+        """Indices of the three kinds, in the request's order, repeated codes once."""
+        encoded = []
+        for k, (kind, field) in enumerate(zip(_KINDS, _FIELDS, strict=True)):
+            asked: list[Code] = getattr(visit, field)
+            indices: dict[int, None] = {}
+            for i, code in enumerate(asked):
+                name = self._name(k, code, (*location, field, i, "system"))
+                index = self._index[k].get(name)
+                if index is None:
+                    unknown.append(UnknownCode(visit=int(location[-1]), kind=kind, code=name))
+                else:
+                    indices[index] = None
+            encoded.append(tuple(indices))
+        return tuple(encoded)
+
+    def _name(self, k: int, code: Code, location: tuple[str | int, ...]) -> str:
+        name = code.normalised()
+        system, _, value = name.partition(":")
+        if system not in self._accepted[k]:
+            expected = ", ".join(sorted(self._accepted[k]))
+            raise UnknownSystemError(
+                field_path(location), f"unknown code system; expected one of {expected}"
+            )
+        if system == "atc" and _KINDS[k] == "medication":
+            return f"{system}:{value[: self._atc_characters]}"
+        return name
+
+
+def _shifted(lists: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """Each visit gets the list of the visit before; the first gets none."""
+    return ((), *lists[:-1])

@@ -1,0 +1,155 @@
+"""From encoded patients to recommendations: one bundle, one model, no Ray.
+
+The model only runs at the fixed shapes of serve/batching.py, so that an answer does not depend on
+who else is in the batch.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import models
+from cafemed import bundle as bundles
+from cafemed.bundle import Bundle
+from serve.batching import Shape, batch_of, shape_of
+from serve.encoding import EncodedPatient, Encoder
+from serve.schema import (
+    Interaction,
+    InteractionWithTaken,
+    Medication,
+    ModelCard,
+    ModelName,
+    Recommendation,
+    RecommendRequest,
+)
+
+INTENDED_USE = (
+    "Decision support for research. Not a medical device: not for diagnosing or treating anyone."
+)
+
+
+class Recommender:
+    """A bundle that answers requests."""
+
+    def __init__(self, bundle: Bundle, version: int) -> None:
+        """Builds the model and runs its self-check.
+
+        Raises:
+            ArtifactError: if the weights do not fit or the self-check fails.
+            ConfigError: if the model or an option is unknown.
+        """
+        self.name = ModelName(name=bundle.model_name, version=version)
+        self._bundle = bundle
+        self._encoder = Encoder(bundle.vocabularies, bundle.preprocessing)
+        self._model = bundles.restore_model(bundle, models.build)
+        self._medications = bundle.vocabularies["medication"]
+
+    @classmethod
+    def load(cls, folder: Path, version: int) -> "Recommender":
+        """Loads a bundle folder.
+
+        Raises:
+            ArtifactError: if it is not a whole, unedited bundle, or as the constructor.
+            ConfigError: as the constructor.
+        """
+        return cls(bundles.load(folder), version)
+
+    @property
+    def card(self) -> ModelCard:
+        """What is served."""
+        bundle = self._bundle
+        diagnoses, procedures, medications = (
+            len(bundle.vocabularies[kind]) for kind in ("diagnosis", "procedure", "medication")
+        )
+        return ModelCard(
+            name=self.name.name,
+            version=self.name.version,
+            intended_use=INTENDED_USE,
+            options=dict(bundle.model_options),
+            threshold=bundle.preprocessing.threshold,
+            inputs=bundle.preprocessing.inputs,
+            num_diagnoses=diagnoses,
+            num_procedures=procedures,
+            num_medications=medications,
+            code_systems=self._encoder.systems,
+            metrics=dict(bundle.metrics),
+            fingerprint=bundle.fingerprint,
+        )
+
+    def encode(self, request: RecommendRequest) -> list[EncodedPatient]:
+        """Looks up the codes of a request.
+
+        Raises:
+            UnknownSystemError: naming the field.
+        """
+        return self._encoder.encode(request)
+
+    def probabilities(self, patients: Sequence[EncodedPatient]) -> NDArray[np.float32]:
+        """Probability of each medication at every patient's current visit, float32 (n, N_m).
+
+        A row depends on its own patient alone, bit for bit.
+        """
+        result = np.empty((len(patients), len(self._medications)), np.float32)
+        by_shape: dict[Shape, list[int]] = defaultdict(list)
+        for i, patient in enumerate(patients):
+            by_shape[shape_of(patient)].append(i)
+        for shape, members in by_shape.items():
+            for start in range(0, len(members), shape.patients):
+                run = members[start : start + shape.patients]
+                result[run] = self._run([patients[i] for i in run], shape)
+        return result
+
+    def recommend(self, request: RecommendRequest) -> list[Recommendation]:
+        """Answers a request, one recommendation a patient in the request's order.
+
+        Raises:
+            UnknownSystemError: as encode.
+        """
+        patients = self.encode(request)
+        scores = self.probabilities(patients)
+        return [self.answer(patient, row) for patient, row in zip(patients, scores, strict=True)]
+
+    def answer(self, patient: EncodedPatient, probabilities: NDArray[np.float32]) -> Recommendation:
+        """The recommendation for a patient with these probabilities, float32 (N_m,)."""
+        order = np.argsort(-probabilities, kind="stable")
+        chosen = order[probabilities[order] >= self._bundle.preprocessing.threshold].tolist()
+        taken = [m for m in patient.taken if m not in set(chosen)]
+        codes, ddi = self._medications, self._bundle.ddi
+        return Recommendation(
+            medications=[_medication(codes[m], float(probabilities[m])) for m in chosen],
+            interactions=[
+                Interaction(first=codes[a], second=codes[b])
+                for i, a in enumerate(chosen)
+                for b in chosen[i + 1 :]
+                if ddi[a, b]
+            ],
+            interactions_with_taken=[
+                InteractionWithTaken(recommended=codes[a], taken=codes[b])
+                for a in chosen
+                for b in taken
+                if ddi[a, b]
+            ],
+            unknown_codes=list(patient.unknown),
+        )
+
+    def _run(self, patients: Sequence[EncodedPatient], shape: Shape) -> NDArray[np.float32]:
+        """One run of the model at a fixed shape, float32 (len(patients), N_m)."""
+        last = torch.tensor([patient.num_visits - 1 for patient in patients])
+        with torch.inference_mode():
+            batch = batch_of(patients, shape, self._bundle.graph, self._bundle.vocabularies)
+            logits = self._model(batch)
+            logits = logits[torch.arange(len(patients)), last]
+            logits = logits / self._bundle.preprocessing.temperature
+            # Row by row: the last few elements of a tensor, which fill no vector register, are
+            # computed by another exp.
+            scores = torch.stack([torch.sigmoid(row) for row in logits.unbind()])
+        return np.asarray(scores.numpy(), np.float32)
+
+
+def _medication(name: str, probability: float) -> Medication:
+    system, _, code = name.partition(":")
+    return Medication(system=system, code=code, probability=probability)

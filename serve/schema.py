@@ -1,0 +1,233 @@
+"""What is asked of the endpoint and what it answers; limits are checked here, before any work.
+
+A request holds patients, a patient holds visits in time order, a visit holds codes. The last visit
+is the current one: medications are recommended for it from its diagnoses and procedures and from
+the earlier visits. Nothing in a request identifies a person, and unknown fields are refused, so
+that an identifier cannot slip in.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from cafemed.codes import normalise
+
+MAX_PATIENTS = 256
+MAX_VISITS = 256
+MAX_CODES = 128
+#: Visits of all patients of one request: bounds the work of a request, whatever its shape.
+MAX_VISITS_OF_REQUEST = 4096
+MAX_SYSTEM_LENGTH = 32
+MAX_CODE_LENGTH = 64
+MAX_AGE = 130.0
+#: Bytes of a request's body; 256 patients of the usual size need about one.
+MAX_BODY_BYTES = 4 * 1024 * 1024
+#: A request that is wrong throughout gets this many messages.
+MAX_MESSAGES = 20
+
+Kind = Literal["diagnosis", "procedure", "medication"]
+
+
+class _Asked(BaseModel):
+    # strict: "71" is not an age. Unknown fields are refused.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Code(_Asked):
+    """A code of a code system; dots and case do not matter."""
+
+    system: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=MAX_SYSTEM_LENGTH,
+            description="icd9, icd10, atc, or the name that the data source gave its own codes",
+            examples=["icd9"],
+        ),
+    ]
+    code: Annotated[str, Field(min_length=1, max_length=MAX_CODE_LENGTH, examples=["428.0"])]
+
+    @field_validator("system", "code")
+    @classmethod
+    def _says_something(cls, value: str) -> str:
+        if not value.strip(". \t\r\n"):
+            raise ValueError("holds only blanks and dots")
+        return value
+
+    def normalised(self) -> str:
+        """The code as vocabularies write it, "icd9:4280"."""
+        return normalise(self.system, self.code)
+
+
+Codes = Annotated[list[Code], Field(max_length=MAX_CODES)]
+
+
+class Visit(_Asked):
+    """One hospital stay."""
+
+    diagnoses: Codes = Field(default=[], description="by priority, the first the principal one")
+    procedures: Codes = Field(default=[], description="by priority")
+    medications: Codes = Field(
+        default=[],
+        description="ATC codes by first start; of the current visit: what the patient already "
+        "takes, used only to find interactions",
+    )
+
+
+class Patient(_Asked):
+    """A patient's visits, the earliest first and the current one last."""
+
+    visits: Annotated[list[Visit], Field(min_length=1, max_length=MAX_VISITS)]
+    sex: Literal["female", "male", "unknown"] = "unknown"
+    age: Annotated[float, Field(ge=0, le=MAX_AGE)] | None = Field(
+        default=None, description="years at the current visit"
+    )
+
+
+_EXAMPLE: dict[str, Any] = {
+    "patients": [
+        {
+            "sex": "female",
+            "age": 71,
+            "visits": [
+                {
+                    "diagnoses": [{"system": "icd9", "code": "428.0"}],
+                    "medications": [{"system": "atc", "code": "C03CA01"}],
+                },
+                {
+                    "diagnoses": [
+                        {"system": "icd9", "code": "428.0"},
+                        {"system": "icd9", "code": "427.31"},
+                    ],
+                    "procedures": [{"system": "icd9", "code": "99.61"}],
+                },
+            ],
+        }
+    ]
+}
+
+
+class RecommendRequest(_Asked):
+    """One patient or a batch."""
+
+    patients: Annotated[list[Patient], Field(min_length=1, max_length=MAX_PATIENTS)]
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+
+    @field_validator("patients")
+    @classmethod
+    def _bounded(cls, patients: list[Patient]) -> list[Patient]:
+        visits = sum(len(patient.visits) for patient in patients)
+        if visits > MAX_VISITS_OF_REQUEST:
+            raise ValueError(
+                f"{visits} visits together, at most {MAX_VISITS_OF_REQUEST} in one request"
+            )
+        return patients
+
+
+class Medication(BaseModel):
+    """A recommended medication."""
+
+    system: str
+    code: str
+    probability: float = Field(description="that the medication is given at the current visit")
+
+
+class Interaction(BaseModel):
+    """Two recommended medications that interact."""
+
+    first: str = Field(examples=["atc:B01A"])
+    second: str = Field(examples=["atc:N02B"])
+
+
+class InteractionWithTaken(BaseModel):
+    """A recommended medication that interacts with one the patient already takes."""
+
+    recommended: str = Field(examples=["atc:B01A"])
+    taken: str = Field(examples=["atc:N02B"])
+
+
+class UnknownCode(BaseModel):
+    """A code that the model does not know; it had no influence on the answer."""
+
+    visit: int = Field(description="position in the patient's visits, from 0")
+    kind: Kind
+    code: str = Field(description="as it was looked up", examples=["icd9:V9999"])
+
+
+class ModelName(BaseModel):
+    """Which model answered."""
+
+    name: str = Field(examples=["cafemed"])
+    version: int = Field(description="of the registry", examples=[3])
+
+
+class Recommendation(BaseModel):
+    """The answer for one patient."""
+
+    medications: list[Medication] = Field(description="the most probable first")
+    interactions: list[Interaction] = Field(description="among the recommended medications")
+    interactions_with_taken: list[InteractionWithTaken] = Field(
+        description="with the medications of the current visit or, where it gives none, of the "
+        "visit before; those recommended again are under `interactions`"
+    )
+    unknown_codes: list[UnknownCode] = Field(
+        description="ignored; interactions of an unknown medication cannot be known either"
+    )
+
+
+class RecommendResponse(BaseModel):
+    """The answer to a request: one recommendation a patient, in the order of the request."""
+
+    request_id: str
+    model: ModelName
+    recommendations: list[Recommendation]
+
+
+class ModelCard(BaseModel):
+    """What is served: enough to judge an answer by, nothing about any patient."""
+
+    name: str
+    version: int
+    intended_use: str
+    options: dict[str, Any]
+    threshold: float = Field(description="medications with at least this probability are returned")
+    inputs: Literal["current", "history"] = Field(
+        description="current: the current visit's diagnoses and procedures are used; "
+        "history: only those of earlier visits"
+    )
+    num_diagnoses: int
+    num_procedures: int
+    num_medications: int
+    code_systems: dict[str, list[str]] = Field(description="kind → systems the model knows")
+    metrics: dict[str, Any] = Field(description="as measured when the model was made")
+    fingerprint: str = Field(description="of the bundle's inputs and configuration")
+
+
+class Health(BaseModel):
+    """State of a replica."""
+
+    status: Literal["ok", "loading"]
+
+
+class FieldProblem(BaseModel):
+    """What is wrong with one field of a request."""
+
+    field: str = Field(examples=["patients[0].visits[1].diagnoses[0].code"])
+    message: str
+
+
+class Problem(BaseModel):
+    """The answer to a request that could not be served."""
+
+    message: str
+    problems: list[FieldProblem] = []
+    request_id: str
+
+
+def field_path(location: tuple[str | int, ...]) -> str:
+    """Writes a place in a request as a user would: `patients[0].visits[1].age`."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")

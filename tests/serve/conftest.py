@@ -1,0 +1,87 @@
+"""A small bundle with an untrained model; its vocabulary is invented."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import models
+from cafemed import bundle as bundles
+from cafemed import registry
+from cafemed.batches import model_inputs
+from cafemed.bundle import Bundle, Preprocessing
+from cafemed.codes import KINDS, node_name
+from cafemed.graphs import CausalGraph, EffectTable
+from cafemed.reference import Reference, make_self_check, score_histogram
+
+VOCABULARIES = {
+    "diagnosis": (*(f"icd9:{n}" for n in range(4010, 4022)), "icd10:I10"),
+    "procedure": tuple(f"icd9:{n}" for n in range(990, 996)),
+    "medication": tuple(f"atc:{letter}0{n}B" for letter in "ABCN" for n in (1, 2, 3)),
+}
+MODEL_OPTIONS = {"dimension": 16}
+
+
+def make_bundle(preprocessing: Preprocessing | None = None, seed: int = 0) -> Bundle:
+    """A bundle whose model has random weights, larger than at a start, so that scores differ."""
+    rng = np.random.default_rng(seed)
+    nodes = sorted(
+        node_name(kind, code)
+        for kind, of in (
+            ("diagnosis", "diagnosis"),
+            ("procedure", "procedure"),
+            ("previous_medication", "medication"),
+        )
+        for code in VOCABULARIES[of]
+    )
+    source = np.arange(0, len(nodes) - 1, 2, dtype=np.int32)
+    graph = CausalGraph(
+        nodes=tuple(nodes),
+        source=source,
+        target=source + 1,
+        directed=np.ones(len(source), np.bool_),
+        stability=np.full(len(source), np.nan, np.float32),
+        support=np.ones(len(source), np.int64),
+    )
+    rows = tuple(node_name(kind, c) for kind in KINDS[:2] for c in VOCABULARIES[kind])
+    columns = tuple(node_name("medication", c) for c in VOCABULARIES["medication"])
+    effect = rng.normal(0, 0.1, (len(rows), len(columns))).astype(np.float32)
+    effects = EffectTable(rows, columns, effect, np.full_like(effect, 0.01), "raw")
+    ddi = np.triu(rng.random((len(columns), len(columns))) < 0.3, 1)
+    ddi |= ddi.T
+    inputs = model_inputs(VOCABULARIES, effects, ddi)
+    model = models.build("cafemed", inputs, MODEL_OPTIONS, seed=seed)
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    model.eval()
+    return Bundle(
+        model_name="cafemed",
+        model_options=MODEL_OPTIONS,
+        weights=model.state_dict(),
+        vocabularies=VOCABULARIES,
+        graph=graph,
+        effects=effects,
+        ddi=ddi,
+        preprocessing=preprocessing or Preprocessing(),
+        reference=Reference(
+            score_histogram(rng.random(100)), make_self_check(model, graph, VOCABULARIES)
+        ),
+        metrics={"jaccard": 0.5},
+        sources={"cohort": "0" * 64},
+    )
+
+
+@pytest.fixture(scope="session")
+def served() -> Bundle:
+    """The bundle, in memory."""
+    return make_bundle()
+
+
+@pytest.fixture(scope="session")
+def root(served: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose experiment "tiny" has the bundle as version 1, in production."""
+    folder = tmp_path_factory.mktemp("root")
+    bundles.write(folder / "bundle", served)
+    registry_dir = folder / "registry" / "tiny"
+    registry.promote(registry_dir, registry.publish(registry_dir, folder / "bundle", {}))
+    return folder

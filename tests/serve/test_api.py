@@ -1,0 +1,213 @@
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from cafemed.bundle import Bundle
+from serve import schema
+from serve.api import create_api
+from serve.encoding import EncodedPatient
+from serve.example import example_request
+from serve.recommender import Recommender
+from serve.schema import RecommendRequest, RecommendResponse
+
+MARKER = "MARKER4711"
+
+
+class Direct:
+    """A service without Ray, queue or batch."""
+
+    def __init__(self, recommender: Recommender | None) -> None:
+        self.recommender = recommender
+        self.failure: Exception | None = None
+
+    async def probabilities(
+        self, recommender: Recommender, patients: Sequence[EncodedPatient]
+    ) -> list[Any]:
+        if self.failure is not None:
+            raise self.failure
+        return list(recommender.probabilities(patients))
+
+
+@pytest.fixture(scope="module")
+def service(served: Bundle) -> Direct:
+    return Direct(Recommender(served, 3))
+
+
+class Client:
+    """Calls an ASGI application in this process."""
+
+    def __init__(self, api: FastAPI) -> None:
+        self.transport = httpx.ASGITransport(app=api)
+
+    def get(self, path: str) -> httpx.Response:
+        return self.send("GET", path)
+
+    def post(self, path: str, **content: Any) -> httpx.Response:
+        return self.send("POST", path, **content)
+
+    def send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        async def call() -> httpx.Response:
+            async with httpx.AsyncClient(transport=self.transport, base_url="http://t") as client:
+                return await client.request(method, path, **content)
+
+        return asyncio.run(call())
+
+
+@pytest.fixture
+def client(service: Direct) -> Iterator[Client]:
+    yield Client(create_api(service))
+    service.failure = None
+
+
+def body(*diagnoses: tuple[str, str]) -> dict[str, Any]:
+    codes = [{"system": system, "code": code} for system, code in diagnoses]
+    return {"patients": [{"visits": [{"diagnoses": codes}]}]}
+
+
+def test_answers_what_the_recommender_answers(
+    client: Client, service: Direct, served: Bundle
+) -> None:
+    request = example_request(served)
+    got = client.post("/v1/recommend", json=request)
+    assert got.status_code == 200
+    response = RecommendResponse.model_validate(got.json())
+    assert service.recommender is not None
+    expected = service.recommender.recommend(RecommendRequest.model_validate(request))
+    assert response.recommendations == expected
+    assert (response.model.name, response.model.version) == ("cafemed", 3)
+
+
+def test_answers_come_in_the_order_asked(client: Client, served: Bundle) -> None:
+    [known] = example_request(served)["patients"]
+    [unknown] = body(("icd9", MARKER))["patients"]
+    got = client.post("/v1/recommend", json={"patients": [unknown, known, unknown]}).json()
+    numbers = [len(r["unknown_codes"]) for r in got["recommendations"]]
+    assert numbers == [1, 0, 1]
+
+
+def test_the_request_id_is_the_callers_where_it_is_harmless(client: Client) -> None:
+    def answered(header: str) -> str:
+        got = client.post("/v1/recommend", json=body(), headers={"X-Request-ID": header}).json()
+        return str(got["request_id"])
+
+    assert answered("abc-1") == "abc-1"
+    assert answered("a b\tc") != "a b\tc"
+    assert answered("") != answered("")
+
+
+def test_model_card_health_and_documentation(client: Client) -> None:
+    assert client.get("/v1/model").json()["num_medications"] == 12
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ok"}
+    assert client.get("/docs").status_code == 200
+    paths = client.get("/openapi.json").json()["paths"]
+    assert set(paths) == {"/v1/recommend", "/v1/model", "/healthz", "/readyz"}
+    assert set(paths["/v1/recommend"]["post"]["responses"]) == {"200", "413", "422", "500", "503"}
+
+
+def test_while_loading_it_is_healthy_but_not_ready() -> None:
+    client = Client(create_api(Direct(None)))
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/readyz").json() == {"status": "loading"}
+    assert client.get("/v1/model").status_code == 503
+    assert client.post("/v1/recommend", json=body()).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("sent", "field", "said"),
+    [
+        (b"{", "body", "not JSON"),
+        (b"", "body", "required"),
+        (b"[1]", "body", "object"),
+        (b"\xff\xfe", "body", "not JSON"),
+        (b"[" * 100_000, "body", "not JSON"),
+        (b'{"patients": "\xff"}', "body", "not JSON"),
+        (b'{"patients": [{"visits": [{}], "age": NaN}]}', "patients[0].age", "finite"),
+        (b'{"patients": [{"visits": [{"diagnoses": 1}]}]}', "patients[0].visits[0].dia", "list"),
+        (
+            b'{"patients": [{"visits": [{"diagnoses": [{"system": "x", "code": "1"}]}]}]}',
+            "patients[0].visits[0].diagnoses[0].system",
+            "expected one of icd10, icd9",
+        ),
+        (
+            b'{"patients": [{"visits": [{"diagnoses": [{"system": "icd9", "code": "\\ud800"}]}]}]}',
+            "patients[0].visits[0].diagnoses[0].code",
+            "unicode",
+        ),
+    ],
+)
+def test_a_bad_request_gets_422_with_the_field(
+    client: Client, sent: bytes, field: str, said: str
+) -> None:
+    got = client.post("/v1/recommend", content=sent, headers={"Content-Type": "application/json"})
+    assert got.status_code == 422
+    [problem] = got.json()["problems"]
+    assert problem["field"].startswith(field)
+    assert said in problem["message"]
+
+
+def test_other_routes_and_methods_are_refused_alike(client: Client) -> None:
+    assert client.get("/v2").status_code == 404
+    assert client.get("/v1/recommend").status_code == 405
+    assert client.get("/v2").json()["message"] == "Not Found"
+    assert client.get("/v1/recommend").headers["allow"] == "POST"
+
+
+def test_a_request_wrong_throughout_gets_a_bounded_answer(client: Client) -> None:
+    wrong = {"x" * 10_000: 1, "patients": [{"visits": [{}], "age": -1}] * 256}
+    got = client.post("/v1/recommend", json=wrong)
+    assert got.status_code == 422
+    assert len(got.json()["problems"]) == schema.MAX_MESSAGES
+    assert len(got.content) < 10_000
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_over_the_limit_is_refused(client: Client, announced: bool) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        for _ in range(schema.MAX_BODY_BYTES // 65536 + 1):
+            yield b" " * 65536
+
+    content = b" " * (schema.MAX_BODY_BYTES + 1) if announced else chunks()
+    got = client.post("/v1/recommend", content=content)
+    assert got.status_code == 413
+    assert str(schema.MAX_BODY_BYTES) in got.json()["message"]
+
+
+def test_a_failure_says_and_logs_nothing_of_the_request(
+    client: Client, service: Direct, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.failure = KeyError(MARKER)
+    with caplog.at_level(logging.DEBUG):
+        got = client.post("/v1/recommend", json=body(("icd9", MARKER)))
+    assert got.status_code == 500
+    assert MARKER not in got.text
+    assert "Traceback" not in got.text
+    assert MARKER not in caplog.text
+    assert f"request {got.json()['request_id']} failed: KeyError at " in caplog.text
+
+
+def test_no_log_line_holds_a_code(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        client.post("/v1/recommend", json=body(("icd9", MARKER)))
+        client.post("/v1/recommend", json=body(("icd9", MARKER), (MARKER, "1")))
+        client.post("/v1/recommend", json={MARKER: [MARKER]})
+    assert MARKER not in caplog.text
+
+
+def test_probabilities_survive_json_to_the_bit(
+    client: Client, service: Direct, served: Bundle
+) -> None:
+    request = example_request(served)
+    got = client.post("/v1/recommend", json=request).json()["recommendations"][0]
+    assert service.recommender is not None
+    encoded = service.recommender.encode(RecommendRequest.model_validate(request))
+    [row] = service.recommender.probabilities(encoded)
+    sent = np.array([m["probability"] for m in got["medications"]], np.float32)
+    np.testing.assert_array_equal(sent, np.sort(row[row >= 0.5])[::-1])

@@ -1,0 +1,123 @@
+import math
+from typing import Any
+
+import pytest
+
+from cafemed.bundle import Preprocessing
+from serve.encoding import EncodedPatient, Encoder, UnknownSystemError
+from serve.schema import RecommendRequest
+
+VOCABULARIES = {
+    "diagnosis": ("icd9:4280", "icd9:4019", "icd10:I10", "icd9:E849"),
+    "procedure": ("icd9:9961", "local:MRI"),
+    "medication": ("atc:A02B", "atc:B01A", "atc:C03C"),
+}
+
+
+def codes(*names: str) -> list[dict[str, str]]:
+    return [dict(zip(("system", "code"), name.split(":"), strict=True)) for name in names]
+
+
+def encode(*visits: dict[str, Any], inputs: Any = "current", **patient: Any) -> EncodedPatient:
+    body = {"patients": [{"visits": list(visits), **patient}]}
+    encoder = Encoder(VOCABULARIES, Preprocessing(inputs=inputs))
+    return encoder.encode(RecommendRequest.model_validate(body))[0]
+
+
+HISTORY = (
+    {
+        "diagnoses": codes("icd9:401.9", "ICD9:428.0"),
+        "procedures": codes("local:mri"),
+        "medications": codes("atc:B01AC06", "atc:a02b"),
+    },
+    {"diagnoses": codes("icd10:i10"), "procedures": codes("icd9:99.61")},
+)
+
+
+def test_codes_are_found_however_they_are_written_and_keep_their_order() -> None:
+    diagnoses, procedures, previous = encode(*HISTORY).known
+    assert diagnoses == ((1, 0), (2,))
+    assert procedures == ((1,), (0,))
+    assert previous == ((), (1, 0))
+
+
+def test_with_history_inputs_a_visit_sees_only_the_visit_before() -> None:
+    diagnoses, procedures, previous = encode(*HISTORY, inputs="history").known
+    assert diagnoses == ((), (1, 0))
+    assert procedures == ((), (1,))
+    assert previous == ((), (1, 0))
+
+
+def test_the_current_visits_medications_are_no_input_but_are_taken() -> None:
+    encoded = encode(*HISTORY[:1])
+    assert encoded.known[2] == ((),)
+    assert encoded.taken == (1, 0)
+
+
+def test_taken_is_the_visit_before_where_the_current_one_lists_nothing() -> None:
+    assert encode(*HISTORY).taken == (1, 0)
+    current = {**HISTORY[1], "medications": codes("atc:C03CA01")}
+    assert encode(HISTORY[0], current).taken == (2,)
+
+
+def test_taken_is_nothing_where_all_that_is_listed_is_unknown() -> None:
+    current = {**HISTORY[1], "medications": codes("atc:Z99Z")}
+    assert encode(HISTORY[0], current).taken == ()
+
+
+def test_a_code_counts_once_a_visit() -> None:
+    visit = {
+        "diagnoses": codes("icd9:4019", "icd9:4280", "icd9:401.9"),
+        "medications": codes("atc:A02BC01", "atc:A02BC02", "atc:A02B"),
+    }
+    encoded = encode(visit, {})
+    assert encoded.known[0] == ((1, 0), ())
+    assert encoded.known[2] == ((), (0,))
+
+
+def test_unknown_codes_are_listed_as_looked_up_and_left_out() -> None:
+    encoded = encode(
+        {"medications": codes("atc:Z99ZZ99", "atc:A02B")},
+        {"diagnoses": codes("icd9:E849", "icd10:E849"), "procedures": codes("icd9:1.1")},
+    )
+    found = [(u.visit, u.kind, u.code) for u in encoded.unknown]
+    assert found == [
+        (0, "medication", "atc:Z99Z"),
+        (1, "diagnosis", "icd10:E849"),
+        (1, "procedure", "icd9:11"),
+    ]
+    assert encoded.known[0] == ((), (3,))
+    assert encoded.known[2] == ((), (0,))
+
+
+@pytest.mark.parametrize(
+    ("visit", "field", "expected"),
+    [
+        ({"diagnoses": codes("icd9:1", "icd11:1")}, "diagnoses[1]", "icd10, icd9"),
+        ({"procedures": codes("cpt:1")}, "procedures[0]", "icd10, icd9, local"),
+        ({"medications": codes("ndc:1")}, "medications[0]", "atc"),
+        ({"diagnoses": codes("atc:A02B")}, "diagnoses[0]", "icd10, icd9"),
+    ],
+)
+def test_an_unknown_system_is_refused_by_field(visit: Any, field: str, expected: str) -> None:
+    with pytest.raises(UnknownSystemError) as caught:
+        encode({}, visit)
+    assert caught.value.field == f"patients[0].visits[1].{field}.system"
+    assert str(caught.value) == f"unknown code system; expected one of {expected}"
+
+
+def test_sex_and_age() -> None:
+    assert (encode({}, sex="male", age=50).sex, encode({}, sex="male", age=50).age) == (2, 50)
+    assert encode({}).sex == 0
+    assert math.isnan(encode({}).age)
+
+
+@pytest.mark.parametrize(("level", "kept"), [("atc3", "atc:A02B"), ("atc5", "atc:A02BC01")])
+def test_medications_are_cut_to_the_bundles_level(level: str, kept: str) -> None:
+    encoder = Encoder(
+        {**VOCABULARIES, "medication": (kept,)}, Preprocessing(medication_level=level)
+    )
+    body = {"patients": [{"visits": [{"medications": codes("atc:A02BC01")}, {}]}]}
+    encoded = encoder.encode(RecommendRequest.model_validate(body))[0]
+    assert encoded.known[2] == ((), (0,))
+    assert encoded.unknown == ()

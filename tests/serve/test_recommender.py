@@ -1,0 +1,206 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from cafemed import bundle as bundles
+from cafemed import registry
+from cafemed.batches import collate, visit_arrays
+from cafemed.bundle import Bundle
+from cafemed.codes import CodeLists
+from cafemed.errors import ArtifactError
+from serve import batching
+from serve.encoding import EncodedPatient
+from serve.example import example_request
+from serve.recommender import Recommender
+from serve.schema import RecommendRequest
+
+
+@pytest.fixture(scope="module")
+def recommender(served: Bundle) -> Recommender:
+    return Recommender(served, 7)
+
+
+def some_codes(names: tuple[str, ...], number: int, rng: np.random.Generator) -> list[Any]:
+    chosen = rng.choice(len(names), min(number, len(names)), replace=False)
+    return [dict(zip(("system", "code"), names[i].split(":"), strict=True)) for i in chosen]
+
+
+def some_patients(bundle: Bundle, number: int, seed: int = 0) -> RecommendRequest:
+    rng = np.random.default_rng(seed)
+    vocabularies = bundle.vocabularies
+    kinds = (("diagnoses", "diagnosis"), ("procedures", "procedure"), ("medications", "medication"))
+    patients = [
+        {
+            "age": float(rng.integers(0, 99)),
+            "visits": [
+                {
+                    field: some_codes(vocabularies[kind], rng.poisson(5), rng)
+                    for field, kind in kinds
+                }
+                for _ in range(rng.integers(1, 6))
+            ],
+        }
+        for _ in range(number)
+    ]
+    return RecommendRequest.model_validate({"patients": patients})
+
+
+def direct(bundle: Bundle, patient: EncodedPatient) -> np.ndarray:
+    """Probabilities of the current visit from the model itself, without filling or batching."""
+    visits = patient.num_visits
+    d, p, m = (CodeLists.of(lists) for lists in patient.known)
+    arrays = visit_arrays(
+        (d, p, m),
+        None,
+        np.array([0, visits]),
+        bundle.graph,
+        bundle.vocabularies,
+        np.array([patient.sex], np.int8),
+        np.full(visits, patient.age, np.float32),
+    )
+    model = models.build(bundle.model_name, bundles.inputs(bundle), bundle.model_options)
+    model.load_state_dict(dict(bundle.weights))
+    model.eval()
+    with torch.inference_mode():
+        logits = model(collate(arrays, np.array([0])))[0, -1]
+    return torch.sigmoid(logits / bundle.preprocessing.temperature).numpy()
+
+
+def test_probabilities_are_those_of_the_model(served: Bundle, recommender: Recommender) -> None:
+    patients = recommender.encode(some_patients(served, 40))
+    expected = np.stack([direct(served, patient) for patient in patients])
+    assert expected.std() > 0.05  # the weights do tell patients apart
+    # float32: the fixed shapes sum in another order than a patient alone
+    np.testing.assert_allclose(recommender.probabilities(patients), expected, atol=1e-6)
+
+
+def test_probabilities_are_those_of_the_recorded_self_check(
+    served: Bundle, recommender: Recommender
+) -> None:
+    request = RecommendRequest.model_validate(example_request(served))
+    [probabilities] = recommender.probabilities(recommender.encode(request))
+    recorded = torch.tensor(served.reference.self_check.logits[-1])  # its longest patient is last
+    np.testing.assert_allclose(probabilities, torch.sigmoid(recorded), atol=1e-6)
+
+
+def test_the_temperature_divides_the_logits(served: Bundle, recommender: Recommender) -> None:
+    warm = dataclasses.replace(served.preprocessing, temperature=2.0)
+    patients = recommender.encode(some_patients(served, 3))
+    plain = recommender.probabilities(patients).astype(float)
+    warmed = Recommender(dataclasses.replace(served, preprocessing=warm), 1).probabilities(patients)
+    odds, warmed_odds = plain / (1 - plain), warmed / (1 - warmed)
+    np.testing.assert_allclose(np.log(warmed_odds), np.log(odds) / 2, atol=1e-5)
+
+
+def test_an_answer_does_not_depend_on_the_others_bit_for_bit(
+    served: Bundle, recommender: Recommender
+) -> None:
+    patients = recommender.encode(some_patients(served, 70))
+    alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
+    together = recommender.probabilities(patients)
+    np.testing.assert_array_equal(together, alone)
+    order = np.random.default_rng(1).permutation(len(patients))
+    np.testing.assert_array_equal(
+        recommender.probabilities([patients[i] for i in order]), alone[order]
+    )
+
+
+def test_an_answer_is_the_same_in_every_position_bit_for_bit(
+    served: Bundle, recommender: Recommender
+) -> None:
+    patients = recommender.encode(some_patients(served, 200, seed=2))
+    shape = batching.shape_of(patients[0])
+    others = [p for p in patients[1:] if batching.shape_of(p) == shape][: shape.patients - 1]
+    assert len(others) == shape.patients - 1 > 2
+    alone = recommender.probabilities(patients[:1])[0]
+    for position in range(shape.patients):
+        batch = [*others[:position], patients[0], *others[position:]]
+        np.testing.assert_array_equal(recommender.probabilities(batch)[position], alone)
+
+
+def test_what_comes_after_the_current_visit_cannot_matter(
+    served: Bundle, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patients = recommender.encode(some_patients(served, 10))
+    before = recommender.probabilities(patients)
+    monkeypatch.setattr(batching, "_MIN_POSITIONS", 256)  # more and longer fillers
+    np.testing.assert_allclose(recommender.probabilities(patients), before, atol=1e-6)
+
+
+def test_recommended_is_what_reaches_the_threshold_most_probable_first(
+    served: Bundle, recommender: Recommender
+) -> None:
+    request = some_patients(served, 5)
+    rows = recommender.probabilities(recommender.encode(request))
+    names = served.vocabularies["medication"]
+    for recommendation, row in zip(recommender.recommend(request), rows, strict=True):
+        got = {f"{m.system}:{m.code}": m.probability for m in recommendation.medications}
+        expected = {names[m]: float(p) for m, p in enumerate(row) if p >= 0.5}
+        assert got == expected
+        assert list(got.values()) == sorted(got.values(), reverse=True)
+
+
+def test_interactions_are_every_pair_and_each_once(
+    served: Bundle, recommender: Recommender
+) -> None:
+    [patient] = recommender.encode(some_patients(served, 1))
+    size = len(served.vocabularies["medication"])
+    names = np.array(served.vocabularies["medication"])
+    probabilities = np.linspace(0.99, 0.2, size, dtype=np.float32)
+    chosen = np.flatnonzero(probabilities >= 0.5)
+    taken = (0, size - 1, size - 2)
+    answer = recommender.answer(dataclasses.replace(patient, taken=taken), probabilities)
+    pairs = [(a, b) for a in chosen for b in chosen if a < b and served.ddi[a, b]]
+    assert pairs
+    assert [(i.first, i.second) for i in answer.interactions] == [
+        (names[a], names[b]) for a, b in pairs
+    ]
+    # Medication 0 is recommended again: its pairs are among the recommended already.
+    with_taken = {(names[a], names[b]) for a in chosen for b in taken[1:] if served.ddi[a, b]}
+    assert with_taken
+    assert {(i.recommended, i.taken) for i in answer.interactions_with_taken} == with_taken
+    assert len(answer.interactions_with_taken) == len(with_taken)
+
+
+def test_nothing_known_still_gets_a_finite_answer(recommender: Recommender) -> None:
+    request = {"patients": [{"visits": [{}]}, {"visits": [{}] * 256}]}
+    rows = recommender.probabilities(recommender.encode(RecommendRequest.model_validate(request)))
+    assert np.isfinite(rows).all()
+
+
+def test_unknown_codes_are_listed_and_change_nothing(recommender: Recommender) -> None:
+    visit = {"diagnoses": [{"system": "icd9", "code": "4010"}]}
+    odd = {"diagnoses": [*visit["diagnoses"], {"system": "ICD9", "code": "v99.9"}]}
+    request = RecommendRequest.model_validate(
+        {"patients": [{"visits": [visit]}, {"visits": [odd]}]}
+    )
+    plain, with_unknown = recommender.recommend(request)
+    assert [u.code for u in with_unknown.unknown_codes] == ["icd9:V999"]
+    assert plain.unknown_codes == []
+    assert plain.medications == with_unknown.medications
+
+
+def test_the_card_says_what_is_served(recommender: Recommender) -> None:
+    card = recommender.card
+    assert (card.name, card.version) == ("cafemed", 7)
+    assert (card.num_diagnoses, card.num_procedures, card.num_medications) == (13, 6, 12)
+    assert card.code_systems["diagnosis"] == ["icd10", "icd9"]
+    assert "Not a medical device" in card.intended_use
+
+
+def test_a_registrys_bundle_loads_and_an_edited_one_does_not(root: Path, tmp_path: Path) -> None:
+    folder = registry.resolve(root / "registry" / "tiny", "production")
+    assert Recommender.load(folder, 1).name.version == 1
+    broken = tmp_path / "bundle"
+    broken.mkdir()
+    for path in folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    vocabulary = broken / "vocabulary.json"
+    vocabulary.write_text(vocabulary.read_text().replace("4010", "4999"))
+    with pytest.raises(ArtifactError, match=r"vocabulary\.json: expected SHA-256"):
+        Recommender.load(broken, 1)

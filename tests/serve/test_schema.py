@@ -1,0 +1,112 @@
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from serve import schema
+from serve.schema import RecommendRequest, field_path
+
+
+def code(system: str = "icd9", value: str = "4280") -> dict[str, str]:
+    return {"system": system, "code": value}
+
+
+def request(**visit: Any) -> dict[str, Any]:
+    return {"patients": [{"visits": [visit]}]}
+
+
+def problems(body: Any) -> dict[str, str]:
+    with pytest.raises(ValidationError) as caught:
+        RecommendRequest.model_validate_json(json.dumps(body))
+    return {field_path(error["loc"]): error["msg"] for error in caught.value.errors()}
+
+
+def test_the_documented_example_is_a_request() -> None:
+    for example in RecommendRequest.model_json_schema()["examples"]:
+        RecommendRequest.model_validate_json(json.dumps(example))
+
+
+def test_dots_blanks_and_case_do_not_matter() -> None:
+    written = [code("icd9", "428.0"), code("ICD9", " 4280 "), code(" icd9", "4280")]
+    parsed = RecommendRequest.model_validate(request(diagnoses=written))
+    names = {c.normalised() for c in parsed.patients[0].visits[0].diagnoses}
+    assert names == {"icd9:4280"}
+
+
+def test_an_empty_visit_and_no_demographics_are_allowed() -> None:
+    patient = RecommendRequest.model_validate(request()).patients[0]
+    assert (patient.sex, patient.age, patient.visits[0].diagnoses) == ("unknown", None, [])
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "said"),
+    [
+        ({}, "patients", "required"),
+        ({"patients": []}, "patients", "at least 1"),
+        ({"patients": [{"visits": []}]}, "patients[0].visits", "at least 1"),
+        ({"patients": [{}]}, "patients[0].visits", "required"),
+        ([], "", "object"),
+        (request(diagnoses=[{"system": "icd9"}]), "patients[0].visits[0].diagnoses[0].code", "req"),
+        (request(diagnoses=[code(value="")]), "patients[0].visits[0].diagnoses[0].code", "least 1"),
+        (request(diagnoses=[code(value=" . ")]), "patients[0].visits[0].diagnoses[0].code", "only"),
+        (request(diagnoses=["4280"]), "patients[0].visits[0].diagnoses[0]", "object"),
+        (
+            request(diagnoses=[code(value=4280)]),
+            "patients[0].visits[0].diagnoses[0].code",
+            "string",
+        ),
+        (request(medication=[]), "patients[0].visits[0].medication", "not permitted"),
+        ({"patients": [{"visits": [{}], "name": "x"}]}, "patients[0].name", "not permitted"),
+        ({"patients": [{"visits": [{}]}], "threshold": 1}, "threshold", "not permitted"),
+        ({"patients": [{"visits": [{}], "age": -1}]}, "patients[0].age", "greater than or equal"),
+        ({"patients": [{"visits": [{}], "age": 131}]}, "patients[0].age", "less than or equal"),
+        ({"patients": [{"visits": [{}], "age": "7"}]}, "patients[0].age", "number"),
+        ({"patients": [{"visits": [{}], "age": float("nan")}]}, "patients[0].age", "finite"),
+        ({"patients": [{"visits": [{}], "sex": "f"}]}, "patients[0].sex", "'female'"),
+    ],
+)
+def test_what_is_wrong_is_named(body: Any, field: str, said: str) -> None:
+    found = problems(body)
+    assert list(found) == [field]
+    assert said in found[field]
+
+
+@pytest.mark.parametrize(
+    ("at_limit", "over", "field"),
+    [
+        (
+            {"patients": [{"visits": [{}]}] * schema.MAX_PATIENTS},
+            {"patients": [{"visits": [{}]}] * (schema.MAX_PATIENTS + 1)},
+            "patients",
+        ),
+        (
+            {"patients": [{"visits": [{}] * schema.MAX_VISITS}]},
+            {"patients": [{"visits": [{}] * (schema.MAX_VISITS + 1)}]},
+            "patients[0].visits",
+        ),
+        (
+            {"patients": [{"visits": [{}] * 128}] * 32},
+            {"patients": [{"visits": [{}] * 128}] * 32 + [{"visits": [{}]}]},
+            "patients",
+        ),
+        (
+            request(medications=[code()] * schema.MAX_CODES),
+            request(medications=[code()] * (schema.MAX_CODES + 1)),
+            "patients[0].visits[0].medications",
+        ),
+        (
+            request(diagnoses=[code(value="1" * schema.MAX_CODE_LENGTH)]),
+            request(diagnoses=[code(value="1" * (schema.MAX_CODE_LENGTH + 1))]),
+            "patients[0].visits[0].diagnoses[0].code",
+        ),
+        (
+            request(diagnoses=[code(system="s" * schema.MAX_SYSTEM_LENGTH)]),
+            request(diagnoses=[code(system="s" * (schema.MAX_SYSTEM_LENGTH + 1))]),
+            "patients[0].visits[0].diagnoses[0].system",
+        ),
+    ],
+)
+def test_limits_hold_exactly(at_limit: Any, over: Any, field: str) -> None:
+    RecommendRequest.model_validate_json(json.dumps(at_limit))
+    assert list(problems(over)) == [field]

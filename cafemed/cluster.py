@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,43 +19,44 @@ from cafemed.errors import ConfigError
 
 # A socket's path has at most 107 characters; Ray appends "/session_<time>_<pid>/sockets/…".
 _MAX_TEMP_CHARS = 40
-_QUIET = {
+_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C has to reach us, not end in a half-made result
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the sweep's own table holds what they would write
-    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 
 @contextlib.contextmanager
-def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[None]:
+def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
     """Connects to the cluster at `RAY_ADDRESS`, or starts a local one; leaves it at the end.
 
     Where the process is connected already, that connection is used and kept.
 
     Args:
         num_cpus: CPUs that can be used at once; a local Ray gets that many, at most the machine's.
-        num_gpus: the same for GPUs; a local Ray gets those that it finds.
+        num_gpus: whether a local Ray looks for the machine's GPUs.
+
+    Yields:
+        A line that says where the work runs.
 
     Raises:
-        ConfigError: if nothing answers at `RAY_ADDRESS`, or more is asked than the machine has.
+        ConfigError: if no cluster answers at `RAY_ADDRESS`.
     """
     import ray
 
-    for name, value in _QUIET.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray").setLevel(logging.ERROR)
     if ray.is_initialized():
-        yield
+        yield _describe("the Ray of this process")
         return
     address = os.environ.get("RAY_ADDRESS")
     temp = None if address else _temp_folder()
     try:
-        if address:
-            _connect(address)
+        if temp is None:
+            _connect(str(address))
         else:
-            _start_local(num_cpus, num_gpus, Path(str(temp)))
-        yield
+            _start_local(num_cpus, num_gpus, temp)
+        yield _describe(f"the cluster at {address}" if address else "a local Ray")
     finally:
         ray.shutdown()
         if temp is not None:
@@ -65,27 +67,35 @@ def _connect(address: str) -> None:
     import ray
 
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, ray.exceptions.RaySystemError) as err:
-        reason = str(err).strip().splitlines()[0]
-        raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers there: {reason}") from err
+        ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as err:
+        lines = str(err).strip().splitlines() or [type(err).__name__]
+        raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers: {lines[0]}") from err
 
 
 def _start_local(num_cpus: float, num_gpus: float, temp: Path) -> None:
     import ray
 
-    available = len(os.sched_getaffinity(0))
-    if num_cpus > available:
-        num_cpus = available
+    if os.environ.get("RAY_AUTH_MODE") != "disabled" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        # One secret a process: Ray would otherwise write one to the user's home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
         address="local",
-        num_cpus=math.ceil(num_cpus),
+        num_cpus=math.ceil(min(num_cpus, len(os.sched_getaffinity(0)))),
         num_gpus=None if num_gpus else 0,
         include_dashboard=False,
         _temp_dir=str(temp),
-        logging_level=logging.ERROR,
+        logging_level=logging.CRITICAL,
         log_to_driver=False,
     )
+
+
+def _describe(where: str) -> str:
+    import ray
+
+    resources = ray.cluster_resources()
+    kinds = [f"{resources[kind]:g} {kind}s" for kind in ("CPU", "GPU") if resources.get(kind)]
+    return f"{where}: {', '.join(kinds)}"
 
 
 def _temp_folder() -> Path:

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,6 +58,19 @@ def is_done(folder: Path, stage: str, fingerprint: str, force: bool) -> bool:
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Iterates with a progress bar on standard error; silent where that is no terminal."""
+    with _bar() as bar:
+        yield from bar.track(items, description=what, total=total)
+
+
+@contextlib.contextmanager
+def counter(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Shows a progress bar while the block runs; call what it yields whenever one more is done."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _bar() -> Progress:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -66,5 +79,4 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield from bar.track(items, description=what, total=total)
+    return Progress(*columns, console=console, disable=not console.is_terminal)

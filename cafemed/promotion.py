@@ -1,0 +1,118 @@
+"""From a sweep's best trial to a published model: tested again, bundled, put into the registry."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cafemed import artifacts, bundle, bundle_files, evaluation, reference, registry, trials
+from cafemed.bundle import Bundle, Preprocessing
+from cafemed.errors import ArtifactError
+from cafemed.experiment import Experiment
+from cafemed.reference import Reference
+from cafemed.sweep import TrialRecord
+from cafemed.trials import TrialData
+
+#: Largest difference between the Jaccard that a trial reported and that of its weights loaded
+#: again. They are equal on one machine; a GPU's rounding may move single probabilities across the
+#: threshold (an assumption, with a margin).
+_TOLERANCE = 0.005
+
+
+def make_bundle(
+    trial: TrialRecord, data: TrialData, given: Experiment, preprocessing: Preprocessing
+) -> Bundle:
+    """Rebuilds the model of a trial from its checkpoint, tests it again and bundles it.
+
+    Args:
+        trial: has a checkpoint.
+        data: what the sweep's trials shared.
+        given: cohort, graph and effects that they were trained on.
+        preprocessing: see bundle.Preprocessing.
+
+    Raises:
+        ArtifactError: if the weights do not reach the Jaccard that the trial reported.
+    """
+    assert trial.checkpoint is not None, "a trial that reported has a checkpoint"
+    assert trial.best_epoch is not None
+    options, config = data.varied(trial.parameters, trial.seed)
+    weights = trials.best_weights(trial.checkpoint)
+    model = data.build(data.model_name, given.inputs, options, config.seed)
+    model.load_state_dict(weights)
+    model.eval()
+    found = evaluation.evaluate(
+        model, given.arrays, data.validation_patients, given.inputs.ddi, config.threshold
+    )
+    reported = float(trial.best_epoch["metrics"]["jaccard"])
+    if not abs(found.metrics.jaccard - reported) <= _TOLERANCE:
+        raise ArtifactError(
+            f"{trial.checkpoint}: trial {trial.number} reported a Jaccard of {reported:.4f}, but "
+            f"its weights give {found.metrics.jaccard:.4f}; run the sweep again"
+        )
+    probabilities = evaluation.predict(model, given.arrays, data.validation_patients)
+    vocabularies = given.cohort.vocabularies
+    return Bundle(
+        model_name=data.model_name,
+        model_options=options,
+        weights=weights,
+        vocabularies=vocabularies,
+        graph=given.graph,
+        effects=given.effects,
+        ddi=given.inputs.ddi,
+        preprocessing=preprocessing,
+        reference=Reference(
+            reference.score_histogram(probabilities),
+            reference.make_self_check(model, given.graph, vocabularies),
+        ),
+        metrics={
+            "validation": found.metrics.as_dict(),
+            "validation_bootstrap_sd": found.bootstrap.sd.as_dict(),
+            "validation_patients": found.num_patients,
+            "validation_visits": found.num_visits,
+        },
+        sources=given.sources,
+    )
+
+
+def publish(
+    home: Path, folder: Path, produced_by: Mapping[str, Any], promote: bool
+) -> tuple[int, bool]:
+    """Makes a bundle a version of the registry, `candidate` and, if asked, `production`, but once.
+
+    Asked again it does what an interruption left undone, and no more: an alias that was moved on
+    or rolled back since stays where it is.
+
+    Args:
+        home: the registry.
+        folder: the bundle.
+        produced_by: see `registry.publish`.
+        promote: make it the production model.
+
+    Returns:
+        Its version, and whether anything was done.
+
+    Raises:
+        ArtifactError: see `registry.publish`.
+    """
+    fingerprint = artifacts.read_manifest(folder, bundle_files.STAGE).fingerprint
+    published = [
+        version.number
+        for version in registry.versions(home)
+        if version.record["produced_by"].get("bundle") == fingerprint
+    ]
+    if published:
+        number = published[0]
+    else:
+        number = registry.publish(home, folder, {**produced_by, "bundle": fingerprint})
+    changed = not published
+    for alias in ("candidate", "production") if promote else ("candidate",):
+        if all(move.version != number for move in registry.history(home, alias)):
+            registry.promote(home, number, alias)
+            changed = True
+    return number, changed
+
+
+def write_bundle(folder: Path, made: Bundle) -> str:
+    """Writes a bundle and loads it again, so that what is published is known to load."""
+    fingerprint = bundle.write(folder, made)
+    bundle.load(folder)
+    return fingerprint

@@ -1,8 +1,8 @@
 """Channel Harmonized Attention Refinement Module (CHARM): equations (4) to (13) of CafeMed.
 
-Feature maps are (P, W, C): positions of all visits on one line (models/packing.py), columns and
-channels. With `layout="channels"` the three modalities lie side by side in the channels, W = 1 and
-C = 3d; with `layout="width"` they are three columns, W = 3 and C = d.
+Feature maps are (Q, W, C): the positions of all visits (models/packing.py), columns and channels.
+With `layout="channels"` the three modalities lie side by side in the channels, W = 1 and C = 3d;
+with `layout="width"` they are three columns, W = 3 and C = d.
 """
 
 import math
@@ -11,10 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.packing import GAP, Packing, sum_groups
-
-KERNEL = 2 * GAP + 1
-NORM_EPS = 1e-5
+from models.packed import convolve, normalise
+from models.packing import KERNEL, Packing, sum_groups
 
 
 class ChannelAttention(nn.Module):
@@ -31,7 +29,7 @@ class ChannelAttention(nn.Module):
         self.expand = nn.Linear(channels // reduction, channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Weighs features (P, W, C); zero stays zero, so gaps need no mask."""
+        """Weighs features (Q, W, C)."""
         return features * torch.sigmoid(self.expand(torch.relu(self.reduce(features))))
 
 
@@ -73,12 +71,10 @@ class WideConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Convolves along the positions: (P, W, C_in) → (P, W, C_out)."""
-        line = nn.functional.conv1d(
-            features.flatten(1).T[None], self._line_weight(), self._line_bias(), padding=GAP
-        )
-        return line[0].T.reshape(len(features), self.width, -1)
+    def forward(self, features: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Convolves within each visit: (Q, W, C_in) → (Q, W, C_out)."""
+        line = convolve(features.flatten(1), self._line_weight(), self._line_bias(), packing.window)
+        return line.view(len(features), self.width, -1)
 
     def _line_weight(self) -> torch.Tensor:
         """The kernel of the equal 1-D convolution, (W * C_out, W * C_in, 7)."""
@@ -94,14 +90,14 @@ class WideConvolution(nn.Module):
         return torch.cat(rows, 0)
 
     def _line_bias(self) -> torch.Tensor:
-        return self.bias.repeat(self.width)
+        return self.bias.repeat(self.width) if self.width > 1 else self.bias
 
 
 class PackedInstanceNorm(nn.Module):
     """IN of equations (10), (11): per visit and channel, over the positions and columns of a visit.
 
-    Biased variance, eps 1e-5, no running statistics. Gaps take no part and come out as 0. A map of
-    one element has no variance: it becomes 0.
+    Biased variance, eps 1e-5, no running statistics. A map of one element has no variance: it
+    becomes 0.
 
     Args:
         channels: C.
@@ -114,18 +110,14 @@ class PackedInstanceNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, features: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Normalises (P, W, C)."""
-        exists = packing.exists[:, None, None]
-        number = (packing.lengths * features.shape[1])[:, None]
+        """Normalises (Q, W, C)."""
+        width = features.shape[1]
         visit = packing.position_visit
-        features = torch.where(exists, features, 0.0)
-        mean = sum_groups(features.sum(1), visit, packing.num_visits) / number
-        centred = torch.where(exists, features - mean[visit][:, None], 0.0)
-        variance = sum_groups((centred * centred).sum(1), visit, packing.num_visits) / number
-        out = centred * torch.rsqrt(variance + NORM_EPS)[visit][:, None]
+        visit = visit.repeat_interleave(width) if width > 1 else visit
+        out = normalise(features.flatten(0, 1), visit, packing.starts * width)
         if self.scale is not None and self.shift is not None:
-            out = torch.where(exists, out * self.scale + self.shift, 0.0)
-        return out
+            out = out * self.scale + self.shift
+        return out.view_as(features)
 
 
 class SpatialAttention(nn.Module):
@@ -147,10 +139,9 @@ class SpatialAttention(nn.Module):
         self.second_norm = PackedInstanceNorm(channels, affine)
 
     def forward(self, features: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Weighs features (P, W, C), which hold 0 in gaps."""
-        # The norm leaves 0 in gaps: the second convolution sees its zero padding there.
-        hidden = torch.relu(self.first_norm(self.first(features), packing))
-        return features * torch.sigmoid(self.second_norm(self.second(hidden), packing))
+        """Weighs features (Q, W, C)."""
+        hidden = torch.relu(self.first_norm(self.first(features, packing), packing))
+        return features * torch.sigmoid(self.second_norm(self.second(hidden, packing), packing))
 
 
 class CausalGate(nn.Module):
@@ -169,7 +160,7 @@ class CausalGate(nn.Module):
     def forward(
         self, features: torch.Tensor, weights: torch.Tensor, packing: Packing
     ) -> torch.Tensor:
-        """Gates features (P, W, C) with w (N,) of the codes."""
+        """Gates features (Q, W, C) with w (N,) of the codes."""
         if self.by == "visit":
             number = sum_groups(torch.ones_like(weights), packing.visit, packing.num_visits)
             total = sum_groups(weights, packing.visit, packing.num_visits)
@@ -250,7 +241,7 @@ class Charm(nn.Module):
         return features.reshape(-1, dimension)[packing.slot_cell]
 
     def _align(self, modulated: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """X of models.md 1.3: embeddings at their cells, 0 elsewhere; (P, W, C)."""
+        """X of models.md 1.3: embeddings at their cells, 0 elsewhere; (Q, W, C)."""
         cells = modulated.new_zeros(packing.num_positions * 3, modulated.shape[1])
         cells = cells.index_copy(0, packing.cell, modulated)
         return cells.view(packing.num_positions, self.width, self.channels)

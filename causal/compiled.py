@@ -1,0 +1,102 @@
+"""Compiles the kernels of this package and keeps the machine code under the project's root.
+
+Numba's own rule ties its cache to the path of the source file, but a job that was submitted to a
+cluster runs from a new path each time. Here the folder is named after the text of all kernel
+modules, so that the same code hits the same cache from any path, and a change in any of them (Numba
+looks at one file only) never meets stale machine code.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from numba.core import caching
+
+from cafemed import paths
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: Modules whose functions are compiled together; each may call into the ones before it.
+KERNEL_MODULES = ("pdag", "gains", "candidates", "search")
+
+
+def cache_dir() -> Path:
+    """Where machine code is kept: `NUMBA_CACHE_DIR` if set, else `<root>/cache/numba`.
+
+    The root is `CAFEMED_HOME` or `~/.cafemed`; a job that was given another one sets
+    `CAFEMED_HOME`, which Dask's and Ray's processes inherit.
+    """
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    return Path(chosen) if chosen else paths.resolve_root(None) / "cache" / "numba"
+
+
+@cache
+def _code_digest() -> str:
+    folder = Path(__file__).parent
+    digest = hashlib.sha256(numba.__version__.encode())
+    for name in KERNEL_MODULES:
+        digest.update((folder / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+class _Locator:
+    """What Numba asks of a cache locator, with the folder and the stamp taken from the code."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def get_cache_path(self) -> str:
+        return str(cache_dir() / _code_digest())
+
+    def ensure_cache_path(self) -> None:
+        Path(self.get_cache_path()).mkdir(parents=True, exist_ok=True)
+
+    def get_source_stamp(self) -> str:
+        return _code_digest()
+
+    def get_disambiguator(self) -> str:
+        return self._name
+
+
+class _CacheImpl(caching.CompileResultCacheImpl):  # type: ignore[misc]
+    def __init__(self, py_func: Callable[..., Any]) -> None:
+        name = f"{py_func.__module__}.{py_func.__qualname__}"
+        self._lineno = py_func.__code__.co_firstlineno
+        self._locator = _Locator(name)
+        self._filename_base = self.get_filename_base(name, "")
+
+
+class _Cache(caching.FunctionCache):  # type: ignore[misc]
+    _impl_class = _CacheImpl
+
+
+def kernel(function: Function) -> Function:
+    """Compiles a function when it is first called; kernels call each other without Python."""
+    compiled: Function = numba.njit(
+        function, fastmath={"contract"}, error_model="numpy", boundscheck=False
+    )
+    return compiled
+
+
+def cached_kernel(function: Function) -> Function:
+    """A kernel that Python calls: its machine code is read from `cache_dir()` if it is there."""
+    compiled: Any = kernel(function)
+    if _writable(cache_dir() / _code_digest()):
+        compiled._cache = _Cache(function)
+    result: Function = compiled
+    return result

@@ -26,6 +26,8 @@ class SyntheticConfig:
         medications_per_cluster: size of that set; larger where medications outnumber the places.
         parents_per_code: mean number of causes of a code among the others.
         code_strength_low, code_strength_high: noisy-or strengths between codes.
+        specificity: a code's chance of causing a medication of its cluster is proportional to its
+            prevalence ** -specificity.
         strength_low, strength_high: noisy-or strengths from codes to medications.
         persistence_low, persistence_high: strengths from a medication to itself a visit later.
         leak_share: share of a medication's prescriptions without any cause.
@@ -42,9 +44,9 @@ class SyntheticConfig:
 
     num_patients: Annotated[int, Range(10, 1_000_000)] = 2_000
     num_visits: Annotated[int, Range(20, 20_000_000)] = 4_740
-    num_diagnoses: Annotated[int, Range(2, 8_000)] = 300
-    num_procedures: Annotated[int, Range(2, 3_000)] = 150
-    num_medications: Annotated[int, Range(2, 1_000)] = 80
+    num_diagnoses: Annotated[int, Range(2, 8_000)] = 500
+    num_procedures: Annotated[int, Range(2, 3_000)] = 250
+    num_medications: Annotated[int, Range(2, 1_000)] = 100
     diagnoses_per_visit: Annotated[float, Range(1, open_low=True)] = 10.5
     procedures_per_visit: Annotated[float, Range(1, open_low=True)] = 3.8
     medications_per_visit: Annotated[float, Range(1, open_low=True)] = 11.6
@@ -55,15 +57,16 @@ class SyntheticConfig:
     parents_per_code: Annotated[float, Range(0, 10)] = 1.0
     code_strength_low: Probability = 0.3
     code_strength_high: Probability = 0.8
+    specificity: Annotated[float, Range(0, 3)] = 1.0
     strength_low: Probability = 0.7
     strength_high: Probability = 0.98
     persistence_low: Probability = 0.6
     persistence_high: Probability = 0.95
     leak_share: Annotated[float, Range(0, 1, open_low=True)] = 0.1
     diagnosis_persistence: Probability = 0.0
-    ddi_density: Share = 0.053
+    ddi_density: Share = 0.08
     ddi_rate: Share = 0.08
-    avoidance: Share = 0.2
+    avoidance: Share = 0.3
     effect_draws: Annotated[int, Range(2)] = 2_000
 
     def __post_init__(self) -> None:

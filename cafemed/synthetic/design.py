@@ -29,7 +29,7 @@ _POPULARITY = 0.6
 
 _PILOT_PATIENTS = 1_000
 _ROUNDS = 4
-_BISECTIONS = 12
+_BISECTIONS = 14
 
 
 def draw_model(config: SyntheticConfig, rng: np.random.Generator) -> Model:
@@ -75,13 +75,14 @@ def draw_model(config: SyntheticConfig, rng: np.random.Generator) -> Model:
         ddi=np.zeros((num_medications, num_medications), np.bool_),
         avoidance=config.avoidance,
     )
-    return _with_medications(config, model, rng)
+    return _with_medications(config, model, prevalence, rng)
 
 
 def zipf(config: SyntheticConfig, size: int, mean: float) -> Floats:
     """Zipf-like prevalences (size,), descending, with `mean` codes in a visit that has any."""
     shape = np.arange(1, size + 1) ** -config.zipf_exponent
     low, high = 0.0, config.top_prevalence / shape[-1]
+    prevalence: Floats = shape
     for _ in range(100):
         scale = (low + high) / 2
         prevalence = np.minimum(config.top_prevalence, scale * shape)
@@ -219,11 +220,13 @@ def _pilot_medications(model: Model, pilot: _Pilot) -> Bools:
     return medications
 
 
-def _with_medications(config: SyntheticConfig, model: Model, rng: np.random.Generator) -> Model:
+def _with_medications(
+    config: SyntheticConfig, model: Model, prevalence: Floats, rng: np.random.Generator
+) -> Model:
     """Chooses edges to medications and interacting pairs, in turn, until both aims are met."""
     cause, caused = _candidates(config, model.cluster, rng)
     strength = rng.uniform(config.strength_low, config.strength_high, len(cause))
-    key = rng.random(len(cause))
+    key = rng.random(len(cause)) * (prevalence[cause] / prevalence.min()) ** config.specificity
     # Every medication keeps one cause, whatever share of the candidates is taken.
     first = np.unique(caused[np.argsort(key)], return_index=True)[1]
     key[np.argsort(key)[first]] = 0
@@ -237,7 +240,7 @@ def _with_medications(config: SyntheticConfig, model: Model, rng: np.random.Gene
         )
 
     for _ in range(_ROUNDS):
-        low, high = 0.0, 1.0
+        low, high = 0.0, float(key.max())
         for _ in range(_BISECTIONS):
             share = (low + high) / 2
             drawn = _pilot_medications(at(share), pilot)

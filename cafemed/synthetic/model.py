@@ -106,7 +106,7 @@ def codes_given(
     """
     persists = model.code_persistence > 0
     if known is None:
-        known = uniform >= (1 - model.code_leak[:, None]).astype(np.float32)
+        known = np.asarray(uniform >= (1 - model.code_leak[:, None]).astype(np.float32))
         if previous is not None and persists.any():
             nodes = model.order.tolist()
         else:

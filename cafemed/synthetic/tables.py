@@ -70,7 +70,8 @@ def start_shares() -> NDArray[np.float64]:
     """
     day = np.arange(60)
     at_least = (1 - DAILY_START) ** day * (1 - _DAILY_DISCHARGE) ** np.maximum(day - 1, 0)
-    return at_least - np.append(at_least[1:], 0.0)
+    shares: NDArray[np.float64] = at_least - np.append(at_least[1:], 0.0)
+    return shares
 
 
 class _Stays:
@@ -186,7 +187,8 @@ def _pick(medication: NDArray[np.int32], owner: Ints, rng: np.random.Generator) 
     counts = np.bincount(owner + 1)
     first = np.cumsum(counts) - counts
     within = rng.integers(0, counts[medication + 1])
-    return by_owner[first[medication + 1] + within].astype(np.int64)
+    picked: Ints = by_owner[first[medication + 1] + within].astype(np.int64)
+    return picked
 
 
 def _no_drug(noise: Ints, owner: Ints, rng: np.random.Generator) -> Ints:

@@ -16,8 +16,10 @@ from cafemed.config import Range
 from cafemed.errors import ConfigError
 from models.charm import Charm
 from models.cwg import CausalWeightGenerator, EntityWeights
+from models.dropout import FastDropout
 from models.homogeneous import ClassMask
 from models.packing import Packing, pack, sum_groups
+from models.recurrent import ParallelGRU
 
 #: Embeddings start uniform in (-EMBEDDING_BOUND, EMBEDDING_BOUND), as CausalMed's.
 EMBEDDING_BOUND = 0.1
@@ -130,7 +132,8 @@ class CafeMed(nn.Module):
         self.charm = self._build_charm(options) if options.use_charm else None
         self.class_mask = ClassMask(d)
         self.fusion = nn.Parameter(torch.ones(3, 2))
-        self.grus = nn.ModuleList(nn.GRU(d, d, batch_first=True) for _ in range(3))
+        self.dropout = FastDropout(options.dropout)
+        self.grus = ParallelGRU(3, d)
         self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
 
     def _build_cwg(self, options: CafeMedOptions) -> CausalWeightGenerator:
@@ -165,43 +168,36 @@ class CafeMed(nn.Module):
             batch: B patients, at most T visits each.
 
         Returns:
-            float32 (B, T, N_m), y^ of models.md 1.11; steps after a patient's last visit hold
-            arbitrary finite numbers.
+            float32 (B, T, N_m), y^ of docs/models.md 1.11; 0 after a patient's last visit.
         """
         packing = pack(batch, self.sizes, self.options.first_visit_slot)
         visits = self.encode_visits(packing)
-        states = [
-            gru(batch.pad(visits[:, k]))[0] for k, gru in enumerate(self.grus)
-        ]  # h_k = o_k^t for one layer, so o stands for both halves of equation (16).
-        patient = torch.relu(torch.cat(states, -1))
+        # A layer's last state is its last output, h_k = o_k^t: o stands for both in (16).
+        patient = torch.relu(self.grus(visits, batch).flatten(1))
         if self.options.duplicate_state:
-            patient = torch.cat([patient, patient], -1)
-        logits: torch.Tensor = self.head(patient)
-        return logits
+            patient = torch.cat([patient, patient], 1)
+        return batch.pad(self.head(patient))
 
     def encode_visits(self, packing: Packing) -> torch.Tensor:
         """Equations (1) to (13) and (15): z, float32 (V, 3, d)."""
-        looked_up = self.embedding[packing.ids]
-        embedded = self._dropout(looked_up)
+        looked_up = self.embedding.index_select(0, packing.ids)
+        embedded = modulated = self.dropout(looked_up)
         weights = self.entity_weights(packing)
-        modulated = other = embedded
         if not self.options.dropout_shared:
             is_medication = (packing.modality == 2)[:, None]
-            modulated = torch.where(is_medication, self._dropout(looked_up), embedded)
+            modulated = torch.where(is_medication, self.dropout(looked_up), embedded)
         if self.cwg is not None:
             modulated = self.cwg(modulated, weights, packing.modality)
-        if self.options.homogeneous_input == "modulated":
-            other = modulated
-        homogeneous = self.class_mask(other, packing.modality, packing.classes)
-        num_groups = 3 * packing.num_visits
+        raw = self.options.homogeneous_input == "raw"
+        masked = self.class_mask(embedded if raw else modulated, packing.modality, packing.classes)
         if self.charm is None:
-            fused = sum_groups(modulated, packing.group, num_groups)
+            refined = self._sum(modulated, packing)
         else:
             refined = self.charm(modulated, weights, packing)
-            fused = sum_groups(refined, packing.slot_group, num_groups)
-        masked = sum_groups(homogeneous, packing.group, num_groups)
-        stacked = torch.stack([masked, fused], 1).view(packing.num_visits, 3, 2, -1)
-        return (self.fusion[:, :, None] * stacked).sum(2)
+        fusion = self.fusion[..., None]
+        return fusion[:, 0] * self._sum(masked, packing) + fusion[:, 1] * refined
 
-    def _dropout(self, rows: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(rows, self.options.dropout, self.training)
+    def _sum(self, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Adds up rows (N, d) of each visit and modality; (V, 3, d)."""
+        sums = sum_groups(rows, packing.group, 3 * packing.num_visits)
+        return sums.view(packing.num_visits, 3, -1)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.packed import convolve, normalise
+from models.packed import convolve, normalise, sum_slots
 from models.packing import KERNEL, Packing, sum_groups
 
 
@@ -157,16 +157,20 @@ class CausalGate(nn.Module):
         self.by = by
         self.linear = nn.Linear(1, channels)
 
+    def of_visits(self, weights: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """The gate of each visit, (V, C), from w (N,) of the codes; for `by="visit"`."""
+        number = sum_groups(torch.ones_like(weights), packing.visit, packing.num_visits)
+        total = sum_groups(weights, packing.visit, packing.num_visits)
+        mean = total / number.clamp(min=1.0)
+        return torch.sigmoid(self.linear(mean[:, None]))
+
     def forward(
         self, features: torch.Tensor, weights: torch.Tensor, packing: Packing
     ) -> torch.Tensor:
         """Gates features (Q, W, C) with w (N,) of the codes."""
         if self.by == "visit":
-            number = sum_groups(torch.ones_like(weights), packing.visit, packing.num_visits)
-            total = sum_groups(weights, packing.visit, packing.num_visits)
-            mean = total / number.clamp(min=1.0)
-            gate = torch.sigmoid(self.linear(mean[:, None]))
-            return features * gate[packing.position_visit][:, None]
+            gate = self.of_visits(weights, packing)
+            return features * gate.index_select(0, packing.position_visit)[:, None]
         of_cell = weights.new_zeros(packing.num_positions * 3).index_copy(0, packing.cell, weights)
         blocks = of_cell.view(packing.num_positions, 3)
         width, channels = features.shape[1:]
@@ -176,7 +180,7 @@ class CausalGate(nn.Module):
 
 
 class Charm(nn.Module):
-    """CHARM from the modulated embeddings of a batch to one vector for each slot.
+    """CHARM from the modulated embeddings of a batch to their refined sums.
 
     Args:
         dimension: d.
@@ -206,6 +210,7 @@ class Charm(nn.Module):
         super().__init__()
         self.width = 1 if layout == "channels" else 3
         self.channels = 3 * dimension // self.width
+        self.blocks = 3 // self.width  # modalities in the channels
         self.groups = groups
         self.unshuffle = unshuffle
         self.channel_attention = ChannelAttention(self.channels, reduction)
@@ -226,9 +231,8 @@ class Charm(nn.Module):
             packing: where the N codes lie.
 
         Returns:
-            u, float32 (S, d), one vector a slot.
+            float32 (V, 3, d), u added up over the slots of each visit and modality.
         """
-        dimension = modulated.shape[1]
         features = self._align(modulated, packing)
         if self.gate is not None and self.gate_place == "input":
             features = self.gate(features, weights, packing)
@@ -236,12 +240,21 @@ class Charm(nn.Module):
         features = self.spatial_attention(features, packing)
         if self.unshuffle:
             features = shuffle_channels(features, self.channels // self.groups)
-        if self.gate is not None and self.gate_place == "output":
-            features = self.gate(features, weights, packing)
-        return features.reshape(-1, dimension)[packing.slot_cell]
+        if self.gate is None or self.gate_place == "input":
+            return self._leave(features, packing)
+        if self.gate.by == "visit":
+            # The same at all positions of a visit: the sum is gated, not its every term.
+            gate = self.gate.of_visits(weights, packing)
+            return self._leave(features, packing) * gate.view(packing.num_visits, self.blocks, -1)
+        return self._leave(self.gate(features, weights, packing), packing)
 
     def _align(self, modulated: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """X of models.md 1.3: embeddings at their cells, 0 elsewhere; (Q, W, C)."""
+        """X of docs/models.md 1.3: embeddings at their cells, 0 elsewhere; (Q, W, C)."""
         cells = modulated.new_zeros(packing.num_positions * 3, modulated.shape[1])
         cells = cells.index_copy(0, packing.cell, modulated)
         return cells.view(packing.num_positions, self.width, self.channels)
+
+    def _leave(self, features: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """Splits (Q, W, C) into blocks again and adds up their slots; (V, 3, d)."""
+        cells = features.reshape(packing.num_positions * 3, -1)
+        return sum_slots(cells, packing).view(packing.num_visits, 3, -1)

@@ -54,7 +54,7 @@ class EntityWeights(nn.Module):
 
     def forward(self, packing: Packing) -> torch.Tensor:
         """Gives w of every code that exists, float32 (N,)."""
-        weights = self.table[packing.ids]
+        weights = self.table.index_select(0, packing.ids)
         if self.context == "entity":
             return weights
         num_codes, num_medications = self.effects.shape

@@ -1,6 +1,6 @@
 """Homogeneous branch of CausalMed and CafeMed: a mask by the class of a code in its visit's graph.
 
-models.md 1.9: s = e * mu[k, class]; no messages are passed along the graph's edges.
+docs/models.md 1.9: s = e * mu[k, class]; no messages are passed along the graph's edges.
 """
 
 import torch
@@ -24,4 +24,5 @@ class ClassMask(nn.Module):
         self, embedded: torch.Tensor, modality: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
         """Masks embeddings (N, d) by modality int64 (N,) and class int64 (N,)."""
-        return embedded * self.mask.flatten(0, 1)[modality * NUM_CLASSES + classes]
+        mask = self.mask.flatten(0, 1).index_select(0, modality * NUM_CLASSES + classes)
+        return embedded * mask

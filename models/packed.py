@@ -1,4 +1,4 @@
-"""Convolution and instance norm over packed visits, with gradients written out.
+"""Convolution, instance norm and sums over packed visits, with gradients written out.
 
 Written out because they are most of a training step: as matrix products over the positions that
 exist they run at the rate of torch's own products, where `conv1d` over padded visits also computes
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from models.packing import Window
+from models.packing import Packing, Window
 
 NORM_EPS = 1e-5
 
@@ -52,6 +52,20 @@ def normalise(features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor)
         (R, C); 0 where a visit has a single row.
     """
     out: torch.Tensor = _Normalise.apply(features, visit, starts)  # type: ignore[no-untyped-call]
+    return out
+
+
+def sum_slots(cells: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Adds up what leaves CHARM: the vectors of each visit's and modality's slots.
+
+    Args:
+        cells: (Q * 3, d), row position * 3 + modality.
+        packing: of the batch.
+
+    Returns:
+        (V * 3, d), row visit * 3 + modality.
+    """
+    out: torch.Tensor = _SumSlots.apply(cells, packing)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -127,3 +141,17 @@ class _Normalise(torch.autograd.Function):
         along = _bag(gradient * out, every, starts, mean=True).index_select(0, visit)
         of_features = (gradient - mean).sub_(along.mul_(out)).mul_(inverse)
         return of_features, None, None
+
+
+class _SumSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cells: torch.Tensor, packing: Packing) -> torch.Tensor:
+        ctx.packing, ctx.shape = packing, cells.shape
+        return _bag(cells, packing.slot_cell, packing.slot_starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_slots = gradient.index_select(0, ctx.packing.slot_group)
+        of_cells = gradient.new_zeros(ctx.shape).index_copy_(0, ctx.packing.slot_cell, of_slots)
+        return of_cells, None

@@ -53,7 +53,8 @@ class Packing:
         group: int64 (N,), visit * 3 + modality of each code.
         cell: int64 (N,), position * 3 + modality of each code.
         slot_cell: int64 (S,), the same of each slot.
-        slot_group: int64 (S,), visit * 3 + modality of each slot.
+        slot_group: int64 (S,), visit * 3 + modality of each slot, ascending.
+        slot_starts: int64 (V * 3,), the first slot of each visit and modality.
         position_visit: int64 (Q,), the visit row of each position.
         lengths: int64 (V,), max(1, n_0, n_1, n_2), the positions of each visit.
         starts: int64 (V,), the first position of each visit.
@@ -68,6 +69,7 @@ class Packing:
     cell: torch.Tensor
     slot_cell: torch.Tensor
     slot_group: torch.Tensor
+    slot_starts: torch.Tensor
     position_visit: torch.Tensor
     lengths: torch.Tensor
     starts: torch.Tensor
@@ -97,11 +99,12 @@ def pack(batch: Batch, sizes: tuple[int, int, int], first_visit_slot: bool = Tru
     visit, modality, place = real.nonzero(as_tuple=True)
     lengths = batch.counts.amax(1).clamp(min=1)
     starts = lengths.cumsum(0) - lengths
-    slot_visit, slot_modality, slot_place = visit, modality, place
+    slot_visit, slot_modality, slot_place, num_slots = visit, modality, place, batch.counts
     if first_visit_slot:
         kept = real.clone()
         kept[:, 2, 0] |= batch.is_first
         slot_visit, slot_modality, slot_place = kept.nonzero(as_tuple=True)
+        num_slots = kept.sum(2)
     offsets = torch.tensor([0, sizes[0], sizes[0] + sizes[1]], device=device)
     position_visit = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
     return Packing(
@@ -113,6 +116,7 @@ def pack(batch: Batch, sizes: tuple[int, int, int], first_visit_slot: bool = Tru
         cell=(starts[visit] + place) * 3 + modality,
         slot_cell=(starts[slot_visit] + slot_place) * 3 + slot_modality,
         slot_group=slot_visit * 3 + slot_modality,
+        slot_starts=num_slots.flatten().cumsum(0) - num_slots.flatten(),
         position_visit=position_visit,
         lengths=lengths,
         starts=starts,

@@ -190,8 +190,8 @@ def _norm(weights, name, X):
 
 def _gru(weights, k, inputs):
     """PyTorch's GRU from its documented equations, h_0 = 0."""
-    W_i, b_i = weights[f"grus.{k}.weight_ih_l0"], weights[f"grus.{k}.bias_ih_l0"]
-    W_h, b_h = weights[f"grus.{k}.weight_hh_l0"], weights[f"grus.{k}.bias_hh_l0"]
+    W_i, b_i = weights["grus.weight_ih"][k], weights["grus.bias_ih"][k]
+    W_h, b_h = weights["grus.weight_hh"][k], weights["grus.bias_hh"][k]
     h = torch.zeros(W_h.shape[1], dtype=torch.float64)
     outputs = []
     for x in inputs:

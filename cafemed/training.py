@@ -16,7 +16,7 @@ from cafemed import checkpoints, losses, metrics, randomness
 from cafemed.batches import Batch, ModelInputs, VisitArrays, collate
 from cafemed.checkpoints import Checkpoint
 from cafemed.config import Range
-from cafemed.errors import ConfigError, DataError, TrainingError
+from cafemed.errors import ArtifactError, ConfigError, DataError, TrainingError
 from cafemed.evaluation import EvaluationSet
 from cafemed.metrics import Metrics
 
@@ -340,7 +340,13 @@ class _Run:
         """Takes over the state of a checkpoint, if there is one."""
         if checkpoint is None:
             return
-        self.model.load_state_dict(checkpoint.weights)
+        try:
+            self.model.load_state_dict(checkpoint.weights)
+        except RuntimeError as err:
+            raise ArtifactError(
+                "the checkpoint's weights are of another version of the model; remove it to train "
+                "from the start"
+            ) from err
         fresh = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**fresh, "state": checkpoint.optimizer})
         self.best_weights = checkpoint.best_weights

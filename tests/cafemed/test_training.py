@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cafemed import evaluation, metrics
-from cafemed.errors import ArtifactError, DataError, TrainingError
-from cafemed.training import EpochReport, FitConfig, fit
+from cafemed.errors import ArtifactError, ConfigError, DataError, TrainingError
+from cafemed.training import EpochReport, FitConfig, choose_device, fit
 
 TRAIN, VALIDATION = np.arange(0, 28), np.arange(28, 40)
 CONFIG = FitConfig(epochs=6, patience=6, batch_size=8, learning_rate=0.02, seed=3)
@@ -41,7 +41,7 @@ def same(a, b):
 
 def test_a_fit_learns_the_rule(run):
     result = run(
-        epochs=60, patience=60, learning_rate=0.05, ddi_target=1.0, model_options={"dropout": 0.0}
+        epochs=30, patience=30, learning_rate=0.1, ddi_target=1.0, model_options={"dropout": 0.0}
     )
     assert result.metrics.jaccard > 0.9
     assert result.history[-1].losses["loss"] < 0.5 * result.history[0].losses["loss"]
@@ -186,6 +186,18 @@ def test_a_checkpoint_of_another_fit_is_refused(run, tmp_path, change):
         run(**{"epochs": 1, "checkpoint_dir": tmp_path, **change})
 
 
+def test_a_checkpoint_of_another_version_of_the_model_is_refused(run, tmp_path, build_bag):
+    run(epochs=1, checkpoint_dir=tmp_path)
+
+    def changed(*arguments):
+        model = build_bag(*arguments)
+        model.head = torch.nn.Linear(8, 9, bias=False)
+        return model
+
+    with pytest.raises(ArtifactError, match="another version of the model"):
+        run(build=changed, epochs=1, checkpoint_dir=tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_at_once(run, tmp_path, build_bag):
     calls = 0
 
@@ -229,3 +241,13 @@ def test_an_empty_split_is_refused(run, split):
     name = "training" if split == "train_patients" else "validation"
     with pytest.raises(DataError, match=f"the {name} split has no patients"):
         run(**{split: np.zeros(0, np.int64)})
+
+
+def test_device_names():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ConfigError, match="expected one of auto, cpu, cuda, got 'tpu'"):
+        choose_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch finds none"):
+            choose_device("cuda")

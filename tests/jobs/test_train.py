@@ -1,0 +1,169 @@
+"""`jobs/train.py` on a small synthetic cohort, with a graph without edges."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from cafemed import artifacts, cohort, graphs, paths
+from cafemed.codes import node_name
+
+SMALL = [
+    "name=small",
+    "data.generator.num_patients=60",
+    "data.generator.num_visits=140",
+    "data.generator.num_diagnoses=40",
+    "data.generator.num_procedures=20",
+    "data.generator.num_medications=15",
+    "data.generator.diagnoses_per_visit=6",
+    "data.generator.medications_per_visit=5",
+    "data.generator.effect_draws=10",
+]
+TRAIN = ["name=small", "model.dimension=8", "train.epochs=3", "train.batch_size=16"]
+
+
+def command(job, *arguments):
+    return [sys.executable, str(paths.PROJECT_DIR / "jobs" / f"{job}.py"), *arguments]
+
+
+def environment(root):
+    return os.environ | {"CAFEMED_HOME": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def run(root, job, *arguments):
+    return subprocess.run(
+        command(job, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=root,
+        env=environment(root),
+    )
+
+
+def write_graph(experiment):
+    """No edges, and effects of zero: training does not mind."""
+    patients = cohort.load(experiment / "cohort")
+    codes = tuple(
+        node_name(kind, code)
+        for kind in ("diagnosis", "procedure")
+        for code in patients.vocabularies[kind]
+    )
+    medications = tuple(node_name("medication", c) for c in patients.vocabularies["medication"])
+    effect = np.zeros((len(codes), len(medications)), np.float32)
+    none = np.zeros(0, np.int32)
+    graph = graphs.CausalGraph(
+        codes, none, none, none.astype(bool), none.astype(np.float32), none.astype(np.int64)
+    )
+    sources = {"cohort": patients.fingerprint}
+    with artifacts.new_folder(experiment / "graph", "graph", sources, {}) as (folder, _):
+        graphs.write_graph(graph, folder / "graph.parquet")
+        effects = graphs.EffectTable(codes, medications, effect, effect, "raw")
+        graphs.write_effects(effects, folder / "effects.npz")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("root")
+    prepared = run(folder, "prepare", *SMALL)
+    assert prepared.returncode == 0, prepared.stderr
+    write_graph(paths.experiment_dir(folder, "small"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experiment(root):
+    return paths.experiment_dir(root, "small")
+
+
+def test_a_run_writes_its_artifact_and_a_second_one_is_skipped(root, experiment):
+    first = run(root, "train", *TRAIN)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines()[0].split() == ["root", str(root)]
+    assert sum(line.startswith("epoch") for line in first.stdout.splitlines()) == 3
+    manifest = artifacts.verify(experiment / "fit", "fit")
+    assert set(manifest.files) == {
+        "config.json",
+        "history.json",
+        "metrics.json",
+        "model.safetensors",
+    }
+    assert manifest.inputs.keys() == {"cohort", "graph"}
+    assert len(json.loads((experiment / "fit" / "history.json").read_text())) == 3
+    measured = json.loads((experiment / "fit" / "metrics.json").read_text())
+    assert 0 < measured["test"]["metrics"]["prauc"] < 1
+    assert not list((experiment / "checkpoints").iterdir())
+
+    before = (experiment / "fit" / "manifest.json").stat().st_mtime_ns
+    second = run(root, "train", *TRAIN)
+    assert second.returncode == 0
+    assert "unchanged, skipped" in second.stdout
+    assert (experiment / "fit" / "manifest.json").stat().st_mtime_ns == before
+    assert not list(root.glob("*.log"))
+
+
+def test_bad_configuration_is_one_line_and_status_2(root):
+    result = run(root, "train", *TRAIN, "train.epochs=0", "train.seed=x")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: train.epochs: expected a value in [1, inf], got 0; "
+        "train.seed: expected int, got 'x'\n"
+    )
+
+
+def test_training_that_diverges_is_one_line_and_leaves_no_artifact(root, experiment):
+    result = run(root, "train", *TRAIN, "train.learning_rate=1e30")
+    assert result.returncode == 2
+    assert "try a train.learning_rate below 1e+30" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not [path for path in experiment.iterdir() if path.name.startswith(".fit")]
+
+
+def test_missing_stages_are_named(root):
+    result = run(root, "train", "name=nothing")
+    assert result.returncode == 2
+    assert "nothing/cohort/manifest.json: expected the manifest of a cohort" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_after", [1, 3])
+def test_killed_and_run_again_it_ends_with_the_same_weights(root, experiment, kill_after):
+    arguments = [*TRAIN, "train.epochs=6", "train.batch_size=2", f"train.seed={kill_after}"]
+    whole = run(root, "train", *arguments)
+    assert whole.returncode == 0, whole.stderr
+    expected = (experiment / "fit" / "model.safetensors").read_bytes()
+    history = json.loads((experiment / "fit" / "history.json").read_text())
+
+    # A forced run is killed in the middle of an epoch; the run after it is not forced.
+    with subprocess.Popen(
+        command("train", *arguments, "force=true"),
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(root),
+    ) as process:
+        epochs = 0
+        for line in process.stdout:
+            epochs += line.startswith("epoch")
+            if epochs == kill_after:
+                break
+        time.sleep(0.4 * history[kill_after]["seconds"])
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    # What the whole run left would make the next one skip.
+    artifact = experiment / "fit"
+    for path in artifact.iterdir():
+        path.unlink()
+    artifact.rmdir()
+
+    resumed = run(root, "train", *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from the checkpoint" in resumed.stdout
+    done = sum(line.startswith("epoch") for line in resumed.stdout.splitlines())
+    assert 6 - kill_after - 1 <= done <= 6 - kill_after
+    assert (experiment / "fit" / "model.safetensors").read_bytes() == expected

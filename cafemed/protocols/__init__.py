@@ -2,9 +2,9 @@
 
 from cafemed.cohort import Cohort
 from cafemed.drugs import DrugKnowledge
-from cafemed.protocols.clean import clean
 from cafemed.protocols.config import CohortConfig
-from cafemed.protocols.published import published
+from cafemed.protocols.protocol_clean import clean
+from cafemed.protocols.protocol_published import published
 from cafemed.protocols.summary import ddi_rate, summary
 from cafemed.records import Dropped, Records
 

@@ -26,6 +26,8 @@ from cafemed.sources import reading
 MAX_DIAGNOSES, MAX_MEDICATIONS = 2000, 300
 MAX_PROCEDURES_MIMIC4 = 1500
 
+_MAX_KEY = 1 << 62
+
 
 def published(
     records: Records, drugs: DrugKnowledge, config: CohortConfig
@@ -203,10 +205,15 @@ def _top(codes: Ints, num_codes: int, limit: int) -> NDArray[np.bool_]:
 def _first_of_equal(*columns: Ints) -> NDArray[np.bool_]:
     """Marks the first of equal rows, bool (n,)."""
     key = np.zeros(len(columns[0]), np.int64)
+    size = 1
     for column in columns:
-        # Two columns at a time fit in 64 bits, whatever the columns hold.
-        values = np.unique(column, return_inverse=True)[1]
-        key = np.unique(key * (values.max(initial=0) + 1) + values, return_inverse=True)[1]
+        low = int(column.min(initial=0))
+        num_values = int(column.max(initial=0)) - low + 1
+        if size * num_values >= _MAX_KEY:
+            key = np.unique(key, return_inverse=True)[1]
+            size = len(key)
+        key = key * num_values + (column - low)
+        size *= num_values
     first = np.zeros(len(key), np.bool_)
     first[np.unique(key, return_index=True)[1]] = True
     return first

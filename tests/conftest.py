@@ -1,0 +1,34 @@
+"""Made-up hospitals, and the real demo tables where a machine has them."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from cafemed import paths
+
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def hospitals() -> ModuleType:
+    """The module hospitals.py: drawn MIMIC-III and MIMIC-IV tables of a few patients."""
+    return _module("hospitals")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with the MIMIC-III demo and drug tables; skips where there is none."""
+    folder = Path(os.environ.get("CAFEMED_DATA", paths.PROJECT_DIR.parent / "shared" / "data"))
+    if not (folder / "mimic3-demo").is_dir():
+        pytest.skip(f"no MIMIC-III demo in {folder}; CAFEMED_DATA names the folder that holds it")
+    return folder

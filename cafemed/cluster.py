@@ -23,6 +23,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C has to reach us, not end in a half-made result
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the sweep's own table holds what they would write
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a table even when told to be silent
 }
 
 

@@ -130,6 +130,10 @@ class OnTrialEnd(tune.Callback):
     def __init__(self, function: Callable[[Trial], None]) -> None:
         self._function = function
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the function out: Ray Tune saves its callbacks, this may hold a terminal."""
+        return {"_function": lambda _trial: None}
+
     def on_trial_complete(self, *_: Any, **info: Any) -> None:
         """Ray Tune calls this, by keyword, when a trial is done or was stopped."""
         self._function(info["trial"])

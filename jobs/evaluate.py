@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Measures a published model on the test patients of its cohort.
+
+    python jobs/evaluate.py
+    python jobs/evaluate.py version=candidate
+    python jobs/evaluate.py name=mimic3 version=3
+
+Reads ROOT/experiments/NAME/cohort and a version of ROOT/registry/NAME, and writes
+ROOT/experiments/NAME/evaluation/report.json: Jaccard, F1, PRAUC, DDI rate and number of medications
+with their bootstrap, the same for two baselines, and for a synthetic cohort the ceiling that no
+model can pass. Use it once, at the end: choosing by test results makes them worthless.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from cafemed import artifacts, console, paths, registry
+
+
+@hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Runs the stage."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    root, name = paths.resolve_root(values["paths"]["root"]), str(values["name"])
+    with console.job(root):
+        home = paths.registry_dir(root, name)
+        version = registry.resolve_version(home, values["version"])
+        console.say("evaluate", f"version {version:04d} ({values['version']}) of {home}")
+        run(paths.experiment_dir(root, name), registry.resolve(home, version), values)
+
+
+def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
+    """Loads the model and the cohort, measures, writes and reports."""
+    import models  # torch takes seconds to import: not for --help
+    from cafemed import assessment, batches, bundle, cohort, config, training
+    from cafemed.assessment import EvaluationConfig
+
+    settings = config.from_mapping(EvaluationConfig, values["evaluation"], "evaluation")
+    device = training.choose_device(values["device"])
+    made_from = artifacts.read_manifest(folder / "cohort", "cohort")
+    served = bundle.load(bundle_folder)
+    artifacts.require_match(
+        str(bundle_folder), made_from.fingerprint, served.sources.get("cohort", "none")
+    )
+    sources = {"cohort": made_from.fingerprint, "bundle": served.fingerprint}
+    plain = {"evaluation": values["evaluation"]}
+    target = folder / "evaluation"
+    wanted = artifacts.fingerprint(assessment.STAGE, sources, plain)
+    if console.is_done(target, assessment.STAGE, wanted, values["force"]):
+        print(assessment.describe(json.loads((target / "report.json").read_text())))
+        return
+
+    patients = cohort.load(folder / "cohort")
+    arrays = batches.cohort_arrays(patients, served.graph)
+    model = bundle.restore_model(served, models.build).to(device)
+    report = assessment.measure(
+        model, arrays, patients, served.preprocessing.threshold, settings.seed, device
+    )
+    truth = folder / "tables" / "truth"
+    if made_from.config["source"] == "synthetic" and truth.is_dir():
+        console.say("ceiling", "the best that any model can do, from the population's truth")
+        window = made_from.config["target_window_h"]
+        report["ceiling"] = assessment.measure_ceiling(truth, patients, arrays, settings, window)
+    with artifacts.new_folder(target, assessment.STAGE, sources, plain) as (partial, summary):
+        (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        summary |= report
+    print(assessment.describe(report))
+    console.say("done", str(target))
+
+
+if __name__ == "__main__":
+    main()

@@ -82,7 +82,7 @@ def zipf(config: SyntheticConfig, size: int, mean: float) -> Floats:
     """Zipf-like prevalences (size,), descending, with `mean` codes in a visit that has any."""
     shape = np.arange(1, size + 1) ** -config.zipf_exponent
     low, high = 0.0, config.top_prevalence / shape[-1]
-    prevalence: Floats = shape
+    prevalence = np.zeros(size)
     for _ in range(100):
         scale = (low + high) / 2
         prevalence = np.minimum(config.top_prevalence, scale * shape)

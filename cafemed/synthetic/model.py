@@ -106,7 +106,7 @@ def codes_given(
     """
     persists = model.code_persistence > 0
     if known is None:
-        known = np.asarray(uniform >= (1 - model.code_leak[:, None]).astype(np.float32))
+        known = uniform >= (1 - model.code_leak[:, None]).astype(np.float32)
         if previous is not None and persists.any():
             nodes = model.order.tolist()
         else:
@@ -124,8 +124,7 @@ def codes_given(
 def usable(model: Model, codes: Bools) -> Bools:
     """Says which columns of codes (N, rows) have a diagnosis and a procedure, bool (rows,)."""
     split = len(model.diagnoses)
-    found: Bools = codes[:split].any(axis=0) & codes[split:].any(axis=0)
-    return found
+    return np.logical_and(codes[:split].any(axis=0), codes[split:].any(axis=0))
 
 
 def draw_codes(

@@ -166,7 +166,8 @@ def _prescriptions(
     repeats = rng.poisson(1.0, len(visit))
     again = np.repeat(np.arange(len(visit)), repeats)
     later = rng.integers(starts[again], stays.days[visit[again]] + 1)
-    noise = rng.integers(0, len(lists), round((_NO_NDC_SHARE + _UNMAPPED_SHARE) * len(visit)))
+    more = round((_NO_NDC_SHARE + _UNMAPPED_SHARE) * (len(visit) + len(again)))
+    noise = rng.integers(0, len(lists), more)
     noise_start = rng.integers(0, stays.days[noise] + 1)
     ndc = np.concatenate(
         [

@@ -4,6 +4,8 @@ Files of a truth folder: `parameters.npz`, `graph.parquet`, `effects.npz`.
 """
 
 import dataclasses
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from cafemed.synthetic.model import Model
 PARAMETERS = "parameters.npz"
 GRAPH = "graph.parquet"
 EFFECTS = "effects.npz"
+#: What reading a damaged npz file raises.
+_DAMAGED = (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 _NAMES = ("diagnoses", "procedures", "medications")
 
 
@@ -63,10 +67,10 @@ def read(folder: Path) -> Truth:
     """
     path = folder / PARAMETERS
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             columns = {field.name: content[field.name] for field in dataclasses.fields(Model)}
             start_shares = content["start_shares"]
-    except (OSError, KeyError, ValueError) as err:
+    except _DAMAGED as err:
         raise ArtifactError(
             f"{path}: not the parameters of a synthetic population ({type(err).__name__})"
         ) from err

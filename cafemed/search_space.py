@@ -204,14 +204,18 @@ def _check_values(
 ) -> None:
     """Tries the entry's extreme values on the options' dataclass, which knows what is allowed."""
     if option in FIXED.get(section, ()):
-        problems.append(f"{key}.{option}: is set for all trials under {section}; do not vary it")
+        problems.append(f"{key}.{option}: is the same for all trials, set it under {section}")
         return
     options, configured = allowed
     for value in entry.extremes:
         try:
             from_mapping(options, {**configured, option: value}, key)
         except ConfigError as err:
-            problems.append(str(err))
+            message = str(err)
+            if not message.startswith(f"{key}.{option}"):  # a check of several options together
+                reason = message.removeprefix(f"{key}: ").removeprefix(f"{option}: ")
+                message = f"{key}.{option}: {reason}"
+            problems.append(message)
             return
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cafemed.errors import ConfigError, DataError
 from cafemed.records import Dropped, SourceFile
-from cafemed.sources import reading
+from cafemed.sources import cells, reading
 from cafemed.sources.reading import InputFile
 
 #: The tables' names in a folder of drug tables.
@@ -183,7 +183,7 @@ class _Pairs:
 def _rows(file: InputFile, first: str, second: str, sources: list[SourceFile]) -> _Pairs:
     table, source = reading.read(file, (first, second))
     sources.append(source)
-    columns: list[pa.DictionaryArray] = [reading.text(table, name) for name in (first, second)]
+    columns: list[pa.DictionaryArray] = [cells.text(table, name) for name in (first, second)]
     return _Pairs(source, columns[0].to_pylist(), columns[1].to_pylist())
 
 

@@ -17,7 +17,7 @@ from cafemed.protocols import visits as rows_of
 from cafemed.protocols.config import CohortConfig
 from cafemed.protocols.visits import CodeRows, Ints, Ledger, Mask, Visits
 from cafemed.records import Dropped, Records
-from cafemed.sources import reading
+from cafemed.sources import cells
 
 _LISTS = {"diagnosis": "diagnoses", "procedure": "procedures", "medication": "medications"}
 
@@ -74,13 +74,13 @@ def _medications(
     records: Records, visits: Visits, drugs: DrugKnowledge, ledger: Ledger
 ) -> CodeRows:
     table = records.prescriptions
-    given = reading.text(table, "code")
+    given = cells.text(table, "code")
     none = pc.fill_null(pc.equal(given.cast("string"), NO_NDC), False).to_numpy(
         zero_copy_only=False
     )
     code, names = rows_of.medication_of(given, drugs)
     rows = CodeRows(
-        rows_of.visit_rows(reading.text(table, "visit"), visits),
+        rows_of.visit_rows(cells.text(table, "visit"), visits),
         np.where(none, -1, code),
         (rows_of.start_times(table), code),
         names,

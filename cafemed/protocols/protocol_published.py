@@ -20,7 +20,7 @@ from cafemed.protocols import visits as rows_of
 from cafemed.protocols.config import CohortConfig
 from cafemed.protocols.visits import CodeRows, Ints, Ledger, Visits
 from cafemed.records import Dropped, Records
-from cafemed.sources import reading
+from cafemed.sources import cells
 
 #: Most frequent codes kept. MIMIC-III's scripts have no limit for procedures, MIMIC-IV's 1,500.
 MAX_DIAGNOSES, MAX_MEDICATIONS = 2000, 300
@@ -100,12 +100,12 @@ def _most_frequent(rows: CodeRows, limit: int | None, table: str, ledger: Ledger
 def _medications(table: pa.Table, visits: Visits, drugs: DrugKnowledge, ledger: Ledger) -> CodeRows:
     """Prescriptions filled forward, of patients with two admissions, as ATC level 3."""
     table = _filled(table, ledger)
-    given = reading.text(table, "code")
-    stay, start = _stay_ranks(reading.text(table, "stay")), rows_of.start_times(table)
-    visit = rows_of.visit_rows(reading.text(table, "visit"), visits)
-    patient = rows_of.patients_in(reading.text(table, "patient"), visits)
+    given = cells.text(table, "code")
+    stay, start = _stay_ranks(cells.text(table, "stay")), rows_of.start_times(table)
+    visit = rows_of.visit_rows(cells.text(table, "visit"), visits)
+    patient = rows_of.patients_in(cells.text(table, "patient"), visits)
 
-    first = _first_of_equal(visit, patient, stay, start, reading.indices(given))
+    first = _first_of_equal(visit, patient, stay, start, cells.indices(given))
     keep = ledger.keep("prescriptions", "repeated row", first)
     # A visit filled in from another patient's row would join nothing.
     belongs = (visit >= 0) & (visits.patient[visit] == patient)
@@ -131,7 +131,7 @@ def _medications(table: pa.Table, visits: Visits, drugs: DrugKnowledge, ledger: 
 
 def _filled(table: pa.Table, ledger: Ledger) -> pa.Table:
     """Drops rows with drug code 0, then fills every missing cell from the row above it."""
-    zero = pc.fill_null(pc.equal(reading.text(table, "code").cast("string"), NO_NDC), False)
+    zero = pc.fill_null(pc.equal(cells.text(table, "code").cast("string"), NO_NDC), False)
     ledger.count("prescriptions", "drug code 0", pc.sum(zero).as_py() or 0)
     table = table.filter(pc.invert(zero))
     # Where there is no ICU stay at all (MIMIC-IV) the scripts do not read that column.
@@ -155,7 +155,7 @@ def _fill_forward(column: pa.Array) -> pa.Array:
 
 def _stay_ranks(stay: pa.DictionaryArray) -> Ints:
     ranks = np.append(rows_of.rank_ids(stay.dictionary), -1)
-    result: Ints = ranks[reading.indices(stay)]
+    result: Ints = ranks[cells.indices(stay)]
     return result
 
 

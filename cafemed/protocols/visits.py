@@ -13,7 +13,7 @@ from cafemed.cohort import Cohort
 from cafemed.drugs import DrugKnowledge
 from cafemed.protocols.config import CohortConfig
 from cafemed.records import Dropped
-from cafemed.sources import reading
+from cafemed.sources import cells
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -140,11 +140,11 @@ def patients_in(column: pa.DictionaryArray, visits: Visits) -> Ints:
 
 def code_rows(table: pa.Table, visits: Visits) -> CodeRows:
     """Diagnoses or procedures of `Records`, ordered by SEQ_NUM, then as in the file."""
-    code = reading.text(table, "code")
+    code = cells.text(table, "code")
     sequence = pc.fill_null(table["sequence"].cast(pa.int64()), NO_TIME).to_numpy()
     return CodeRows(
-        visit_rows(reading.text(table, "visit"), visits),
-        reading.indices(code),
+        visit_rows(cells.text(table, "visit"), visits),
+        cells.indices(code),
         (sequence, np.arange(len(sequence))),
         tuple(code.dictionary.to_pylist()),
     )
@@ -152,8 +152,8 @@ def code_rows(table: pa.Table, visits: Visits) -> CodeRows:
 
 def medication_of(column: pa.DictionaryArray, drugs: DrugKnowledge) -> tuple[Ints, tuple[str, ...]]:
     """Medications (ATC level 3) of a column of drug codes: indices (-1: none) and sorted names."""
-    mapped = reading.recode(column, drugs.medication)
-    return reading.indices(mapped), tuple(mapped.dictionary.to_pylist())
+    mapped = cells.recode(column, drugs.medication)
+    return cells.indices(mapped), tuple(mapped.dictionary.to_pylist())
 
 
 def start_times(table: pa.Table) -> Ints:
@@ -247,5 +247,5 @@ def assemble(
 
 def _take(of_value: Ints, column: pa.DictionaryArray) -> Ints:
     # A null cell has index -1, which picks the -1 appended here.
-    result: Ints = np.append(of_value, -1)[reading.indices(column)]
+    result: Ints = np.append(of_value, -1)[cells.indices(column)]
     return result

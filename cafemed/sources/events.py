@@ -12,7 +12,7 @@ from cafemed.codes import normalise
 from cafemed.drugs import ndc
 from cafemed.errors import DataError
 from cafemed.records import SourceFile
-from cafemed.sources import reading
+from cafemed.sources import cells
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,15 +45,15 @@ def visit_table(
         DataError: if an identifier is empty or a visit is listed twice.
     """
     for name in (patient, visit):
-        reading.present(file, table, name)
-    visits = reading.text(table, visit)
-    times_seen = np.bincount(reading.indices(visits))
+        cells.present(file, table, name)
+    visits = cells.text(table, visit)
+    times_seen = np.bincount(cells.indices(visits))
     if times_seen.max() > 1:
         raise DataError(
             f"{file.path}: column {visit}: expected every visit once, "
             f"{int((times_seen > 1).sum())} are listed several times"
         )
-    patients = reading.text(table, patient).cast(pa.string())
+    patients = cells.text(table, patient).cast(pa.string())
     place = pc.index_in(patients, value_set=people.patient.cast(pa.string()))
     return pa.table(
         {
@@ -104,7 +104,7 @@ def coded(
         Null where the code is; the dictionary is sorted and without repetition.
     """
     values = code.dictionary.to_pylist()
-    place = reading.indices(code)
+    place = cells.indices(code)
     pair = np.where(place >= 0, system * len(values) + place, -1)
     distinct, index = np.unique(pair, return_inverse=True)
     names = [
@@ -112,4 +112,4 @@ def coded(
         for p in distinct.tolist()
     ]
     written = pa.DictionaryArray.from_arrays(pa.array(index, pa.int32()), pa.array(names))
-    return reading.recode(written, lambda name: name or None)
+    return cells.recode(written, lambda name: name or None)

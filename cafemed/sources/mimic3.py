@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cafemed.drugs import ndc
 from cafemed.records import Records, SourceFile
-from cafemed.sources import events, reading
+from cafemed.sources import cells, events, reading
 from cafemed.sources.reading import Columns, InputFile
 
 COLUMNS = {
@@ -51,11 +51,11 @@ def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:
         admissions,
         patient="subject_id",
         visit="hadm_id",
-        admitted=reading.times(admissions_file, admissions, "admittime"),
+        admitted=cells.times(admissions_file, admissions, "admittime"),
         people=events.People(
-            reading.text(people, "subject_id"),
-            reading.sexes(reading.text(people, "gender")),
-            reading.times(people_file, people, "dob"),
+            cells.text(people, "subject_id"),
+            cells.sexes(cells.text(people, "gender")),
+            cells.times(people_file, people, "dob"),
         ),
     )
     return Records(
@@ -69,16 +69,16 @@ def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:
 
 
 def _codes(table: pa.Table, file: SourceFile) -> pa.Table:
-    code = reading.recode(reading.text(table, "icd9_code"), lambda c: events.code_name("icd9", c))
-    sequence = reading.integers(file, table, "seq_num")
-    return pa.table({"visit": reading.text(table, "hadm_id"), "code": code, "sequence": sequence})
+    code = cells.recode(cells.text(table, "icd9_code"), lambda c: events.code_name("icd9", c))
+    sequence = cells.integers(file, table, "seq_num")
+    return pa.table({"visit": cells.text(table, "hadm_id"), "code": code, "sequence": sequence})
 
 
 def _prescriptions(table: pa.Table, file: SourceFile) -> pa.Table:
     return events.prescription_table(
-        patient=reading.text(table, "subject_id"),
-        visit=reading.text(table, "hadm_id"),
-        stay=reading.text(table, "icustay_id") if "icustay_id" in table.column_names else None,
-        code=reading.recode(reading.text(table, "ndc"), ndc),
-        start=reading.times(file, table, "startdate"),
+        patient=cells.text(table, "subject_id"),
+        visit=cells.text(table, "hadm_id"),
+        stay=cells.text(table, "icustay_id") if "icustay_id" in table.column_names else None,
+        code=cells.recode(cells.text(table, "ndc"), ndc),
+        start=cells.times(file, table, "startdate"),
     )

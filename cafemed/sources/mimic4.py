@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from cafemed.drugs import ndc
 from cafemed.records import Records, SourceFile
-from cafemed.sources import events, reading
+from cafemed.sources import cells, events, reading
 from cafemed.sources.reading import Columns, InputFile
 
 COLUMNS = {
@@ -54,10 +54,10 @@ def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:
         admissions,
         patient="subject_id",
         visit="hadm_id",
-        admitted=reading.times(admissions_file, admissions, "admittime"),
+        admitted=cells.times(admissions_file, admissions, "admittime"),
         people=events.People(
-            reading.text(people, "subject_id"),
-            reading.sexes(reading.text(people, "gender")),
+            cells.text(people, "subject_id"),
+            cells.sexes(cells.text(people, "gender")),
             _births(people, people_file),
         ),
     )
@@ -72,8 +72,8 @@ def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:
 
 
 def _births(people: pa.Table, file: SourceFile) -> pa.Array:
-    ages = reading.integers(file, people, "anchor_age").to_pylist()
-    years = reading.integers(file, people, "anchor_year").to_pylist()
+    ages = cells.integers(file, people, "anchor_age").to_pylist()
+    years = cells.integers(file, people, "anchor_year").to_pylist()
     births = [
         None if age is None or year is None else datetime.datetime(year - age, 1, 1)
         for age, year in zip(ages, years, strict=True)
@@ -82,22 +82,22 @@ def _births(people: pa.Table, file: SourceFile) -> pa.Array:
 
 
 def _codes(table: pa.Table, file: SourceFile) -> pa.Table:
-    reading.present(file, table, "icd_version")
-    version = reading.choice(file, table, "icd_version", ("9", "10"))
+    cells.present(file, table, "icd_version")
+    version = cells.choice(file, table, "icd_version", ("9", "10"))
     return pa.table(
         {
-            "visit": reading.text(table, "hadm_id"),
-            "code": events.coded(version, ("icd9", "icd10"), reading.text(table, "icd_code")),
-            "sequence": reading.integers(file, table, "seq_num"),
+            "visit": cells.text(table, "hadm_id"),
+            "code": events.coded(version, ("icd9", "icd10"), cells.text(table, "icd_code")),
+            "sequence": cells.integers(file, table, "seq_num"),
         }
     )
 
 
 def _prescriptions(table: pa.Table, file: SourceFile) -> pa.Table:
     return events.prescription_table(
-        patient=reading.text(table, "subject_id"),
-        visit=reading.text(table, "hadm_id"),
+        patient=cells.text(table, "subject_id"),
+        visit=cells.text(table, "hadm_id"),
         stay=None,
-        code=reading.recode(reading.text(table, "ndc"), ndc),
-        start=reading.times(file, table, "starttime"),
+        code=cells.recode(cells.text(table, "ndc"), ndc),
+        start=cells.times(file, table, "starttime"),
     )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cafemed.codes import KINDS
 from cafemed.errors import DataError
 from cafemed.records import Records, SourceFile
-from cafemed.sources import events, reading
+from cafemed.sources import cells, events, reading
 from cafemed.sources.reading import InputFile
 
 REQUIRED = ("patient", "visit", "time", "kind", "code")
@@ -74,10 +74,10 @@ def read(
     columns = {"events": reading.Columns(REQUIRED, OPTIONAL)}
     table, file = reading.read_all(files or locate(root), columns)["events"]
     for name in ("patient", "visit", "kind"):
-        reading.present(file, table, name)
-    kind = reading.choice(file, table, "kind", KINDS)
+        cells.present(file, table, name)
+    kind = cells.choice(file, table, "kind", KINDS)
     system = _system_of_rows(file, table, kind, systems or Systems())
-    time = reading.times(file, table, "time")
+    time = cells.times(file, table, "time")
     by_kind = {
         name: _codes(table, time, system, np.flatnonzero(kind == k)) for k, name in enumerate(KINDS)
     }
@@ -98,20 +98,20 @@ def _system_of_rows(
     of_kind = np.array([_SYSTEMS.index(getattr(systems, name)) for name in KINDS])
     if "system" not in table.column_names:
         return of_kind[kind]
-    named = reading.choice(file, table, "system", _SYSTEMS)
+    named = cells.choice(file, table, "system", _SYSTEMS)
     system = np.where(named >= 0, named, of_kind[kind])
     for_drugs = np.array([name in _DRUG_SYSTEMS for name in _SYSTEMS])[system]
     wrong = for_drugs != (kind == KINDS.index("medication"))
     if wrong.any():
         row = int(np.argmax(wrong))
         expected = f"{' or '.join(_DRUG_SYSTEMS)} for a medication, and for no other kind"
-        raise reading.bad_cell(file, "system", row, expected)
+        raise cells.bad_cell(file, "system", row, expected)
     return system
 
 
 def _visits(file: SourceFile, table: pa.Table, time: pa.Array) -> pa.Table:
-    patient, visit = reading.text(table, "patient"), reading.text(table, "visit")
-    of_row, person = reading.indices(visit), reading.indices(patient)
+    patient, visit = cells.text(table, "patient"), cells.text(table, "visit")
+    of_row, person = cells.indices(visit), cells.indices(patient)
     distinct, first = np.unique(of_row, return_index=True)
     owner = np.zeros(len(visit.dictionary), np.int64)
     owner[distinct] = person[first]
@@ -140,17 +140,17 @@ def _visits(file: SourceFile, table: pa.Table, time: pa.Array) -> pa.Table:
 
 def _people(file: SourceFile, table: pa.Table) -> events.People:
     """Sex and birth of each patient: the first cell that is not empty."""
-    patient = reading.text(table, "patient")
-    person, num_people = reading.indices(patient), len(patient.dictionary)
+    patient = cells.text(table, "patient")
+    person, num_people = cells.indices(patient), len(patient.dictionary)
     nothing = pa.nulls(num_people, pa.timestamp("s"))
     sex, birth = pa.array(np.zeros(num_people, np.int8)), nothing
     if "sex" in table.column_names:
-        of_row = reading.sexes(reading.text(table, "sex")).to_numpy()
+        of_row = cells.sexes(cells.text(table, "sex")).to_numpy()
         sex = pa.array(_first_known(of_row, of_row > 0, person, num_people))
     if "birth" in table.column_names:
-        cells = reading.times(file, table, "birth")
-        seconds = pc.fill_null(cells.cast(pa.int64()), 0).to_numpy()
-        known = cells.is_valid().to_numpy(zero_copy_only=False)
+        given = cells.times(file, table, "birth")
+        seconds = pc.fill_null(given.cast(pa.int64()), 0).to_numpy()
+        known = given.is_valid().to_numpy(zero_copy_only=False)
         has_birth = np.zeros(num_people, np.bool_)
         has_birth[person[known]] = True
         values = _first_known(seconds, known, person, num_people)
@@ -176,10 +176,10 @@ def _codes(
 ) -> pa.Table:
     """The rows of one kind, in the order of the file, with all columns that Records may want."""
     chosen = pa.array(rows)
-    code = reading.text(table, "code").take(chosen)
+    code = cells.text(table, "code").take(chosen)
     prescriptions = events.prescription_table(
-        patient=reading.text(table, "patient").take(chosen),
-        visit=reading.text(table, "visit").take(chosen),
+        patient=cells.text(table, "patient").take(chosen),
+        visit=cells.text(table, "visit").take(chosen),
         stay=None,
         code=events.coded(system[rows], _SYSTEMS, code),
         start=time.take(chosen),

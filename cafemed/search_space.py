@@ -156,7 +156,7 @@ def parse(
     for section, options in space.items():
         key = f"{prefix}.{section}"
         if section not in sections:
-            problems.append(f"{key}: unknown section; known sections: {', '.join(sections)}")
+            problems.append(f"{key}: unknown section, expected one of {', '.join(sections)}")
         elif not isinstance(options, Mapping):
             problems.append(f"{key}: expected a mapping of options, got {options!r}")
         else:

@@ -87,7 +87,7 @@ def test_everything_wrong_is_reported_at_once_under_its_key():
         "search.space.train.flag.type": "expected one of float, int, categorical, got 'bool'",
         "search.space.model.parts": "expected a divisor of width = 12",
         "search.space.model.width.type": "got 3",
-        "search.space.modle": "unknown section; known sections: train, model",
+        "search.space.modle": "unknown section, expected one of train, model",
     }.items():
         assert any(p.startswith(f"{key}: ") and message in p for p in problems), (key, problems)
 

@@ -1,15 +1,18 @@
 """The registry of models: names, options, seeds."""
 
+import dataclasses
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import models
 from cafemed.errors import ConfigError
-from cafemed.paths import PROJECT_DIR
+from cafemed.paths import CONF_DIR, PROJECT_DIR
+from models.cafemed import CafeMedOptions
 
 
 def test_same_seed_gives_the_same_weights_to_the_bit(world):
@@ -89,6 +92,12 @@ def test_charm_options_are_free_where_charm_is_off(world):
 def test_unknown_name_is_refused(world):
     with pytest.raises(ConfigError, match=r"model\.name: expected one of cafemed.*got 'gpt'"):
         models.build("gpt", world.inputs)
+
+
+def test_the_configuration_file_spells_out_the_defaults():
+    written = yaml.safe_load((CONF_DIR / "model" / "cafemed.yaml").read_text())
+    assert written.pop("name") == "cafemed"
+    assert written == dataclasses.asdict(CafeMedOptions())
 
 
 def test_importing_models_imports_no_model():

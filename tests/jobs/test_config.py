@@ -12,9 +12,7 @@ from cafemed import paths
 
 JOBS = sorted(path.stem for path in (paths.PROJECT_DIR / "jobs").glob("*.py"))
 ROOT_FILES = sorted(p.stem for p in paths.CONF_DIR.glob("*.yaml") if p.stem != "base")
-GROUP_FILES = sorted(
-    (path.parent.name, path.stem) for path in paths.CONF_DIR.glob("*/*.yaml")
-)
+GROUP_FILES = sorted((path.parent.name, path.stem) for path in paths.CONF_DIR.glob("*/*.yaml"))
 
 
 def run(job: str, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:

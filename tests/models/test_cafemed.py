@@ -109,7 +109,7 @@ def test_equal_at_the_papers_dimension_over_lengths_1_to_30(
 
 @pytest.mark.parametrize(
     "counts",
-    [(1, 0, 1), (1, 1, 1), (6, 0, 3), (1, 0, 9), (0, 0, 4), (0, 0, 0), (0, 5, 1)],
+    [(1, 0, 1), (1, 1, 1), (6, 0, 3), (1, 0, 9), (0, 0, 4), (0, 0, 0), (0, 5, 1), (4, 2, 0)],
 )
 @pytest.mark.parametrize("layout", ["channels", "width"])
 def test_equal_for_visits_with_few_or_no_codes(

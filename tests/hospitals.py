@@ -70,6 +70,19 @@ def write_drugs(folder: Path, *, smiles: tuple[str, ...] | None = None) -> Path:
     return folder
 
 
+def load(folder: Path) -> Hospital:
+    """Reads a folder of real tables as they are, numbers as numbers."""
+    tables = {}
+    for name in ("PATIENTS", "ADMISSIONS", "DIAGNOSES_ICD", "PROCEDURES_ICD", "PRESCRIPTIONS"):
+        with gzip.open(folder / f"{name}.csv.gz", "rt", newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+        for row in tables[name]:
+            for column in ("subject_id", "hadm_id", "seq_num"):
+                if row.get(column):
+                    row[column] = int(row[column])
+    return Hospital(*tables.values())
+
+
 def draw(seed: int, num_patients: int = 14) -> Hospital:
     """Draws a hospital: visits out of time order, empty cells, repeated rows, unknown visits."""
     rng = np.random.default_rng(seed)

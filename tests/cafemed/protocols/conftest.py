@@ -1,5 +1,6 @@
 """The independent protocols, and ways from a drawn hospital to records."""
 
+import csv
 import importlib.util
 from pathlib import Path
 
@@ -39,3 +40,16 @@ def decoded():
         return [[codes[i].split(":")[1] for i in lists[visit]] for visit in range(len(lists))]
 
     return decode
+
+
+@pytest.fixture
+def demo(real_data, hospitals):
+    """The real demo: its rows, records, drug knowledge, NDC table and codes with a molecule."""
+    folder = real_data / "drug-knowledge"
+    known = drugs.read(drugs.locate(folder))
+    rows = hospitals.load(real_data / "mimic3-demo")
+    with (folder / "ndc_to_atc3.csv").open() as file:
+        atc_of_ndc = {row["ndc"]: row["atc3"] for row in csv.DictReader(file)}
+    with (folder / "atc3_smiles.csv").open() as file:
+        smiles = {row["atc3"] for row in csv.DictReader(file)}
+    return rows, mimic3.read(real_data / "mimic3-demo"), known, atc_of_ndc, smiles

@@ -170,3 +170,15 @@ def test_interacting_pairs_are_those_of_the_vocabulary(hospitals, read):
 def test_too_few_patients_are_refused(hospitals, read):
     with pytest.raises(DataError, match=r"at least 3 patients with 2 or more usable visits"):
         clean(*read(hospitals.draw(0, num_patients=2)), CohortConfig())
+
+
+@pytest.mark.parametrize("window_h", [None, 24.0])
+def test_the_real_demo_equals_the_protocol_row_by_row(demo, window_h, reference, decoded):
+    rows, records, drugs, atc_of_ndc, _ = demo
+    config = CohortConfig(target_window_h=window_h)
+    cohort, _ = clean(records, drugs, config)
+    patients = reference.clean(
+        rows, atc_of_ndc, require=config.require, min_visits=2, window_h=window_h
+    )
+    assert_equals_reference(cohort, patients, reference, config, decoded)
+    assert (cohort.num_patients, cohort.num_visits) == (13, 41)

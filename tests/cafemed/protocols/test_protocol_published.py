@@ -104,3 +104,11 @@ def test_a_missing_drug_takes_that_of_the_row_above_even_of_another_patient(hosp
 def test_too_few_patients_are_refused(hospitals, read):
     with pytest.raises(DataError, match="at least 4 patients"):
         published(*read(hospitals.draw(0, num_patients=2)), CONFIG)
+
+
+def test_the_real_demo_equals_the_scripts_in_pandas(demo, reference, decoded):
+    rows, records, drugs, atc_of_ndc, smiles = demo
+    cohort, _ = published(records, drugs, CONFIG)
+    expected = reference.published(rows, atc_of_ndc, smiles=smiles)
+    assert_equals_reference(cohort, expected, decoded)
+    assert (cohort.num_patients, cohort.num_visits) == (13, 38)

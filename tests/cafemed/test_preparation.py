@@ -1,0 +1,190 @@
+import dataclasses
+import os
+
+import pandas as pd
+import pytest
+import yaml
+
+from cafemed import artifacts, cohort, paths, preparation
+from cafemed.config import from_mapping
+from cafemed.errors import ConfigError, DataError
+from cafemed.preparation import DataConfig
+from cafemed.protocols import CohortConfig
+from cafemed.synthetic import SyntheticConfig
+
+SMALL = SyntheticConfig(
+    num_patients=60,
+    num_visits=140,
+    num_diagnoses=40,
+    num_procedures=20,
+    num_medications=15,
+    diagnoses_per_visit=6.0,
+    medications_per_visit=5.0,
+    effect_draws=10,
+)
+
+
+@pytest.fixture
+def config(tmp_path, hospitals):
+    """A drawn hospital on disk, and the configuration that reads it."""
+    root = hospitals.draw(2, num_patients=40).write(tmp_path / "tables")
+    drugs = hospitals.write_drugs(tmp_path / "drugs", smiles=hospitals.ATC)
+    return DataConfig(source="mimic3", root=str(root), drugs=str(drugs))
+
+
+def prepare(config, folder, force=False):
+    inputs = preparation.locate(config, folder / "tables")
+    return preparation.make_cohort(config, inputs, folder / "cohort", force)
+
+
+def test_the_report_holds_every_file_and_filter(config, tmp_path, capsys):
+    report = prepare(config, tmp_path / "exp")
+    assert report == artifacts.read_manifest(tmp_path / "exp" / "cohort", "cohort").report
+    files = {file["name"]: file for file in report["files"]}
+    assert set(files) == {
+        *("ADMISSIONS.csv", "PATIENTS.csv", "DIAGNOSES_ICD.csv", "PROCEDURES_ICD.csv"),
+        *("PRESCRIPTIONS.csv", "ndc_to_atc3.csv", "ddi_atc3.csv", "atc3_smiles.csv"),
+    }
+    path = tmp_path / "drugs" / "ddi_atc3.csv"
+    assert files["ddi_atc3.csv"] == {
+        "name": "ddi_atc3.csv",
+        "sha256": artifacts.sha256_of(path),
+        "bytes": path.stat().st_size,
+        "rows": 3,
+    }
+    assert {"table", "reason", "rows"} == set(report["dropped"][0])
+    text = preparation.describe(report)
+    assert f"patients       {report['summary']['patients']}" in text
+    assert "drug code 0" in text
+    assert capsys.readouterr().out.count("cohort ") == 2
+
+
+def test_the_cohort_loads_and_is_private(config, tmp_path):
+    report = prepare(config, tmp_path / "exp")
+    folder = tmp_path / "exp" / "cohort"
+    loaded = cohort.load(folder)
+    assert loaded.num_visits == report["summary"]["visits"]
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "exp").stat().st_mode & 0o777 == 0o700
+
+
+def test_nothing_at_patient_level_in_the_manifest(config, tmp_path):
+    prepare(config, tmp_path / "exp")
+    folder = tmp_path / "exp" / "cohort"
+    text = (folder / artifacts.MANIFEST).read_text()
+    loaded = cohort.load(folder)
+    assert not [code for codes in loaded.vocabularies.values() for code in codes if code in text]
+    assert not [name for name in loaded.visit_ids if f'"{name}"' in text]
+
+
+def test_an_unchanged_stage_is_skipped_and_a_changed_one_redone(config, tmp_path, capsys):
+    first = prepare(config, tmp_path / "exp")
+    assert prepare(config, tmp_path / "exp") == first
+    assert "skipped" in capsys.readouterr().out
+    prepare(config, tmp_path / "exp", force=True)
+    assert "skipped" not in capsys.readouterr().out
+    changed = dataclasses.replace(config, cohort=CohortConfig(seed=1))
+    prepare(changed, tmp_path / "exp")
+    assert "skipped" not in capsys.readouterr().out
+    table = tmp_path / "tables" / "DIAGNOSES_ICD.csv"
+    table.write_text(table.read_text() + "0,0,0,1,4019\n")
+    report = prepare(changed, tmp_path / "exp")
+    assert "skipped" not in capsys.readouterr().out
+    assert report["dropped"] != first["dropped"]
+
+
+def test_where_the_tables_lie_does_not_matter(config, tmp_path):
+    prepare(config, tmp_path / "exp")
+    moved = tmp_path / "moved"
+    os.rename(tmp_path / "tables", moved)  # noqa: PTH104
+    prepare(dataclasses.replace(config, root=str(moved)), tmp_path / "other")
+    fingerprints = [
+        artifacts.read_manifest(tmp_path / name / "cohort", "cohort").fingerprint
+        for name in ("exp", "other")
+    ]
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_a_failed_run_leaves_the_cohort_before_it(config, tmp_path):
+    prepare(config, tmp_path / "exp")
+    before = cohort.load(tmp_path / "exp" / "cohort").fingerprint
+    table = tmp_path / "tables" / "ADMISSIONS.csv"
+    table.write_text(table.read_text().replace("21", "xx"))
+    with pytest.raises(DataError, match="column"):
+        prepare(config, tmp_path / "exp")
+    assert cohort.load(tmp_path / "exp" / "cohort").fingerprint == before
+    assert [path.name for path in (tmp_path / "exp").iterdir()] == ["cohort"]
+
+
+def test_synthetic_tables_are_made_once_and_prepared(tmp_path, capsys):
+    config = DataConfig(generator=SMALL)
+    folder = tmp_path / "exp"
+    preparation.make_tables(config, folder / "tables", force=False)
+    report = prepare(config, folder)
+    assert report["summary"]["patients"] == 60
+    assert report["summary"]["visits"] == 140
+    preparation.make_tables(config, folder / "tables", force=False)
+    assert "skipped" in capsys.readouterr().out
+    preparation.make_tables(dataclasses.replace(config, seed=1), folder / "tables", force=False)
+    assert "skipped" not in capsys.readouterr().out
+    assert prepare(config, folder)["summary"] != report["summary"]
+    assert {p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()} == {0o600}
+
+
+def test_a_users_table_is_prepared(tmp_path, hospitals):
+    rows = []
+    for patient in range(6):
+        for visit in range(3):
+            key = (patient, f"{patient}-{visit}", f"210{visit}-01-01")
+            rows += [
+                (*key, "diagnosis", "I10"),
+                (*key, "medication", "B01AC06"),
+                (*key, "medication", "A02BC01"),
+            ]
+    frame = pd.DataFrame(rows, columns=["patient", "visit", "time", "kind", "code"])
+    frame.to_parquet(tmp_path / "mine.parquet")
+    drugs = hospitals.write_drugs(tmp_path / "drugs")
+    config = DataConfig(
+        source="tables", root=str(tmp_path / "mine.parquet"), ddi=str(drugs / "ddi_atc3.csv")
+    )
+    numbers = prepare(config, tmp_path / "exp")["summary"]
+    assert (numbers["patients"], numbers["visits"]) == (6, 18)
+    assert numbers["codes"] == {"diagnosis": 1, "procedure": 0, "medication": 2}
+    assert numbers["ddi_rate"] == 1.0
+    assert cohort.load(tmp_path / "exp" / "cohort").procedures.counts.tolist() == [0] * 18
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": "mimic3"}, r"data.root: expected the mimic3 tables, got null"),
+        ({"source": "mimic5"}, r"data.source: expected one of 'synthetic', 'mimic3'"),
+        (
+            {"source": "tables", "root": "x", "cohort": {"protocol": "published"}},
+            "published is defined on MIMIC's tables alone",
+        ),
+        (
+            {"source": "tables", "systems": {"diagnosis": "icd8"}},
+            "data.systems.diagnosis: expected",
+        ),
+        ({"source": "mimic3", "root": "/nowhere"}, r"/nowhere: expected a folder with ADMISSIONS"),
+    ],
+)
+def test_bad_settings_are_refused(values, message, tmp_path):
+    with pytest.raises((ConfigError, DataError), match=message):
+        preparation.locate(from_mapping(DataConfig, values, "data"), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["synthetic", "mimic3", "mimic4", "tables"])
+def test_the_yaml_spells_the_defaults_out(source):
+    folder = paths.CONF_DIR / "data"
+    values = yaml.safe_load((folder / f"{source}.yaml").read_text())
+    assert values.pop("defaults") == [{"cohort": "default"}]
+    spelled = yaml.safe_load((folder / "cohort" / "default.yaml").read_text())
+    assert set(spelled) == {field.name for field in dataclasses.fields(CohortConfig)}
+    built = from_mapping(DataConfig, values | {"cohort": spelled}, "data")
+    assert built == DataConfig(source=source)
+    if source == "synthetic":
+        names = {field.name for field in dataclasses.fields(SyntheticConfig)}
+        assert set(values["generator"]) == names

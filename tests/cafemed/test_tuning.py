@@ -1,0 +1,301 @@
+"""Real sweeps on a Ray of their own: trials, failures, the seed, and the best trial's bundle."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray import cloudpickle
+from torch import nn
+
+import models
+from cafemed import (
+    artifacts,
+    batches,
+    bundle,
+    cluster,
+    evaluation,
+    promotion,
+    reference,
+    registry,
+    sweep,
+    sweep_plan,
+    tuning,
+)
+from cafemed.batches import ModelInputs
+from cafemed.codes import CodeLists, node_name
+from cafemed.cohort import Cohort
+from cafemed.errors import ConfigError, TrainingError
+from cafemed.experiment import Experiment
+from cafemed.graphs import CausalGraph, EffectTable
+from cafemed.sweep import SweepResult, TrialRecord
+from cafemed.trials import TrialData, trial_seed
+
+# The builders below are sent to workers, which cannot import the tests.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+SPACE = {
+    "model": {
+        "modulation_strength": {"type": "float", "low": 0.01, "high": 1.0, "log": True},
+        "reduction_ratio": {"type": "categorical", "choices": [2, 4]},
+    },
+    "train": {"learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}},
+}
+MODEL = {"name": "cafemed", "dimension": 8, "dropout": 0.1}
+TRAIN = {"epochs": 3, "batch_size": 8, "learning_rate": 2e-3}
+
+
+def fails_on_ratio_2(
+    name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int
+) -> nn.Module:
+    if options["reduction_ratio"] == 2:
+        raise RuntimeError("no ratio of 2\nmore lines")
+    return models.build(name, inputs, options, seed)
+
+
+@pytest.fixture(scope="module")
+def given() -> Experiment:
+    """Sixty invented patients whose medications follow from their diagnoses."""
+    random = np.random.default_rng(0)
+    visits = random.integers(2, 5, 60)
+    total = int(visits.sum())
+    sizes = {"diagnosis": 12, "procedure": 6, "medication": 8}
+    vocabularies = {k: tuple(f"x:{k[0].upper()}{i}" for i in range(n)) for k, n in sizes.items()}
+    diagnoses = [
+        sorted(random.choice(12, random.integers(1, 5), replace=False)) for _ in visits_of(total)
+    ]
+    procedures = [
+        sorted(random.choice(6, random.integers(0, 3), replace=False)) for _ in visits_of(total)
+    ]
+    medications = CodeLists.of([sorted({d % 8 for d in codes}) for codes in diagnoses])
+    ddi = np.zeros((8, 8), np.bool_)
+    ddi[0, 1] = ddi[1, 0] = True
+    cohort = Cohort(
+        patient_offsets=np.concatenate([[0], np.cumsum(visits)]).astype(np.int64),
+        patient_ids=tuple(f"p{i}" for i in range(60)),
+        visit_ids=tuple(f"v{i}" for i in range(total)),
+        admitted=np.full(total, "NaT", "datetime64[s]"),
+        diagnoses=CodeLists.of(diagnoses),
+        procedures=CodeLists.of(procedures),
+        medications=medications,
+        targets=medications,
+        vocabularies=vocabularies,
+        ddi=ddi,
+        split=np.repeat(np.array([0, 1, 2], np.int8), [40, 10, 10]),
+        sex=np.zeros(60, np.int8),
+        age=np.full(total, 50, np.float32),
+        fingerprint="c0",
+    )
+    rows = tuple(node_name(k, c) for k in ("diagnosis", "procedure") for c in vocabularies[k])
+    columns = tuple(node_name("medication", c) for c in vocabularies["medication"])
+    effect = random.normal(size=(18, 8)).astype(np.float32) / 10
+    effects = EffectTable(rows, columns, effect, np.zeros_like(effect), "raw")
+    none = np.zeros(0, np.int32)
+    graph = CausalGraph((), none, none, none > 0, none.astype(np.float32), none.astype(np.int64))
+    return Experiment(
+        cohort=cohort,
+        graph=graph,
+        effects=effects,
+        arrays=batches.cohort_arrays(cohort, graph),
+        inputs=batches.model_inputs(vocabularies, effects, ddi),
+        sources={"cohort": "c0", "graph": "a0"},
+    )
+
+
+def visits_of(total: int) -> range:
+    return range(total)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        with cluster.ray_cluster(2) as where:
+            assert where == "a local Ray: 2 CPUs"
+            yield
+
+
+def plan_of(**search: Any) -> sweep_plan.SweepPlan:
+    settings = {"space": SPACE, "num_samples": 4, "max_concurrent": 2, "grace_period": 3}
+    return sweep_plan.read(MODEL, TRAIN, settings | search, models.options_class)
+
+
+def data_of(plan: sweep_plan.SweepPlan, given: Experiment, build: Any) -> TrialData:
+    return TrialData(
+        build=build,
+        model_name=plan.model_name,
+        model_options=plan.model_options,
+        inputs=given.inputs,
+        arrays=given.arrays,
+        train_patients=given.cohort.patients_of("train"),
+        validation_patients=given.cohort.patients_of("validation"),
+        config=plan.fit,
+    )
+
+
+def run(
+    given: Experiment, storage: Path, build: Any = models.build, **search: Any
+) -> tuple[SweepResult, list[TrialRecord], TrialData]:
+    plan = plan_of(**search)
+    data, ended = data_of(plan, given, build), list[TrialRecord]()
+    return tuning.run(plan, data, storage / "trials", ended.append), ended, data
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    # First in this file: it needs a process that is not connected.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with (
+        pytest.raises(ConfigError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray cluster answers"),
+        cluster.ray_cluster(1),
+    ):
+        pass
+    assert not ray.is_initialized()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_sweep_ends_in_a_published_model(given: Experiment, tmp_path: Path):
+    result, ended, data = run(given, tmp_path)
+    assert [trial.number for trial in result.trials] == [0, 1, 2, 3]
+    assert sorted(trial.number for trial in ended) == [0, 1, 2, 3]
+    assert {trial.status for trial in result.trials} == {"finished"}
+    # The first trial has the configured values, the others what the sampler drew.
+    assert result.trials[0].parameters == plan_of().start
+    assert len({trial.parameters["train.learning_rate"] for trial in result.trials}) == 4
+    assert [trial.seed for trial in result.trials] == [trial_seed(0, i) for i in range(4)]
+    best = result.best
+    assert (
+        max(t.best_epoch["metrics"]["jaccard"] for t in result.trials if t.best_epoch)
+        == (
+            best.best_epoch["metrics"]["jaccard"]  # type: ignore[index]
+        )
+    )
+
+    made = promotion.make_bundle(best, data, given, bundle.Preprocessing())
+    fingerprint = promotion.write_bundle(tmp_path / "bundle", made)
+    with artifacts.new_folder(tmp_path / "sweep", sweep.STAGE, {}, {}) as (folder, _):
+        sweep.write(result, folder, fingerprint)
+    loaded = bundle.load(tmp_path / "bundle")
+    assert loaded.model_options["reduction_ratio"] == best.parameters["model.reduction_ratio"]
+    assert loaded.metrics["validation"] == best.best_epoch["metrics"]  # type: ignore[index]
+    restored = bundle.restore_model(loaded, models.build)
+    again = evaluation.evaluate(restored, given.arrays, data.validation_patients, given.inputs.ddi)
+    assert again.metrics.as_dict() == loaded.metrics["validation"]
+    check_table(tmp_path / "sweep" / "sweep.parquet", result)
+    assert sweep.read_best(tmp_path / "sweep")["parameters"] == best.parameters
+
+
+def check_table(path: Path, result: SweepResult) -> None:
+    rows = pq.read_table(path).to_pylist()
+    assert [row["trial"] for row in rows] == [0, 1, 2, 3]
+    for row, trial in zip(rows, result.trials, strict=True):
+        assert {name: row[name] for name in trial.parameters} == dict(trial.parameters)
+        assert (row["seed"], row["status"], row["error"]) == (trial.seed, "finished", None)
+        assert [epoch["epoch"] for epoch in row["history"]] == [1, 2, 3]
+        assert row["jaccard"] == max(epoch["jaccard"] for epoch in row["history"])
+        assert row["seconds"] > 0
+        assert row["started"].year > 2000
+        assert row["cpus"] == 1
+        assert row["host"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(given: Experiment, tmp_path: Path):
+    result, _, _ = run(given, tmp_path, fails_on_ratio_2, num_samples=3, seed=1)
+    failed = [t for t in result.trials if t.parameters["model.reduction_ratio"] == 2]
+    assert 1 <= len(failed) < 3
+    assert all((t.status, t.error) == ("failed", "RuntimeError: no ratio of 2") for t in failed)
+    assert result.count("failed") == len(failed)
+    assert result.best.parameters["model.reduction_ratio"] == 4
+    table = result.table()
+    assert table["error"].null_count == 3 - len(failed)
+    assert table["jaccard"].null_count == len(failed)
+
+
+def test_when_all_trials_fail_the_first_error_is_given():
+    failed = [
+        TrialRecord(i, {}, 0, "failed", f"RuntimeError: {i}", (), None, 0.0, "", 1.0, 0.0, None)
+        for i in range(2)
+    ]
+    with pytest.raises(TrainingError, match="all 2 trials failed; the first with RuntimeError: 0"):
+        _ = SweepResult(tuple(failed)).best
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_trial_at_a_time_and_a_seed_give_the_same_sweep(given: Experiment, tmp_path: Path):
+    def outcome() -> list[Any]:
+        result, _, _ = run(given, tmp_path, num_samples=3, max_concurrent=1, seed=7)
+        history = [[(e["losses"], e["metrics"]) for e in t.history] for t in result.trials]
+        return [[dict(t.parameters) for t in result.trials], history]
+
+    assert outcome() == outcome()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_poor_trials_are_stopped_early(given: Experiment, tmp_path: Path):
+    result, _, _ = run(given, tmp_path, num_samples=6, max_concurrent=1, grace_period=1)
+    stopped = [trial for trial in result.trials if trial.status == "stopped"]
+    assert stopped
+    assert all(len(trial.history) < 3 for trial in stopped)
+    assert result.best.status == "finished"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_more_than_a_node_has_is_refused_before_the_first_trial(given: Experiment, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"search\.cpus: a trial reserves 64, but the largest"):
+        run(given, tmp_path, cpus=64.0)
+    with pytest.raises(ConfigError, match=r"search\.gpus: a trial reserves 0\.5"):
+        run(given, tmp_path, gpus=0.5)
+
+
+def test_publishing_again_changes_nothing(given: Experiment, tmp_path: Path):
+    folder, home = make_published(given, tmp_path)
+    assert promotion.publish(home, folder, {"job": "tune"}, promote=True) == (1, False)
+    assert [version.number for version in registry.versions(home)] == [1]
+    other = tmp_path / "other"
+    made = bundle.load(folder)
+    bundle.write(other, dataclasses.replace(made, sources={"cohort": "c1"}))
+    assert promotion.publish(home, other, {"job": "tune"}, promote=False) == (2, True)
+    assert registry.resolve_version(home, "candidate") == 2
+    assert registry.resolve_version(home, "production") == 1
+    # What an interruption left undone is done, what was rolled back stays so.
+    assert promotion.publish(home, other, {"job": "tune"}, promote=True) == (2, True)
+    registry.rollback(home)
+    assert promotion.publish(home, other, {"job": "tune"}, promote=True) == (2, False)
+    assert registry.resolve_version(home, "production") == 1
+
+
+def make_published(given: Experiment, tmp_path: Path) -> tuple[Path, Path]:
+    plan = plan_of()
+    model = models.build(plan.model_name, given.inputs, plan.model_options)
+    made = bundle.Bundle(
+        plan.model_name,
+        plan.model_options,
+        model.state_dict(),
+        given.cohort.vocabularies,
+        given.graph,
+        given.effects,
+        given.inputs.ddi,
+        bundle.Preprocessing(),
+        reference.Reference(
+            reference.score_histogram(np.zeros(1)),
+            reference.make_self_check(model, given.graph, given.cohort.vocabularies),
+        ),
+        {},
+        given.sources,
+    )
+    bundle.write(tmp_path / "bundle", made)
+    home = tmp_path / "registry"
+    assert promotion.publish(home, tmp_path / "bundle", {"job": "tune"}, promote=True) == (1, True)
+    return tmp_path / "bundle", home
+
+
+def test_importing_tuning_needs_no_ray():
+    code = "import sys, cafemed.tuning; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

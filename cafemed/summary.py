@@ -1,7 +1,6 @@
 """The table at the end of a pipeline: what each stage made, and the answered request."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,13 @@ from cafemed import artifacts
 Row = tuple[str, str]
 
 
-def rows(experiment: Path, registry: Path) -> list[Row]:
+def rows(experiment: Path, registry: Path, request: Sequence[str]) -> list[Row]:
     """Reads the stages' reports of one experiment; no figure is computed here.
 
     Args:
-        experiment: the folder with cohort, graph, sweep, evaluation and deploy.json.
+        experiment: the folder with cohort, graph, sweep and evaluation.
         registry: where the experiment's models were published.
+        request: lines that describe the request and its answer.
 
     Raises:
         ArtifactError: if a stage is missing.
@@ -25,16 +25,16 @@ def rows(experiment: Path, registry: Path) -> list[Row]:
         *_graph(artifacts.read_manifest(experiment / "graph", "graph").report),
         *_sweep(artifacts.read_manifest(experiment / "sweep", "sweep").report),
         *_evaluation(artifacts.read_manifest(experiment / "evaluation", "evaluation").report),
-        *_request(json.loads((experiment / "deploy.json").read_text())),
+        *(("" if i else "request", line) for i, line in enumerate(request)),
         ("files", str(experiment)),
         ("registry", str(registry)),
     ]
 
 
-def show(experiment: Path, registry: Path, seconds: float) -> None:
+def show(experiment: Path, registry: Path, request: Sequence[str], seconds: float) -> None:
     """Prints the table; `seconds` is the time of the whole pipeline."""
     print()
-    for name, text in rows(experiment, registry):
+    for name, text in rows(experiment, registry, request):
         print(f"{name:<12}{text}")
     print(f"{'time':<12}{seconds:.1f} s", flush=True)
 
@@ -86,15 +86,3 @@ def _metrics(found: dict[str, float]) -> str:
         f"Jaccard {found['jaccard']:.4f}  F1 {found['f1']:.4f}  PRAUC {found['prauc']:.4f}  "
         f"DDI {found['ddi_rate']:.4f}  medications {found['num_medications']:.1f}"
     )
-
-
-def _request(found: dict[str, Any]) -> Iterator[Row]:
-    from_request = found["request"]["visits"]
-    codes = sum(len(codes) for visit in from_request for codes in visit.values())
-    yield "request", f"{len(from_request)} visits with {codes} codes, about nobody"
-    answer = found["answer"]
-    listed = answer["medications"]
-    first = ", ".join(f"{m['code']} {m['probability']:.2f}" for m in listed[:5])
-    more = f", {len(listed) - 5} more" if len(listed) > 5 else ""
-    yield "answer", f"{len(listed)} medications: {first}{more}" if listed else "no medication"
-    yield "", f"{len(answer['interactions'])} interacting pairs among them"

@@ -11,6 +11,7 @@ Each stage is its own job in its own process, with its configuration written to
 """
 
 import contextlib
+import json
 import signal
 import subprocess
 import sys
@@ -46,7 +47,11 @@ def main(cfg: DictConfig) -> None:
             run_job(job, conf_dir)
             console.say(job, f"done in {time.monotonic() - began:.1f} s")
         took_s = time.monotonic() - started
-        summary.show(experiment, paths.registry_dir(root, cfg.name), took_s)
+        from serve import example  # takes torch with it: seconds that --help should not wait
+
+        asked = json.loads((experiment / "deploy.json").read_text())
+        request = example.describe(asked["request"], asked["answer"])
+        summary.show(experiment, paths.registry_dir(root, cfg.name), request, took_s)
 
 
 def write_configs(cfg: DictConfig, root: Path, experiment: Path) -> Path:

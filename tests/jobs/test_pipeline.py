@@ -58,13 +58,13 @@ def test_demo_ends_with_an_answer_and_leaves_nothing_running(tmp_path: Path):
     process = start(tmp_path, "--config-name", "demo")
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output[-4000:]
-    for line in ("data ", "graph ", "sweep ", "best trial ", "test ", "request ", "answer "):
+    for line in ("data ", "graph ", "sweep ", "best trial ", "test ", "request "):
         assert f"\n{line}" in output
     assert "(best possible)" in output
     assert wait_until_nothing_runs(tmp_path) == []
     experiment = tmp_path / "experiments/demo_synthetic"
     answer = json.loads((experiment / "deploy.json").read_text())["answer"]
-    assert answer["medications"]
+    assert answer["recommendations"][0]["medications"]
     # Nothing was written outside the root, and patients' folders are private.
     assert {p.name for p in tmp_path.iterdir()} <= {"experiments", "registry", "cache"}
     assert (experiment / "cohort").stat().st_mode & 0o077 == 0

@@ -9,6 +9,7 @@ Modalities are numbered k = 0 diagnosis, 1 procedure, 2 medication of the previo
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,6 +232,7 @@ class Batch:
         age: float32 (V,), years; NaN where unknown.
         slots: int64 (V,), where each visit lies in the flattened (B, T) grid: b * T + t.
         num_steps: T.
+        sizes: (N_d, N_p, N_m), of the vocabularies that `codes` index.
     """
 
     codes: torch.Tensor
@@ -242,6 +244,7 @@ class Batch:
     age: torch.Tensor
     slots: torch.Tensor
     num_steps: int
+    sizes: tuple[int, int, int]
 
     @property
     def num_patients(self) -> int:
@@ -261,7 +264,7 @@ class Batch:
     def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """Lays visit rows (V, ...) out as (B, T, ...); steps after a patient's last hold 0."""
         grid = rows.new_zeros((self.num_patients * self.num_steps, *rows.shape[1:]))
-        grid = grid.index_copy(0, self.slots, rows)
+        grid.index_copy_(0, self.slots, rows)
         return grid.view(self.num_patients, self.num_steps, *rows.shape[1:])
 
     def flatten(self, padded: torch.Tensor) -> torch.Tensor:
@@ -270,12 +273,12 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        moved = {
-            field.name: getattr(self, field.name).to(device)
-            for field in dataclasses.fields(self)
-            if field.name != "num_steps"
+        tensors: dict[str, Any] = {
+            name: value.to(device)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
         }
-        return Batch(**moved, num_steps=self.num_steps)
+        return dataclasses.replace(self, **tensors)
 
 
 def collate(arrays: VisitArrays, patients: NDArray[np.int64]) -> Batch:
@@ -304,6 +307,7 @@ def collate(arrays: VisitArrays, patients: NDArray[np.int64]) -> Batch:
         age=_tensor(arrays.age[visits], np.float32),
         slots=_tensor(slots, np.int64),
         num_steps=num_steps,
+        sizes=arrays.sizes,
     )
 
 

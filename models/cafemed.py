@@ -13,7 +13,7 @@ from torch import nn
 
 from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
-from cafemed.errors import ConfigError
+from cafemed.errors import ArtifactError, ConfigError
 from models.charm import Charm
 from models.cwg import CausalWeightGenerator, EntityWeights
 from models.dropout import FastDropout
@@ -169,7 +169,15 @@ class CafeMed(nn.Module):
 
         Returns:
             float32 (B, T, N_m), y^ of docs/models.md 1.11; 0 after a patient's last visit.
+
+        Raises:
+            ArtifactError: if the batch's codes are of vocabularies of other sizes.
         """
+        if batch.sizes != self.sizes:
+            raise ArtifactError(
+                f"the model was built for vocabularies of {self.sizes} diagnoses, procedures and "
+                f"medications, the batch's have {batch.sizes}"
+            )
         packing = pack(batch, self.sizes, self.options.first_visit_slot)
         visits = self.encode_visits(packing)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both in (16).

@@ -251,7 +251,7 @@ class Charm(nn.Module):
     def _align(self, modulated: torch.Tensor, packing: Packing) -> torch.Tensor:
         """X of docs/models.md 1.3: embeddings at their cells, 0 elsewhere; (Q, W, C)."""
         cells = modulated.new_zeros(packing.num_positions * 3, modulated.shape[1])
-        cells = cells.index_copy(0, packing.cell, modulated)
+        cells.index_copy_(0, packing.cell, modulated)
         return cells.view(packing.num_positions, self.width, self.channels)
 
     def _leave(self, features: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -34,7 +34,7 @@ class SyntheticConfig:
         diagnosis_persistence: strength from a diagnosis to itself a visit later. Above 0, the
             diagnoses of the visit before are common causes of today's and of the medications of
             that visit.
-        ddi_density: share of the pairs of medications that interact.
+        ddi_density: share of the pairs of medications that interact; at least one pair does.
         ddi_rate: share of the prescribed pairs that interact, which the choice of the interacting
             pairs aims at.
         avoidance: probability that a prescriber strikes one of two interacting drafted
@@ -64,7 +64,7 @@ class SyntheticConfig:
     persistence_high: Probability = 0.95
     leak_share: Annotated[float, Range(0, 1, open_low=True)] = 0.1
     diagnosis_persistence: Probability = 0.0
-    ddi_density: Share = 0.08
+    ddi_density: Annotated[float, Range(0, 1, open_low=True)] = 0.08
     ddi_rate: Share = 0.08
     avoidance: Share = 0.3
     effect_draws: Annotated[int, Range(2)] = 2_000

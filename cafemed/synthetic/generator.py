@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cafemed.codes import CodeLists
+from cafemed.synthetic.calibration import visit_counts
 from cafemed.synthetic.config import SyntheticConfig
-from cafemed.synthetic.design import draw_model, visit_counts
+from cafemed.synthetic.design import draw_model
 from cafemed.synthetic.model import Bools, Model, draft_log_miss, draw_codes, draw_medications
 
 #: Patients drawn at once: bounds the memory at (codes x this) floats.

@@ -8,7 +8,8 @@ import pytest
 from cafemed.config import from_mapping
 from cafemed.errors import ConfigError
 from cafemed.synthetic import SyntheticConfig, generate
-from cafemed.synthetic.design import ddi_rate, zipf
+from cafemed.synthetic.calibration import ddi_rate
+from cafemed.synthetic.design import zipf
 from cafemed.synthetic.generator import previous
 
 LISTS = ("diagnoses", "procedures", "medications")

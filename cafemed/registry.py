@@ -150,8 +150,8 @@ def resolve_version(registry: Path, name: str | int) -> int:
     moves = history(registry, name)
     if not moves:
         raise ArtifactError(
-            f"{registry}: no version is promoted to {name!r} yet; run jobs/tune.py, or promote one "
-            f"of {_listed(registry)}"
+            f"{registry}: no version is promoted to {name!r} yet; published versions: "
+            f"{_listed(registry)}"
         )
     return moves[-1].version
 

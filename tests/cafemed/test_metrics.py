@@ -139,6 +139,12 @@ def test_best_threshold_is_the_best_of_a_plain_search():
     assert threshold == min(t for t, value in tried.items() if value == max(tried.values()))
 
 
+def test_of_equal_thresholds_the_lowest_is_best():
+    probabilities, targets = np.array([[0.9, 0.1]]), np.array([[True, False]])
+    found = metrics.best_threshold(probabilities, targets, np.array([0, 1]), (0.05, 0.2, 0.6))
+    assert found == (0.2, 1.0)
+
+
 @pytest.mark.parametrize("offsets", [[0], [0, 0, 5], [0, 2, 4]])
 def test_offsets_that_do_not_cover_the_visits_are_refused(offsets):
     scores = metrics.score_visits(np.ones((5, 2)), np.ones((5, 2), bool), np.zeros((2, 2), bool))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cafemed import evaluation, metrics
+from cafemed.batches import collate
 from cafemed.errors import ArtifactError, ConfigError, DataError, TrainingError
 from cafemed.training import EpochReport, FitConfig, choose_device, fit
 
@@ -68,6 +69,44 @@ def test_the_callers_random_states_and_threads_are_put_back(run):
     run(epochs=1, num_threads=threads + 1)
     assert (random.random(), np.random.random(), torch.rand(1)) == expected
     assert torch.get_num_threads() == threads
+
+
+def test_patients_come_in_a_new_order_every_epoch(run, monkeypatch):
+    seen = []
+
+    def spy(arrays, patients):
+        seen.append(patients.tolist())
+        return collate(arrays, patients)
+
+    monkeypatch.setattr("cafemed.training.collate", spy)
+    run(epochs=2, batch_size=10)
+    first, second = ([p for batch in part for p in batch] for part in (seen[:3], seen[3:]))
+    assert sorted(first) == sorted(second) == TRAIN.tolist()
+    assert first != second
+    assert first != TRAIN.tolist()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight_decay": 0.5},
+        {"ddi_weight": 0.5},
+        {"ddi_target": 0.5},
+        {"ddi_coefficient": 0.1},
+        {"margin_weight": 0.9},
+        {"threshold": 0.3},
+        {"learning_rate": 0.03},
+        {"batch_size": 7},
+    ],
+)
+def test_every_setting_of_the_loss_and_the_steps_matters(run, change):
+    assert not same(run(epochs=2).weights, run(epochs=2, **change).weights)
+
+
+def test_the_metrics_are_at_the_threshold(run):
+    low, high = (run(epochs=1, threshold=t, ddi_target=1.0) for t in (0.05, 0.95))
+    assert low.metrics.num_medications > 5
+    assert high.metrics.num_medications < 1
 
 
 def test_the_result_is_the_best_epoch_and_its_weights(run, build_bag, small_inputs, small_arrays):

@@ -29,6 +29,7 @@ from serve.schema import (
     Health,
     ModelCard,
     Problem,
+    Ready,
     RecommendRequest,
     RecommendResponse,
     field_path,
@@ -37,14 +38,13 @@ from serve.schema import (
 logger = logging.getLogger(__name__)
 
 _INVALID = "the request is not valid"
-_LOADING = "the model is still being loaded"
 _MAX_FIELD_LENGTH = 200
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: {"model": Problem},
     HTTPStatus.UNPROCESSABLE_ENTITY.value: {"model": Problem},
     HTTPStatus.INTERNAL_SERVER_ERROR.value: {"model": Problem},
-    HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Problem},
+    HTTPStatus.SERVICE_UNAVAILABLE.value: {"description": "Too many requests wait; retry later"},
 }
 
 
@@ -52,8 +52,8 @@ class Service(Protocol):
     """What the routes need."""
 
     @property
-    def recommender(self) -> Recommender | None:
-        """The recommender in use, None while the first one is loaded."""
+    def recommender(self) -> Recommender:
+        """The recommender in use; another one after a promotion."""
 
     async def probabilities(
         self, recommender: Recommender, patients: Sequence[EncodedPatient]
@@ -75,8 +75,6 @@ def create_api(service: Service) -> FastAPI:
     ) -> RecommendResponse | JSONResponse:
         """Recommends medications for the current visit of every patient."""
         recommender = service.recommender
-        if recommender is None:
-            return _problem(request, HTTPStatus.SERVICE_UNAVAILABLE, _LOADING)
         patients = recommender.encode(body)
         try:
             scores = await service.probabilities(recommender, patients)
@@ -91,35 +89,20 @@ def create_api(service: Service) -> FastAPI:
         except Exception as err:  # noqa: BLE001 - the server would log the message with its codes
             return _failed(request, err)
 
-    @api.get(
-        "/v1/model",
-        response_model=ModelCard,
-        responses={HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Problem}},
-    )
-    async def model(request: Request) -> ModelCard | JSONResponse:
+    @api.get("/v1/model")
+    async def model() -> ModelCard:
         """Describes the model that answers."""
-        recommender = service.recommender
-        if recommender is None:
-            return _problem(request, HTTPStatus.SERVICE_UNAVAILABLE, _LOADING)
-        return recommender.card
+        return service.recommender.card
 
     @api.get("/healthz")
     async def healthz() -> Health:
         """Says that the process answers."""
         return Health(status="ok")
 
-    @api.get(
-        "/readyz",
-        response_model=Health,
-        responses={HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Health}},
-    )
-    async def readyz() -> Health | JSONResponse:
-        """Says whether a model is loaded; 503 while it is not."""
-        if service.recommender is None:
-            return JSONResponse(
-                Health(status="loading").model_dump(), HTTPStatus.SERVICE_UNAVAILABLE
-            )
-        return Health(status="ok")
+    @api.get("/readyz")
+    async def readyz() -> Ready:
+        """Says which model is loaded; before one is, nothing is routed here."""
+        return Ready(status="ok", model=service.recommender.name)
 
     return api
 

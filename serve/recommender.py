@@ -33,7 +33,12 @@ INTENDED_USE = (
 
 
 class Recommender:
-    """A bundle that answers requests."""
+    """A bundle that answers requests.
+
+    Attributes:
+        bundle: as given.
+        name: of the model, with its version.
+    """
 
     def __init__(self, bundle: Bundle, version: int) -> None:
         """Builds the model and runs its self-check.
@@ -43,7 +48,7 @@ class Recommender:
             ConfigError: if the model or an option is unknown.
         """
         self.name = ModelName(name=bundle.model_name, version=version)
-        self._bundle = bundle
+        self.bundle = bundle
         self._encoder = Encoder(bundle.vocabularies, bundle.preprocessing)
         self._model = bundles.restore_model(bundle, models.build)
         self._medications = bundle.vocabularies["medication"]
@@ -61,7 +66,7 @@ class Recommender:
     @property
     def card(self) -> ModelCard:
         """What is served."""
-        bundle = self._bundle
+        bundle = self.bundle
         diagnoses, procedures, medications = (
             len(bundle.vocabularies[kind]) for kind in ("diagnosis", "procedure", "medication")
         )
@@ -116,9 +121,9 @@ class Recommender:
     def answer(self, patient: EncodedPatient, probabilities: NDArray[np.float32]) -> Recommendation:
         """The recommendation for a patient with these probabilities, float32 (N_m,)."""
         order = np.argsort(-probabilities, kind="stable")
-        chosen = order[probabilities[order] >= self._bundle.preprocessing.threshold].tolist()
+        chosen = order[probabilities[order] >= self.bundle.preprocessing.threshold].tolist()
         taken = [m for m in patient.taken if m not in set(chosen)]
-        codes, ddi = self._medications, self._bundle.ddi
+        codes, ddi = self._medications, self.bundle.ddi
         return Recommendation(
             medications=[_medication(codes[m], float(probabilities[m])) for m in chosen],
             interactions=[
@@ -140,10 +145,10 @@ class Recommender:
         """One run of the model at a fixed shape, float32 (len(patients), N_m)."""
         last = torch.tensor([patient.num_visits - 1 for patient in patients])
         with torch.inference_mode():
-            batch = batch_of(patients, shape, self._bundle.graph, self._bundle.vocabularies)
+            batch = batch_of(patients, shape, self.bundle.graph, self.bundle.vocabularies)
             logits = self._model(batch)
             logits = logits[torch.arange(len(patients)), last]
-            logits = logits / self._bundle.preprocessing.temperature
+            logits = logits / self.bundle.preprocessing.temperature
             # Row by row: the last few elements of a tensor, which fill no vector register, are
             # computed by another exp.
             scores = torch.stack([torch.sigmoid(row) for row in logits.unbind()])

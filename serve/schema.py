@@ -205,9 +205,15 @@ class ModelCard(BaseModel):
 
 
 class Health(BaseModel):
-    """State of a replica."""
+    """A replica answers."""
 
-    status: Literal["ok", "loading"]
+    status: Literal["ok"]
+
+
+class Ready(Health):
+    """A replica can recommend."""
+
+    model: ModelName
 
 
 class FieldProblem(BaseModel):

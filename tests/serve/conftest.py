@@ -1,5 +1,6 @@
 """A small bundle with an untrained model; its vocabulary is invented."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,10 @@ from cafemed.bundle import Bundle, Preprocessing
 from cafemed.codes import KINDS, node_name
 from cafemed.graphs import CausalGraph, EffectTable
 from cafemed.reference import Reference, make_self_check, score_histogram
+
+with warnings.catch_warnings():  # Ray's own use of pydantic
+    warnings.filterwarnings("ignore", r"Using extra keyword arguments on `Field`", module="ray")
+    import ray.serve  # noqa: F401
 
 VOCABULARIES = {
     "diagnosis": (*(f"icd9:{n}" for n in range(4010, 4022)), "icd10:I10"),
@@ -75,6 +80,12 @@ def make_bundle(preprocessing: Preprocessing | None = None, seed: int = 0) -> Bu
 def served() -> Bundle:
     """The bundle, in memory."""
     return make_bundle()
+
+
+@pytest.fixture(scope="session")
+def other() -> Bundle:
+    """Another bundle with the same vocabularies."""
+    return make_bundle(seed=1)
 
 
 @pytest.fixture(scope="session")

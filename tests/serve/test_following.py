@@ -1,0 +1,79 @@
+import logging
+from pathlib import Path
+
+import pytest
+
+from cafemed import bundle as bundles
+from cafemed import registry
+from cafemed.bundle import Bundle
+from cafemed.errors import ArtifactError
+from serve.following import FollowingModel
+
+
+@pytest.fixture
+def registry_dir(served: Bundle, other: Bundle, tmp_path: Path) -> Path:
+    """Two versions; the first is in production."""
+    for name, bundle in (("a", served), ("b", other)):
+        bundles.write(tmp_path / name, bundle)
+        registry.publish(tmp_path / "registry", tmp_path / name, {})
+    registry.promote(tmp_path / "registry", 1)
+    return tmp_path / "registry"
+
+
+def test_follows_promotions_and_rollbacks(registry_dir: Path) -> None:
+    model = FollowingModel(registry_dir, "production")
+    first = model.recommender
+    assert first.name.version == 1
+    assert not model.refresh()
+    assert model.recommender is first
+    registry.promote(registry_dir, 2)
+    assert model.refresh()
+    assert model.recommender.name.version == 2
+    registry.rollback(registry_dir)
+    assert model.refresh()
+    assert model.recommender.name.version == 1
+
+
+def test_a_pinned_version_stays(registry_dir: Path) -> None:
+    model = FollowingModel(registry_dir, 1)
+    registry.promote(registry_dir, 2)
+    assert not model.refresh()
+    assert model.recommender.name.version == 1
+
+
+def test_a_broken_version_never_replaces_one_that_works(
+    registry_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FollowingModel(registry_dir, "production")
+    weights = registry.resolve(registry_dir, 2) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    registry.promote(registry_dir, 2)
+    with caplog.at_level(logging.WARNING):
+        assert not model.refresh()
+        assert not model.refresh()
+    assert model.recommender.name.version == 1
+    [record] = caplog.records  # reported once
+    assert "staying with version 1" in record.message
+    assert "model.safetensors: expected" in record.message
+    registry.rollback(registry_dir)
+    assert not model.refresh()
+    assert model.recommender.name.version == 1
+
+
+def test_a_registry_out_of_reach_changes_nothing(
+    registry_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FollowingModel(registry_dir, "production")
+    registry_dir.rename(registry_dir.with_name("away"))
+    assert not model.refresh()
+    assert not model.refresh()
+    assert model.recommender.name.version == 1
+    assert len(caplog.records) == 1
+    registry_dir.with_name("away").rename(registry_dir)
+    registry.promote(registry_dir, 2)
+    assert model.refresh()
+
+
+def test_nothing_promoted_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no version is promoted to 'production'"):
+        FollowingModel(tmp_path, "production")

@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cafemed import config, paths
+from cafemed.errors import ArtifactError, ConfigError
+from serve import app
+from serve.settings import ApplicationArgs, DeployConfig, HttpConfig, ServeConfig
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(path.read_text())
+    return content
+
+
+def test_yaml_spells_the_defaults_out() -> None:
+    group = read(paths.CONF_DIR / "serve" / "default.yaml")
+    assert set(group) == set(ServeConfig.__dataclass_fields__)
+    assert config.from_mapping(ServeConfig, group, "serve") == ServeConfig()
+    root = read(paths.CONF_DIR / "deploy.yaml")
+    assert config.from_mapping(HttpConfig, root["http"], "http") == HttpConfig()
+    assert root["once"] == DeployConfig().once
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"min_replicas": 0}, "serve.min_replicas: expected a value in"),
+        ({"min_replicas": 3}, "max_replicas: expected at least min_replicas"),
+        ({"max_batch_size": 100}, "max_ongoing_requests: expected at least max_batch_size"),
+        ({"replicas": 3}, "serve.replicas: unknown key"),
+    ],
+)
+def test_impossible_settings_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config.from_mapping(ServeConfig, values, "serve")
+
+
+@pytest.fixture
+def deployable() -> dict[str, Any]:
+    return read(paths.PROJECT_DIR / "serve" / "config.yaml")
+
+
+def test_config_yaml_is_one_that_ray_serve_takes(deployable: dict[str, Any]) -> None:
+    schema = ServeDeploySchema(**deployable)
+    assert set(deployable) <= set(ServeDeploySchema.model_fields)  # which takes unknown keys too
+    [application] = schema.applications
+    assert application.import_path == "serve.app:build"
+    assert set(deployable["applications"][0]) <= set(type(application).model_fields)
+    assert schema.http_options.host == "127.0.0.1"
+
+
+def test_config_yaml_builds_the_application(deployable: dict[str, Any], root: Path) -> None:
+    [application] = deployable["applications"]
+    args = {**application["args"], "root": str(root), "name": "tiny"}
+    assert config.from_mapping(ApplicationArgs, application["args"], "args").root is None
+    deployment = app.build(args)._bound_deployment
+    registry_dir, settings = deployment.init_args
+    assert registry_dir == str(root / "registry" / "tiny")
+    assert settings == config.from_mapping(ServeConfig, application["args"]["serve"], "serve")
+    assert deployment.max_queued_requests == ServeConfig().max_queued_requests
+
+
+def test_build_refuses_unknown_arguments_and_an_empty_registry(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"args\.serve\.replicas: unknown key"):
+        app.build({"name": "tiny", "serve": {"replicas": 1}})
+    with pytest.raises(ArtifactError, match="no version is promoted to 'production'"):
+        app.build({"name": "tiny", "root": str(tmp_path)})

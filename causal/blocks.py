@@ -1,0 +1,171 @@
+"""Blocks: communities of codes that occur together, each with its boundary.
+
+Two codes may be joined by an edge only if they co-occur often enough and depend on each other
+beyond what the score's penalty asks (the "superstructure"). Its communities are learned apart, each
+together with its strongest outside neighbours, so that a common cause in another block is not
+mistaken for an edge (the boundary of an expansive partition: Shah et al., TMLR 2025,
+arXiv 2406.06348).
+"""
+
+import dataclasses
+import math
+from typing import Annotated
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from cafemed.config import Range
+from causal.columns import Cooccurrence
+
+#: Squared correlations are cut here: two codes that never differ have no finite gain.
+_MAX_R2 = 1 - 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class BlocksConfig:
+    """How codes are split into blocks.
+
+    Attributes:
+        max_size: codes of a block without its boundary; a larger community is split again.
+        max_boundary: neighbours in other blocks that a block is learned together with, the
+            strongest ones.
+        resolution: of the modularity; higher gives more and smaller communities.
+    """
+
+    max_size: Annotated[int, Range(2, 5000)] = 300
+    max_boundary: Annotated[int, Range(0, 5000)] = 100
+    resolution: Annotated[float, Range(0, 100, open_low=True)] = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The screened pairs of columns, each once with first < second, in ascending order.
+
+    Attributes:
+        first, second: int64 (E,), columns.
+        gain: float64 (E,), log-likelihood that one end gains from the other as its only parent.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    gain: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def compact(self) -> tuple[NDArray[np.int64], "Pairs"]:
+        """The columns that occur in a pair, int64 ascending, and the pairs numbered among them."""
+        columns = np.union1d(self.first, self.second)
+        first, second = np.searchsorted(columns, self.first), np.searchsorted(columns, self.second)
+        return columns, Pairs(first.astype(np.int64), second.astype(np.int64), self.gain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Columns that are learned together.
+
+    Attributes:
+        members: int64, ascending; every column with a screened pair is a member of one block.
+        boundary: int64, ascending; members of other blocks.
+    """
+
+    members: NDArray[np.int64]
+    boundary: NDArray[np.int64]
+
+    @property
+    def columns(self) -> NDArray[np.int64]:
+        """Members and boundary, int64, ascending."""
+        return np.union1d(self.members, self.boundary)
+
+
+def screen(counts: Cooccurrence, penalty: float, min_support: int) -> Pairs:
+    """Finds the pairs whose dependence is worth an edge's penalty.
+
+    Args:
+        counts: of all columns.
+        penalty: what the score subtracts for an edge; the gain has to exceed it.
+        min_support: visits that must have both codes.
+    """
+    n = counts.num_rows
+    total = counts.total
+    upper = total.tocoo()
+    kept = (upper.row < upper.col) & (upper.data >= min_support)
+    a, b = upper.row[kept].astype(np.int64), upper.col[kept].astype(np.int64)
+    sums = np.array([stratum.diagonal() for stratum in counts.strata])
+    rows = np.maximum(counts.rows, 1)[:, None]
+    covariance = upper.data[kept] - (sums[:, a] * sums[:, b] / rows).sum(axis=0)
+    variance = total.diagonal() - (sums * sums / rows).sum(axis=0)
+    scale = variance[a] * variance[b]
+    varies = scale > 0
+    r2 = np.where(varies, covariance**2 / np.where(varies, scale, 1.0), 0.0)
+    gain = -0.5 * n * np.log1p(-np.minimum(r2, _MAX_R2))
+    order = np.lexsort((b, a))
+    order = order[gain[order] > penalty]
+    return Pairs(a[order], b[order], gain[order])
+
+
+def split(pairs: Pairs, config: BlocksConfig, seed: int) -> list[Block]:
+    """Splits the columns that have a screened pair into blocks, by Louvain communities.
+
+    Returns:
+        Blocks ordered by their smallest member; the same for the same pairs, config and seed.
+    """
+    graph = nx.Graph()
+    graph.add_nodes_from(np.union1d(pairs.first, pairs.second).tolist())
+    # Square roots, so that a few very common codes do not decide every community.
+    weights = np.sqrt(pairs.gain).tolist()
+    graph.add_weighted_edges_from(
+        zip(pairs.first.tolist(), pairs.second.tolist(), weights, strict=True)
+    )
+    communities = _communities(graph, config, config.resolution, seed)
+    members = sorted((np.array(sorted(c), np.int64) for c in communities), key=lambda m: int(m[0]))
+    return [Block(m, _boundary(m, pairs, config.max_boundary)) for m in members]
+
+
+def _communities(
+    graph: nx.Graph, config: BlocksConfig, resolution: float, seed: int
+) -> list[set[int]]:
+    if len(graph) == 0:
+        return []
+    found = nx.community.louvain_communities(graph, resolution=resolution, seed=seed)
+    small: list[set[int]] = []
+    for community in found:
+        if len(community) <= config.max_size:
+            small.append(community)
+        elif len(found) == 1:
+            small += _chunks(community, config.max_size)
+        else:
+            inner = graph.subgraph(sorted(community))
+            small += _communities(_copy_sorted(inner), config, resolution, seed)
+    return small
+
+
+def _copy_sorted(graph: nx.Graph) -> nx.Graph:
+    # A subgraph view lists nodes in the parent's set order; Louvain's result depends on the order.
+    copy = nx.Graph()
+    copy.add_nodes_from(sorted(graph.nodes))
+    copy.add_weighted_edges_from(
+        sorted((min(e), max(e), w) for *e, w in graph.edges.data("weight"))
+    )
+    return copy
+
+
+def _chunks(community: set[int], max_size: int) -> list[set[int]]:
+    """Equal parts by position, for a community that does not fall apart any further."""
+    ordered = sorted(community)
+    parts = math.ceil(len(ordered) / max_size)
+    return [set(part.tolist()) for part in np.array_split(np.array(ordered), parts)]
+
+
+def _boundary(members: NDArray[np.int64], pairs: Pairs, limit: int) -> NDArray[np.int64]:
+    """The outside columns with the largest gain to a member, at most `limit`."""
+    inside_first = np.isin(pairs.first, members)
+    inside_second = np.isin(pairs.second, members)
+    crossing = inside_first ^ inside_second
+    outside = np.where(inside_first, pairs.second, pairs.first)[crossing]
+    gain = pairs.gain[crossing]
+    order = np.lexsort((outside, -gain))
+    unique, first_seen = np.unique(outside[order], return_index=True)
+    strongest = unique[np.argsort(first_seen, kind="stable")][:limit]
+    return np.sort(strongest)

@@ -1,0 +1,158 @@
+"""Where blocks run: processes on this machine, Ray's nodes, or a Dask scheduler that is up already.
+
+Every choice gives a `distributed.Client`, so that discovery is written once and gives the same
+result to the bit.
+"""
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from distributed import Client, LocalCluster
+
+from cafemed.cluster import ray_cluster
+from cafemed.errors import ConfigError
+
+#: Schemes of a Dask scheduler's address.
+SCHEMES = ("tcp://", "tls://", "ucx://", "ws://", "wss://")
+
+_CONNECT_TIMEOUT_S = 5
+
+
+def check(where: str) -> None:
+    """Refuses a value of `causal.cluster` that names nothing.
+
+    Raises:
+        ConfigError: unless it is "local", "ray" or a scheduler's address.
+    """
+    if where not in ("local", "ray") and not where.startswith(SCHEMES):
+        raise ConfigError(
+            "cluster: expected 'local', 'ray' or a scheduler's address such as "
+            f"'tcp://host:8786', got {where!r}"
+        )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use (a container's or a batch system's share counts)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def connect(where: str, workers: int | None = None) -> Iterator[Client]:
+    """Opens a Dask client, and closes at the end whatever it started.
+
+    Args:
+        where: "local": processes on this machine; "ray": a scheduler and workers inside Ray actors,
+            on the cluster that `RAY_ADDRESS` names or else on one started for this; else the
+            address of a running scheduler.
+        workers: processes or actors to start; None: one for each core. A running scheduler keeps
+            its own.
+
+    Raises:
+        ConfigError: if `where` names nothing or no scheduler answers there.
+    """
+    check(where)
+    if where == "local":
+        opened = _local(workers or usable_cores())
+    elif where == "ray":
+        opened = _ray(workers)
+    else:
+        opened = _running(where)
+    with _quiet(), opened as client:
+        yield client
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Dask's log: discovery itself reports, in one line, what a user can act on."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _local(workers: int) -> Iterator[Client]:
+    with (
+        tempfile.TemporaryDirectory(prefix="cafemed-dask-") as folder,
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=":0",  # any free port; None would be the fixed 8787
+            local_directory=folder,
+            silence_logs=logging.CRITICAL,  # in the workers
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextlib.contextmanager
+def _running(address: str) -> Iterator[Client]:
+    try:
+        client = Client(address, timeout=_CONNECT_TIMEOUT_S)
+    except (OSError, ValueError) as err:
+        raise ConfigError(
+            f"causal.cluster: no Dask scheduler answered at {address} within "
+            f"{_CONNECT_TIMEOUT_S} s; start one with `dask scheduler`, or set causal.cluster=local"
+        ) from err
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise ConfigError(
+                f"causal.cluster: the scheduler at {address} has no workers; start one with "
+                f"`dask worker {address}` in an environment that has this project"
+            )
+        yield client
+
+
+@contextlib.contextmanager
+def _ray(workers: int | None) -> Iterator[Client]:
+    import ray  # slow to import, and needed here only
+
+    with ray_cluster(workers or usable_cores()):
+        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        actors: list[Any] = [ray.remote(_SchedulerActor).options(num_cpus=0).remote()]
+        try:
+            address = ray.get(actors[0].start.remote())
+            actors += [ray.remote(_WorkerActor).options(num_cpus=1).remote() for _ in range(count)]
+            ray.get([worker.start.remote(address) for worker in actors[1:]])
+            with Client(address, timeout=_CONNECT_TIMEOUT_S) as client:
+                yield client
+        finally:
+            for actor in reversed(actors):
+                ray.kill(actor)
+
+
+class _SchedulerActor:
+    """A Dask scheduler in a Ray actor's event loop."""
+
+    async def start(self) -> str:
+        from distributed import Scheduler
+
+        self.scheduler = await Scheduler(port=0, dashboard=False, dashboard_address=":0")
+        return str(self.scheduler.address)
+
+
+class _WorkerActor:
+    """A Dask worker in a Ray actor's event loop; tasks run in its one thread."""
+
+    async def start(self, scheduler: str) -> None:
+        from distributed import Worker
+
+        self.folder = tempfile.TemporaryDirectory(prefix="cafemed-dask-")
+        self.worker = await Worker(
+            scheduler,
+            nthreads=1,
+            local_directory=self.folder.name,
+            dashboard=False,
+            dashboard_address=":0",
+        )

@@ -1,0 +1,128 @@
+"""Merging block graphs: their acyclic union, from which one scored search goes on.
+
+Blocks are learned apart, so their graphs may disagree and may form cycles together. The union keeps
+the strongest edges: they enter one by one, and an edge that would close a cycle is left out, which
+makes it the weakest of that cycle. Nothing is decided at random.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from causal.scores import GaussianScore
+
+#: A parent that leaves less than this share of a variance explains it wholly; cut off there.
+_MIN_SHARE = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrows:
+    """Directed edges between columns; no order is implied.
+
+    Attributes:
+        source, target: int64 (E,).
+    """
+
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def parents(self, num_columns: int) -> list[NDArray[np.int64]]:
+        """The sorted parents of each column."""
+        order = np.lexsort((self.source, self.target))
+        ends = np.searchsorted(self.target[order], np.arange(num_columns + 1))
+        return [self.source[order][a:b] for a, b in itertools.pairwise(ends)]
+
+
+def arrows_of(dag: NDArray[np.int8]) -> Arrows:
+    """The edges of a directed graph, (p, p) with [i, j] = 1 for i → j."""
+    source, target = np.nonzero(dag)
+    return Arrows(source.astype(np.int64), target.astype(np.int64))
+
+
+def local_score(
+    score: GaussianScore, column: int, parents: Sequence[int] | NDArray[np.int64]
+) -> float:
+    """Score of one column given its parents, in the engine's convention (`causal.scores`)."""
+    empty = float(score.empty[column])
+    if len(parents) == 0:
+        return empty
+    correlation = score.correlation[score.pattern[column]]
+    chosen = np.asarray(parents, np.int64)
+    among = correlation[np.ix_(chosen, chosen)]
+    with_column = correlation[chosen, column]
+    slopes = np.linalg.lstsq(among, with_column, rcond=_MIN_SHARE)[0]
+    share = max(1.0 - float(slopes @ with_column), _MIN_SHARE)
+    return (
+        empty
+        - 0.5 * float(score.rows[column]) * float(np.log(share))
+        - score.penalty * len(parents)
+    )
+
+
+def total_score(score: GaussianScore, arrows: Arrows) -> float:
+    """Score of a directed acyclic graph."""
+    parents = arrows.parents(len(score.empty))
+    return float(sum(local_score(score, j, parents[j]) for j in range(len(parents))))
+
+
+def strengths(score: GaussianScore, arrows: Arrows) -> NDArray[np.float64]:
+    """What each arrow adds to the score, given the other arrows into the same column."""
+    parents = arrows.parents(len(score.empty))
+    whole = {int(j): local_score(score, int(j), parents[j]) for j in np.unique(arrows.target)}
+    return np.array(
+        [
+            whole[j] - local_score(score, j, parents[j][parents[j] != i])
+            for i, j in zip(arrows.source.tolist(), arrows.target.tolist(), strict=True)
+        ],
+        np.float64,
+    )
+
+
+def acyclic_union(graphs: Iterable[Arrows], score: GaussianScore) -> tuple[Arrows, int]:
+    """Unites graphs; of each cycle the edge that adds least to the score is dropped.
+
+    Args:
+        graphs: arrows between columns of `score`.
+        score: of all columns.
+
+    Returns:
+        The union, sorted, and the number of edges that were dropped.
+    """
+    pairs = sorted(
+        {pair for g in graphs for pair in zip(g.source.tolist(), g.target.tolist(), strict=True)}
+    )
+    every = _arrows(pairs)
+    strength = strengths(score, every)
+    order = np.lexsort((every.target, every.source, -strength))
+    children: dict[int, set[int]] = {}
+    kept = []
+    for i in order:
+        a, b = int(every.source[i]), int(every.target[i])
+        if not _reaches(children, b, a):
+            children.setdefault(a, set()).add(b)
+            kept.append((a, b))
+    return _arrows(sorted(kept)), len(every) - len(kept)
+
+
+def _reaches(children: dict[int, set[int]], start: int, end: int) -> bool:
+    """Whether a directed path leads from start to end."""
+    seen, stack = {start}, [start]
+    while stack:
+        node = stack.pop()
+        if node == end:
+            return True
+        new = children.get(node, set()) - seen
+        seen |= new
+        stack.extend(new)
+    return False
+
+
+def _arrows(pairs: Sequence[tuple[int, int]]) -> Arrows:
+    both = np.array(pairs, np.int64).reshape(-1, 2)
+    return Arrows(both[:, 0].copy(), both[:, 1].copy())

@@ -1,0 +1,49 @@
+"""What a discovery leaves behind: two files, and a few lines for whoever ran it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from cafemed.graphs import EffectTable, write_effects, write_graph
+from causal.discovery import Discovery
+
+GRAPH_FILE = "graph.parquet"
+EFFECTS_FILE = "effects.npz"
+
+
+def write(folder: Path, found: Discovery, effects: EffectTable) -> None:
+    """Writes the graph and the effects into a folder that `artifacts.new_folder` gave."""
+    write_graph(found.graph, folder / GRAPH_FILE)
+    write_effects(effects, folder / EFFECTS_FILE)
+
+
+def lines(found: Discovery, effects: EffectTable) -> list[str]:
+    """The summary: sizes, what blocks changed in score and time, the range of the effects."""
+    facts = found.report
+    undirected = facts["edges"] - facts["directed_edges"]
+    told = [
+        f"{facts['visits']:,} training visits, {facts['columns']:,} codes, "
+        f"{facts['screened_pairs']:,} screened pairs, {facts['blocks']} blocks "
+        f"(largest {facts['largest_block']} with its boundary)",
+        f"{facts['edges']:,} edges, {facts['directed_edges']:,} directed and "
+        f"{undirected:,} undirected",
+    ]
+    best = max(entry["score"] for entry in facts["scores"].values())
+    for name, entry in facts["scores"].items():
+        told.append(
+            f"{name:<7} score {entry['score']:.2f} ({entry['score'] - best:+.2f} to the best), "
+            f"{entry['edges']:,} edges, {entry['cpu_s']:.2f} CPU-s"
+        )
+    return [*told, _effects_line(effects)]
+
+
+def _effects_line(effects: EffectTable) -> str:
+    estimated = int(np.isfinite(effects.standard_error).any(axis=1).sum())
+    if not effects.effect.size:
+        return f"{effects.estimator} effects: none, the cohort has no codes"
+    low, middle, high = np.percentile(effects.effect, (1, 50, 99))
+    return (
+        f"{effects.estimator} effects of {estimated:,} of {len(effects.codes):,} codes on "
+        f"{len(effects.medications):,} medications: 1st, 50th, 99th percentile "
+        f"{low:+.4f}, {middle:+.4f}, {high:+.4f}"
+    )

@@ -8,12 +8,13 @@ Modalities are numbered k = 0 diagnosis, 1 procedure, 2 medication of the previo
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 
 from cafemed.codes import KINDS, CodeLists, node_name
 from cafemed.cohort import Cohort
@@ -118,6 +119,16 @@ class VisitArrays:
         return len(self.counts)
 
 
+def input_adjacencies(
+    graph: CausalGraph, vocabularies: Mapping[str, tuple[str, ...]]
+) -> list[sparse.csr_array]:
+    """Directed edges among the codes of each modality, three float32 CSR (N_k, N_k)."""
+    return [
+        graph.directed_adjacency([node_name(node_kind, code) for code in vocabularies[kind]])
+        for kind, node_kind in zip(KINDS, INPUT_NODE_KINDS, strict=True)
+    ]
+
+
 def visit_arrays(
     known: tuple[CodeLists, CodeLists, CodeLists],
     targets: CodeLists | None,
@@ -126,6 +137,7 @@ def visit_arrays(
     vocabularies: Mapping[str, tuple[str, ...]],
     sex: NDArray[np.int8],
     age: NDArray[np.float32],
+    adjacencies: Sequence[sparse.csr_array] | None = None,
 ) -> VisitArrays:
     """Pads code lists and finds their node classes; the one entry for cohorts and requests.
 
@@ -138,6 +150,8 @@ def visit_arrays(
         vocabularies: kind → codes.
         sex: int8 (P,).
         age: float32 (V,).
+        adjacencies: what `input_adjacencies` gives for this graph, where many small requests
+            follow one another; None: it is called here.
 
     Raises:
         ArtifactError: if a code index lies outside its vocabulary, or lengths differ.
@@ -145,17 +159,18 @@ def visit_arrays(
     sizes = tuple(len(vocabularies[kind]) for kind in KINDS)
     num_visits = int(patient_offsets[-1])
     _require_lengths(known, targets, num_visits, len(patient_offsets) - 1, sex, age)
+    if adjacencies is None:
+        adjacencies = input_adjacencies(graph, vocabularies)
     longest = max([1, *(int(lists.counts.max(initial=0)) for lists in known)])
     codes = np.zeros((num_visits, 3, longest), np.int32)
     classes = np.full((num_visits, 3, longest), ORPHAN, np.int8)
     counts = np.zeros((num_visits, 3), np.int32)
     for k, (kind, lists) in enumerate(zip(KINDS, known, strict=True)):
         _require_inside(kind, lists, sizes[k])
-        nodes = [node_name(INPUT_NODE_KINDS[k], code) for code in vocabularies[kind]]
         visit = np.repeat(np.arange(num_visits), lists.counts)
         place = np.arange(len(lists.ids)) - np.repeat(lists.offsets[:-1], lists.counts)
         codes[visit, k, place] = lists.ids
-        classes[visit, k, place] = node_classes(lists, graph.directed_adjacency(nodes))
+        classes[visit, k, place] = node_classes(lists, adjacencies[k])
         counts[:, k] = lists.counts
     if targets is None:
         wanted = np.zeros((num_visits, sizes[2]), np.bool_)

@@ -4,11 +4,12 @@ No answer holds a stack trace and no log line holds a code: a failure is logged 
 place in the program, never with its message, because that may quote a request.
 """
 
+import functools
 import logging
 import re
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -17,8 +18,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.encoding import EncodedPatient, UnknownSystemError
 from serve.recommender import INTENDED_USE, Recommender
@@ -39,6 +38,17 @@ logger = logging.getLogger(__name__)
 
 _INVALID = "the request is not valid"
 _MAX_FIELD_LENGTH = 200
+_REFUSED_BY_FRAMEWORK = (
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.METHOD_NOT_ALLOWED,
+)
+
+# ASGI's own names (https://asgi.readthedocs.io/en/latest/specs/main.html).
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+_ASGIApp = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: {"model": Problem},
@@ -67,7 +77,8 @@ def create_api(service: Service) -> FastAPI:
     api.add_middleware(_BodyLimit, max_bytes=MAX_BODY_BYTES)
     api.add_exception_handler(RequestValidationError, _refuse_invalid)
     api.add_exception_handler(UnknownSystemError, _refuse_system)
-    api.add_exception_handler(HTTPException, _refuse_other)
+    for status in _REFUSED_BY_FRAMEWORK:
+        api.add_exception_handler(status, functools.partial(_refuse_other, status=status))
 
     @api.post("/v1/recommend", response_model=RecommendResponse, responses=_PROBLEMS)
     async def recommend(
@@ -110,15 +121,15 @@ def create_api(service: Service) -> FastAPI:
 class _BodyLimit:
     """Refuses a body over the limit: by its announced length, else once that much has come."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: _ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        received: list[Message] = []
+        received: list[_Message] = []
         come = 0
         size = int(dict(scope["headers"]).get(b"content-length", b"0"))
         more = True
@@ -137,7 +148,7 @@ class _BodyLimit:
             await answer(scope, receive, send)
             return
 
-        async def replay() -> Message:
+        async def replay() -> _Message:
             return received.pop(0) if received else await receive()
 
         await self._app(scope, replay, send)
@@ -163,14 +174,13 @@ async def _refuse_system(request: Request, err: Exception) -> JSONResponse:
     return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [problem])
 
 
-async def _refuse_other(request: Request, err: Exception) -> JSONResponse:
-    assert isinstance(err, HTTPException)
-    if err.status_code == HTTPStatus.BAD_REQUEST:
-        # How FastAPI calls a body that is not even text, or nested too deeply.
+async def _refuse_other(request: Request, err: Exception, status: HTTPStatus) -> JSONResponse:
+    if status == HTTPStatus.BAD_REQUEST:
+        # What FastAPI says of a body that is not even text, or nested too deeply.
         problem = FieldProblem(field="body", message="not JSON")
         return _problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [problem])
-    answer = _problem(request, HTTPStatus(err.status_code), str(err.detail))
-    answer.headers.update(err.headers or {})
+    answer = _problem(request, status, status.phrase)
+    answer.headers.update(getattr(err, "headers", None) or {})
     return answer
 
 

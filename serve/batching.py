@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch.nn.functional import pad
 
 from cafemed.batches import Batch, collate, visit_arrays
@@ -99,6 +100,7 @@ def batch_of(
     shape: Shape,
     graph: CausalGraph,
     vocabularies: Mapping[str, tuple[str, ...]],
+    adjacencies: Sequence[sparse.csr_array],
 ) -> Batch:
     """Makes the tensors of one run.
 
@@ -107,6 +109,7 @@ def batch_of(
         shape: see Shape.
         graph: of the bundle.
         vocabularies: of the bundle.
+        adjacencies: of the graph (`batches.input_adjacencies`).
 
     Returns:
         a batch of exactly shape.patients patients with shape.steps visits each; the given ones
@@ -121,6 +124,7 @@ def batch_of(
         vocabularies,
         np.array([patient.sex for patient in repeated], np.int8),
         np.repeat(np.array([patient.age for patient in repeated], np.float32), shape.steps),
+        adjacencies,
     )
     batch = collate(arrays, np.arange(shape.patients))
     counts = batch.counts.view(shape.patients, shape.steps, 3)

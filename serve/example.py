@@ -1,14 +1,15 @@
 """A request about nobody, from the invented patients in a bundle's self-check."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cafemed.bundle import Bundle
+if TYPE_CHECKING:  # it imports torch, which a reader of deploy.json need not wait for
+    from cafemed.bundle import Bundle
 
 _MAX_SHOWN = 6
 
 
-def example_request(bundle: Bundle) -> dict[str, Any]:
+def example_request(bundle: "Bundle") -> dict[str, Any]:
     """The body of a request: the self-check's patient with the longest history."""
     patient = max(bundle.reference.self_check.patients, key=lambda p: len(p["visits"]))
     visits = patient["visits"]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 import models
 from cafemed import bundle as bundles
+from cafemed.batches import input_adjacencies
 from cafemed.bundle import Bundle
 from serve.batching import Shape, batch_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
@@ -51,6 +52,7 @@ class Recommender:
         self.bundle = bundle
         self._encoder = Encoder(bundle.vocabularies, bundle.preprocessing)
         self._model = bundles.restore_model(bundle, models.build)
+        self._adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
         self._medications = bundle.vocabularies["medication"]
 
     @classmethod
@@ -145,7 +147,8 @@ class Recommender:
         """One run of the model at a fixed shape, float32 (len(patients), N_m)."""
         last = torch.tensor([patient.num_visits - 1 for patient in patients])
         with torch.inference_mode():
-            batch = batch_of(patients, shape, self.bundle.graph, self.bundle.vocabularies)
+            bundle = self.bundle
+            batch = batch_of(patients, shape, bundle.graph, bundle.vocabularies, self._adjacencies)
             logits = self._model(batch)
             logits = logits[torch.arange(len(patients)), last]
             logits = logits / self.bundle.preprocessing.temperature

@@ -70,8 +70,9 @@ def make_tables(config: DataConfig, folder: Path, force: bool) -> None:
     if console.is_done(folder, "tables", artifacts.fingerprint("tables", {}, settings), force):
         return
     console.say("tables", f"drawing {config.generator.num_patients} synthetic patients")
-    with artifacts.new_folder(folder, "tables", {}, settings, private=True) as (partial, _):
-        synthetic.write_tables(synthetic.generate(config.generator, config.seed), partial)
+    with artifacts.new_folder(folder, "tables", {}, settings, private=True) as (partial, report):
+        population = synthetic.generate(config.generator, config.seed)
+        report["rows"] = synthetic.write_tables(population, partial)
 
 
 def locate(config: DataConfig, synthetic_tables: Path) -> Inputs:
@@ -114,7 +115,9 @@ def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -
     records = _read(config, inputs)
     knowledge = drugs.read(inputs.drugs)
     console.say("cohort", f"applying the protocol {config.cohort.protocol}")
-    made, dropped = protocols.build(records, knowledge, config.cohort)
+    with console.counter("making the cohort", 1) as done:
+        made, dropped = protocols.build(records, knowledge, config.cohort)
+        done()
     with artifacts.new_folder(folder, "cohort", inputs.fingerprints(), settings, private=True) as (
         partial,
         report,

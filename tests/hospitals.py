@@ -113,10 +113,11 @@ def _patient(subject: int, rng: np.random.Generator) -> Row:
 
 def _draw_visit(hospital: Hospital, subject: int, hadm: int, rng: np.random.Generator) -> None:
     day = int(rng.integers(1, 20))
-    hour = int(rng.integers(0, 24))
+    # Midnight is often: prescriptions start at midnight too, and windows end there.
+    clock = "00:00:00" if rng.random() < 0.3 else f"{int(rng.integers(0, 24)):02d}:30:00"
     year = int(rng.integers(2110, 2130))
     key = {"row_id": 0, "subject_id": subject, "hadm_id": hadm}
-    admitted = "" if rng.random() < 0.05 else f"{year}-06-{day:02d} {hour:02d}:30:00"
+    admitted = "" if rng.random() < 0.05 else f"{year}-06-{day:02d} {clock}"
     hospital.admissions.append({**key, "admittime": admitted, "diagnosis": 'SEPSIS, "ACUTE"'})
     for table, codes in ((hospital.diagnoses, DIAGNOSES), (hospital.procedures, PROCEDURES)):
         chosen = rng.choice(codes, rng.integers(0, 6)).tolist()

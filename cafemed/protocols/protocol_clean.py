@@ -141,7 +141,7 @@ def _in_window(rows: CodeRows, visits: Visits, window_h: float | None) -> Mask:
     if window_h is None:
         return np.ones(len(start), np.bool_)
     admitted = visits.admitted.astype(np.int64)[rows.visit]
-    early: Mask = (start != rows_of.NO_TIME) & (start < admitted + window_h * 3600)
+    early: Mask = start < admitted + window_h * 3600  # NO_TIME is later than any
     return early
 
 

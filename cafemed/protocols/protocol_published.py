@@ -100,21 +100,20 @@ def _most_frequent(rows: CodeRows, limit: int | None, table: str, ledger: Ledger
 def _medications(table: pa.Table, visits: Visits, drugs: DrugKnowledge, ledger: Ledger) -> CodeRows:
     """Prescriptions filled forward, of patients with two admissions, as ATC level 3."""
     table = _filled(table, ledger)
-    given = cells.text(table, "code")
+    given, visit_column = cells.text(table, "code"), cells.text(table, "visit")
     stay, start = _stay_ranks(cells.text(table, "stay")), rows_of.start_times(table)
-    visit = rows_of.visit_rows(cells.text(table, "visit"), visits)
-    patient = rows_of.patients_in(cells.text(table, "patient"), visits)
+    admission = cells.indices(visit_column)
+    person = cells.indices(cells.text(table, "patient"))
 
-    first = _first_of_equal(visit, patient, stay, start, cells.indices(given))
+    first = _first_of_equal(admission, person, stay, start, cells.indices(given))
     keep = ledger.keep("prescriptions", "repeated row", first)
-    # A visit filled in from another patient's row would join nothing.
+    enough = _has_two_admissions(person, admission)
+    keep = keep & ledger.keep("prescriptions", "patient with one admission", enough | ~keep)
+    # A visit filled in from another patient's row joins nothing.
+    visit = rows_of.visit_rows(visit_column, visits)
+    patient = rows_of.patients_in(cells.text(table, "patient"), visits)
     belongs = (visit >= 0) & (visits.patient[visit] == patient)
     keep = keep & ledger.keep("prescriptions", "visit not of this patient", belongs | ~keep)
-    admissions = np.zeros(len(visits.patient), np.bool_)
-    admissions[visit[keep]] = True
-    per_patient = np.bincount(visits.patient[admissions], minlength=len(visits.patient_ids))
-    enough = (per_patient >= 2)[visits.patient[visit]]
-    keep = keep & ledger.keep("prescriptions", "patient with one admission", enough | ~keep)
 
     code, names = rows_of.medication_of(given, drugs)
     keep = keep & ledger.keep("prescriptions", "no ATC code known", (code >= 0) | ~keep)
@@ -127,6 +126,15 @@ def _medications(table: pa.Table, visits: Visits, drugs: DrugKnowledge, ledger: 
     frequent = _top(rows.code, len(names), MAX_MEDICATIONS)[rows.code]
     reason = f"not among the {MAX_MEDICATIONS} most frequent medications"
     return rows.filter(ledger.keep("prescriptions", reason, frequent))
+
+
+def _has_two_admissions(person: Ints, admission: Ints) -> NDArray[np.bool_]:
+    """Which rows are of a patient with two admissions among these rows, bool (n,)."""
+    size = int(admission.max(initial=0)) + 1
+    pairs = np.unique(person * size + admission)
+    per_person = np.bincount(pairs // size, minlength=int(person.max(initial=0)) + 1)
+    two: NDArray[np.bool_] = (per_person >= 2)[person]
+    return two
 
 
 def _filled(table: pa.Table, ledger: Ledger) -> pa.Table:

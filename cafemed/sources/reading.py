@@ -81,7 +81,7 @@ def locate(
         DataError: see `find` and `identify`.
     """
     paths = {stem: find(folder, stem, suffixes) for stem in stems}
-    return {stem: identify(path) for stem, path in paths.items()}
+    return {stem: identify(paths[stem]) for stem in console.progress(stems, "hashing tables")}
 
 
 def read(

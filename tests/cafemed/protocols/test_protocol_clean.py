@@ -69,7 +69,8 @@ def test_equals_the_protocol_row_by_row(seed, settings, hospitals, reference, re
 
 def test_rows_dropped_are_counted(hospitals, read):
     hospital = hospitals.draw(5, num_patients=25)
-    hospital.diagnoses.append({**hospital.diagnoses[0], "hadm_id": 1})  # no such admission
+    stranger = {"hadm_id": 1, "icd9_code": "4019"}  # no such admission
+    hospital.diagnoses.append(hospital.diagnoses[0] | stranger)
     cohort, dropped = clean(*read(hospital), CohortConfig())
     ndcs = [row["ndc"] for row in hospital.prescriptions]
     assert dropped_rows(dropped, "prescriptions", "no drug code") == ndcs.count("")

@@ -49,6 +49,38 @@ def test_limits_and_molecules_restrict_the_codes(
     assert_equals_reference(cohort, expected, decoded)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_missing_patients_and_visits_are_filled_too(seed, hospitals, reference, read, decoded):
+    hospital = hospitals.draw(200 + seed, num_patients=30)
+    rng = np.random.default_rng(seed)
+    for row in hospital.prescriptions:
+        for column in ("subject_id", "hadm_id"):
+            if rng.random() < 0.1:
+                row[column] = ""
+    cohort, dropped = published(*read(hospital), CONFIG)
+    expected = reference.published(hospital, hospitals.NDC_TO_ATC)
+    assert_equals_reference(cohort, expected, decoded)
+    assert next(d.num_rows for d in dropped if d.reason == "visit not of this patient") > 0
+
+
+def test_the_most_frequent_medications_are_those_with_most_starts(hospitals, read, monkeypatch):
+    monkeypatch.setattr("cafemed.protocols.protocol_published.MAX_MEDICATIONS", 1)
+    hospital = hospitals.draw(1, num_patients=30)
+    hospital.prescriptions = []
+    same = [ndc for ndc, atc in hospitals.NDC_TO_ATC.items() if atc == "A02B"]
+    other = next(ndc for ndc, atc in hospitals.NDC_TO_ATC.items() if atc == "B01A")
+    for visit in hospital.admissions:
+        key = {k: visit[k] for k in ("row_id", "subject_id", "hadm_id")} | {"icustay_id": 1}
+        # Two packages of one drug that start together count once, two starts count twice.
+        starts = [(ndc, 1) for ndc in same] + [(other, 1), (other, 2)]
+        hospital.prescriptions += [
+            {**key, "startdate": f"2110-01-{day:02d} 00:00:00", "ndc": ndc} for ndc, day in starts
+        ]
+    assert len(same) == 2
+    cohort, _ = published(*read(hospital), CONFIG)
+    assert cohort.vocabularies["medication"] == ("atc:B01A",)
+
+
 def test_procedures_are_limited_where_there_are_icd10_codes(hospitals, read, monkeypatch):
     monkeypatch.setattr("cafemed.protocols.protocol_published.MAX_PROCEDURES_MIMIC4", 2)
     records, drugs = read(hospitals.draw(1, num_patients=30))

@@ -327,5 +327,6 @@ def collate(arrays: VisitArrays, patients: NDArray[np.int64]) -> Batch:
 
 
 def _tensor(array: NDArray[np.generic], dtype: type[np.generic]) -> torch.Tensor:
-    # np.array copies: torch warns of arrays that are not writable, as the object store's are.
-    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+    # `array` was taken out by index, so it is a copy: the object store's own arrays cannot be
+    # written, of which torch warns.
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))

@@ -16,7 +16,7 @@ from cafemed.batches import (
 from cafemed.codes import CodeLists
 from cafemed.cohort import Cohort
 from cafemed.errors import ArtifactError
-from cafemed.graphs import CausalGraph, EffectTable
+from cafemed.graphs import ORPHAN, CausalGraph, EffectTable
 
 VOCABULARIES = {
     "diagnosis": tuple(f"icd9:{i}" for i in range(14)),
@@ -114,6 +114,8 @@ def test_arrays_hold_what_each_visit_may_see(cohort, graph, plain):
             assert arrays.codes[visit, k, : len(codes)].tolist() == codes
             classes = [_class(graph, kind, codes, code) for code in codes]
             assert arrays.classes[visit, k, : len(codes)].tolist() == classes
+            assert not arrays.codes[visit, k, len(codes) :].any()
+            assert (arrays.classes[visit, k, len(codes) :] == ORPHAN).all()
             found.update(classes)
         assert np.flatnonzero(arrays.targets[visit]).tolist() == sorted(plain["targets"][visit])
     assert found == {0, 1, 2, 3}

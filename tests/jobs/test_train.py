@@ -1,5 +1,6 @@
 """`jobs/train.py` on a small synthetic cohort, with a graph without edges."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,9 +10,11 @@ import time
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from cafemed import artifacts, cohort, graphs, paths
 from cafemed.codes import node_name
+from cafemed.training import FitConfig
 
 SMALL = [
     "name=small",
@@ -80,6 +83,11 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def experiment(root):
     return paths.experiment_dir(root, "small")
+
+
+def test_the_yaml_spells_out_the_defaults():
+    written = OmegaConf.to_container(OmegaConf.load(paths.CONF_DIR / "train" / "default.yaml"))
+    assert written == dataclasses.asdict(FitConfig())
 
 
 def test_a_run_writes_its_artifact_and_a_second_one_is_skipped(root, experiment):

@@ -242,7 +242,7 @@ def _simulate(model: Model, seen: _Seen, num_draws: int, seed: int) -> tuple[Flo
     step = max(1, _ROWS // num_draws)
     for start in range(0, len(probabilities), step):
         visits = np.arange(start, min(start + step, len(probabilities)))
-        codes, weight = _complete(model, seen, np.repeat(visits, num_draws), rng)
+        codes, weight = _complete(model, seen, visits, num_draws, rng)
         share = weight.reshape(len(visits), num_draws)
         share = (share / share.sum(axis=1, keepdims=True)).ravel()
         # Most draws of a few rare hidden codes have none: they are the visit as seen.
@@ -253,44 +253,62 @@ def _simulate(model: Model, seen: _Seen, num_draws: int, seed: int) -> tuple[Flo
         values = np.vstack([probabilities[visits], medication_probabilities(model, rows)])
         column = visit.copy()
         column[differs] = len(visits) + np.arange(len(differs))
-        shape = (len(visits), len(values))
-        mean = sparse.csr_array((share, (visit, column)), shape=shape) @ values
-        squares = sparse.csr_array((share**2, (visit, column)), shape=shape)
-        # Error of a self-normalised weighted mean: sum of share² (value - mean)².
-        spread = squares @ values**2 - 2 * mean * (squares @ values)
-        spread += mean**2 * squares.sum(axis=1)[:, None]
-        probabilities[visits], errors[visits] = mean, np.sqrt(np.maximum(spread, 0))
+        probabilities[visits], errors[visits] = _weighted_mean(share, visit, column, values)
     return probabilities, errors
 
 
+def _weighted_mean(
+    share: Floats, row: NDArray[np.int64], place: NDArray[np.int64], values: Floats
+) -> tuple[Floats, Floats]:
+    """Self-normalised weighted means and their errors, √Σ share² (value - mean)²; (v, N_m) each.
+
+    Args:
+        share: (draws,), summing to 1 in each row; row: (draws,), 0 .. v - 1.
+        place: (draws,), the draw's value among values (n, N_m).
+    """
+    shape = (int(row[-1]) + 1, len(values))
+    # Draws of the same value add up here, their squared shares below.
+    mean: Floats = sparse.csr_array((share, (row, place)), shape=shape) @ values
+    squares = sparse.csr_array((share**2, (row, place)), shape=shape)
+    spread = squares @ values**2 - 2 * mean * (squares @ values)
+    spread += mean**2 * squares.sum(axis=1)[:, None]
+    return mean, np.sqrt(np.maximum(spread, 0))
+
+
 def _complete(
-    model: Model, seen: _Seen, rows: NDArray[np.int64], rng: np.random.Generator
+    model: Model, seen: _Seen, visits: NDArray[np.int64], num_draws: int, rng: np.random.Generator
 ) -> tuple[Bools, Floats]:
     """Draws the hidden codes of visits, given the seen ones, by likelihood weighting.
 
     Returns:
-        Codes bool (N, rows), and weights float64 (rows,): the probability of the seen codes given
-        their drawn parents, 0 for a visit that the population would have drawn again.
+        Codes bool (N, rows), `num_draws` rows for each visit, and weights float64 (rows,): the
+        probability of the seen codes given their drawn parents, 0 for a visit that the population
+        would have drawn again.
     """
-    codes = np.ascontiguousarray(seen.codes[rows].toarray().T > 0)
+    codes = _repeated(seen.codes[visits], num_draws)
     before = None
     if (model.code_persistence > 0).any():
-        before = np.ascontiguousarray(seen.before[rows].toarray().T > 0)
+        before = _repeated(seen.before[visits], num_draws)
     uniform = np.empty(codes.shape, np.float32)
-    uniform[seen.hidden] = rng.random((len(seen.hidden), len(rows)), np.float32)
+    uniform[seen.hidden] = rng.random((len(seen.hidden), codes.shape[1]), np.float32)
     codes_given(model, uniform, before, nodes=seen.hidden.tolist(), known=codes)
     weight = usable(model, codes).astype(np.float64)
     hidden = set(seen.hidden.tolist())
     for child, parents in model.parents.items():
         if child in hidden or not any(parent in hidden for parent, _ in parents):
             continue
-        absent = np.full(len(rows), 1 - model.code_leak[child])
+        absent = np.full(codes.shape[1], 1 - model.code_leak[child])
         for parent, strength in parents:
             absent[codes[parent]] *= 1 - strength
         if before is not None:
             absent[before[child]] *= 1 - model.code_persistence[child]
         weight *= np.where(codes[child], 1 - absent, absent)
     return codes, np.maximum(weight, 1e-300)
+
+
+def _repeated(matrix: sparse.csr_array, times: int) -> Bools:
+    """A CSR (v, N) as bool (N, v * times), each row as so many columns."""
+    return np.repeat(matrix.toarray().T > 0, times, axis=1)
 
 
 def _check(cohort: Cohort, share: float) -> None:

@@ -62,11 +62,11 @@ class SyntheticConfig:
     strength_high: Probability = 0.98
     persistence_low: Probability = 0.6
     persistence_high: Probability = 0.95
-    leak_share: Annotated[float, Range(0, 1, open_low=True)] = 0.1
+    leak_share: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.1
     diagnosis_persistence: Probability = 0.0
     ddi_density: Annotated[float, Range(0, 1, open_low=True)] = 0.08
     ddi_rate: Share = 0.08
-    avoidance: Share = 0.3
+    avoidance: Probability = 0.3
     effect_draws: Annotated[int, Range(2)] = 2_000
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ the rows.
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -225,7 +226,10 @@ def main() -> None:
     arguments = parser.parse_args()
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     print(f"load {load} on {os.cpu_count()} cores; OMP_NUM_THREADS={os.getenv('OMP_NUM_THREADS')}")
-    print(f"Python {platform.python_version()}, pyarrow {pa.__version__}, numpy {np.__version__}")
+    versions = (
+        f"Python {platform.python_version()}, pyarrow {pa.__version__}, numpy {np.__version__}"
+    )
+    print(versions)
     scale = 0.1 if arguments.quick else 1.0
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -245,7 +249,10 @@ def main() -> None:
             print(f"{case:<10} {line}", flush=True)
     print(f"promised for the full size: {MAX_CPU_S:g} CPU seconds, {MAX_PEAK_GB:g} GB")
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        # When and with what, so that a figure in a document can be traced.
+        stamp = {"date": datetime.date.today().isoformat(), "versions": versions}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps([r | stamp for r in results], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def clean(
     selected = _select(visits, rows, config, ledger)
     patient = visits.patient[selected]
     offsets = rows_of.patient_starts(patient)
-    split = _split(visits.admitted[selected[offsets[1:] - 1]], config)
+    split = _split(visits.admitted[selected[offsets[1:] - 1]], config, ledger)
     in_training = np.repeat(split == SPLITS.index("train"), np.diff(offsets))
 
     position = rows_of.position_of(selected, len(visits.patient))
@@ -115,14 +115,16 @@ def _select(
     return selected[np.lexsort((visits.rank[selected], admitted, visits.patient[selected]))]
 
 
-def _split(last_admission: NDArray[np.datetime64], config: CohortConfig) -> NDArray[np.int8]:
+def _split(
+    last_admission: NDArray[np.datetime64], config: CohortConfig, ledger: Ledger
+) -> NDArray[np.int8]:
     """Assigns patients to SPLITS; each part gets at least one. int8 (P,)."""
     num_patients, parts = len(last_admission), config.split_parts
     if num_patients < len(parts):
         raise DataError(
             f"cohort: expected at least {len(parts)} patients with {config.min_visits} or more "
-            f"usable visits (training, validation, test), {num_patients} are left; see the rows "
-            "dropped in docs/data.md's filters, or lower data.cohort.min_visits"
+            f"usable visits (training, validation, test), {num_patients} are left; dropped were "
+            f"{ledger}"
         )
     held_out = [max(1, round(num_patients * part / sum(parts))) for part in parts[1:]]
     sizes = [max(1, num_patients - sum(held_out)), *held_out]

@@ -62,7 +62,7 @@ def published(
         "medication": _medications(records.prescriptions, visits, drugs, ledger),
     }
     selected = _join(visits, rows, ledger)
-    split = _split(len(np.unique(visits.patient[selected])))
+    split = _split(len(np.unique(visits.patient[selected])), ledger)
     position = rows_of.position_of(selected, len(visits.patient))
     lists, vocabularies = {}, {}
     for kind in KINDS:
@@ -179,7 +179,7 @@ def _join(visits: Visits, rows: dict[str, CodeRows], ledger: Ledger) -> Ints:
     return selected[np.lexsort((visits.rank[selected], visits.patient[selected]))]
 
 
-def _split(num_patients: int) -> NDArray[np.int8]:
+def _split(num_patients: int, ledger: Ledger) -> NDArray[np.int8]:
     """The first two thirds train, the next sixth tests, the last sixth validates. int8 (P,)."""
     num_train = num_patients * 2 // 3
     num_test = (num_patients - num_train) // 2
@@ -187,7 +187,7 @@ def _split(num_patients: int) -> NDArray[np.int8]:
     if not num_train or not num_test:
         raise DataError(
             "cohort: expected at least 4 patients with two admissions that have diagnoses, "
-            f"procedures and medications, {num_patients} are left"
+            f"procedures and medications, {num_patients} are left; dropped were {ledger}"
         )
     order = [SPLITS.index(name) for name in ("train", "test", "validation")]
     return np.repeat(np.array(order, np.int8), [num_train, num_test, num_validation])

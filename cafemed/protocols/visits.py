@@ -42,6 +42,10 @@ class Ledger:
         self.count(table, reason, int((~keep).sum()))
         return keep
 
+    def __str__(self) -> str:
+        counts = [f"{d.num_rows} {d.table} ({d.reason})" for d in self.dropped if d.num_rows]
+        return ", ".join(counts) or "no rows"
+
 
 @dataclasses.dataclass(frozen=True)
 class Visits:
@@ -202,7 +206,7 @@ def position_of(selected: Ints, size: int) -> Ints:
 
 def patient_starts(patient: Ints) -> Ints:
     """Offsets of runs of equal values, int64 (runs + 1,)."""
-    starts = np.flatnonzero(np.concatenate([[True], patient[1:] != patient[:-1]]))
+    starts = np.flatnonzero(np.concatenate([[True], patient[1:] != patient[:-1]])[: len(patient)])
     return np.concatenate([starts, [len(patient)]]).astype(np.int64)
 
 

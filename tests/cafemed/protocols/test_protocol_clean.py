@@ -173,6 +173,24 @@ def test_too_few_patients_are_refused(hospitals, read):
         clean(*read(hospitals.draw(0, num_patients=2)), CohortConfig())
 
 
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("prescriptions", "ndc", "0"),
+        ("prescriptions", "ndc", "99999999999"),
+        ("prescriptions", "hadm_id", 1),
+        ("diagnoses", "icd9_code", ""),
+        ("diagnoses", "hadm_id", 1),
+    ],
+)
+def test_no_patient_left_is_refused(table, column, value, hospitals, read):
+    hospital = hospitals.draw(2)
+    for row in getattr(hospital, table):
+        row[column] = value
+    with pytest.raises(DataError, match=r"0 are left; dropped were [1-9]\d* \w+ \("):
+        clean(*read(hospital), CohortConfig())
+
+
 @pytest.mark.parametrize("window_h", [None, 24.0])
 def test_the_real_demo_equals_the_protocol_row_by_row(demo, window_h, reference, decoded):
     rows, records, drugs, atc_of_ndc, _ = demo

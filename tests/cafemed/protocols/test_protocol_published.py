@@ -138,6 +138,24 @@ def test_too_few_patients_are_refused(hospitals, read):
         published(*read(hospitals.draw(0, num_patients=2)), CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("table", "column", "value"),
+    [
+        ("prescriptions", "ndc", "0"),
+        ("prescriptions", "ndc", "99999999999"),
+        ("prescriptions", "hadm_id", 1),
+        ("diagnoses", "icd9_code", ""),
+        ("diagnoses", "hadm_id", 1),
+    ],
+)
+def test_no_patient_left_is_refused(table, column, value, hospitals, read):
+    hospital = hospitals.draw(2)
+    for row in getattr(hospital, table):
+        row[column] = value
+    with pytest.raises(DataError, match=r"0 are left; dropped were [1-9]\d* \w+ \("):
+        published(*read(hospital), CONFIG)
+
+
 def test_the_real_demo_equals_the_scripts_in_pandas(demo, reference, decoded):
     rows, records, drugs, atc_of_ndc, smiles = demo
     cohort, _ = published(records, drugs, CONFIG)

@@ -24,7 +24,7 @@ VOCABULARIES = {
     "procedure": tuple(f"icd9:{n}" for n in range(990, 996)),
     "medication": tuple(f"atc:{letter}0{n}B" for letter in "ABCN" for n in (1, 2, 3)),
 }
-MODEL_OPTIONS = {"dimension": 16}
+MODEL_OPTIONS = {"dimension": 24}
 
 
 def make_bundle(preprocessing: Preprocessing | None = None, seed: int = 0) -> Bundle:

@@ -1,6 +1,8 @@
 import numpy as np
 
-from serve.batching import fillers_of, shape_of
+from cafemed.batches import Batch, input_adjacencies
+from cafemed.bundle import Bundle
+from serve.batching import batch_of, fillers_of, shape_of
 from serve.encoding import EncodedPatient
 
 
@@ -50,3 +52,35 @@ def test_usual_patients_share_few_shapes_without_much_filling() -> None:
 def test_a_run_holds_fewer_patients_the_longer_they_are() -> None:
     assert shape_of(patient([(1, 1, 0)])).patients == 16
     assert shape_of(patient([(128, 128, 128)] * 256)).patients == 1
+
+
+def batch(bundle: Bundle, *visits: list[tuple[int, int, int]]) -> Batch:
+    patients = [patient(sizes) for sizes in visits]
+    adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
+    shape = shape_of(patients[0])
+    return batch_of(patients, shape, bundle.graph, bundle.vocabularies, adjacencies)
+
+
+def test_a_batch_has_the_same_numbers_whoever_is_in_it(served: Bundle) -> None:
+    companies = [
+        [[(5, 2, 0), (4, 1, 6)]],
+        [[(5, 2, 0), (4, 1, 6)], [(0, 0, 0)]],
+        [[(1, 0, 0)], [(6, 6, 0), (7, 6, 6)], [(2, 2, 0), (0, 0, 2)]],
+    ]
+    shape = shape_of(patient(companies[0][0]))
+    for company in companies:
+        assert {shape_of(patient(sizes)) for sizes in company} == {shape}
+        made = batch(served, *company)
+        assert made.codes.shape == (shape.patients * shape.steps, 3, shape.width)
+        assert made.lengths.tolist() == [shape.steps] * shape.patients
+        counts = made.counts.view(shape.patients, shape.steps, 3)
+        assert counts.sum((1, 2)).tolist() == [2 * shape.positions] * shape.patients
+        assert counts.amax(2).clamp(min=1).sum(1).tolist() == [shape.positions] * shape.patients
+
+
+def test_a_patients_own_visits_come_first_and_unchanged(served: Bundle) -> None:
+    made = batch(served, [(5, 2, 0), (4, 1, 6)], [(1, 0, 0)])
+    assert made.counts[:2].tolist() == [[5, 2, 0], [4, 1, 6]]
+    assert made.codes[1, 2, :6].tolist() == list(range(6))
+    steps = shape_of(patient([(1, 0, 0)])).steps
+    assert made.counts[steps].tolist() == [1, 0, 0]

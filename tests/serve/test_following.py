@@ -42,15 +42,19 @@ def test_a_pinned_version_stays(registry_dir: Path) -> None:
 
 
 def test_a_broken_version_never_replaces_one_that_works(
-    registry_dir: Path, caplog: pytest.LogCaptureFixture
+    registry_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = FollowingModel(registry_dir, "production")
     weights = registry.resolve(registry_dir, 2) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     registry.promote(registry_dir, 2)
+    loads: list[int] = []
+    load = model._load
+    monkeypatch.setattr(model, "_load", lambda version: (loads.append(version), load(version)))
     with caplog.at_level(logging.WARNING):
         assert not model.refresh()
         assert not model.refresh()
+    assert loads == [2]  # tried once
     assert model.recommender.name.version == 1
     [record] = caplog.records  # reported once
     assert "staying with version 1" in record.message

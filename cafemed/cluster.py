@@ -11,8 +11,10 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,15 +57,25 @@ def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     temp = None if address else _temp_folder()
     try:
-        if temp is None:
-            _connect(str(address))
-        else:
-            _start_local(num_cpus, num_gpus, temp)
+        with _own_signals():
+            if temp is None:
+                _connect(str(address))
+            else:
+                _start_local(num_cpus, num_gpus, temp)
         yield _describe(f"the cluster at {address}" if address else "a local Ray")
     finally:
         ray.shutdown()
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps SIGTERM's handler, which Ray replaces by one that prints its stack."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str) -> None:

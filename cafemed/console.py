@@ -1,6 +1,7 @@
 """What a job says: its root first, a line a stage, progress bars, and errors as one line."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,10 +35,13 @@ def say(stage: str, text: str) -> None:
 def job(root: Path) -> Iterator[None]:
     """Prints the root, and turns a user's error or Ctrl-C into one line and an exit status.
 
+    SIGTERM, which stops a submitted job, counts as Ctrl-C, so that what was started is ended.
+
     Raises:
         SystemExit: 2 after a UserError, 130 after Ctrl-C.
     """
     say("root", str(root))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except UserError as err:
@@ -46,6 +50,8 @@ def job(root: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_done(folder: Path, stage: str, fingerprint: str, force: bool) -> bool:

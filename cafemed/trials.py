@@ -77,7 +77,10 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
     options, fit_config = data.varied(sweep.parameters_of(config), config["seed"])
     started = time.time()
     history: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="cafemed-trial-") as name:
+    # In Ray's own session folder, so that a killed worker leaves nothing behind when Ray ends.
+    place = Path(tune.get_context().get_trial_dir())
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
         earlier = tune.get_checkpoint()
         if earlier is not None:

@@ -1,6 +1,8 @@
 """What a job says: its root first, a line a stage, progress bars, and errors as one line."""
 
 import contextlib
+import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +26,10 @@ T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+#: What a machine refuses that is its owner's to mend: full or read-only disk, no permission.
+_OWNERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def say(stage: str, text: str) -> None:
@@ -38,14 +44,24 @@ def job(root: Path) -> Iterator[None]:
     SIGTERM, which stops a submitted job, counts as Ctrl-C, so that what was started is ended.
 
     Raises:
-        SystemExit: 2 after a UserError, 130 after Ctrl-C.
+        SystemExit: 2 after a UserError, a full disk or a folder that may not be written, 130 after
+            Ctrl-C, 141 when nobody reads the output any more (`| head`).
     """
-    say("root", str(root))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        say("root", str(root))
         yield
     except UserError as err:
         print(f"error: {err}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_BROKEN_PIPE) from None
+    except OSError as err:
+        if err.errno not in _OWNERS_TO_MEND:
+            raise
+        print(f"error: {err.filename or root}: {err.strerror}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left", file=sys.stderr, flush=True)

@@ -16,9 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import hydra
@@ -38,7 +36,7 @@ def main(cfg: DictConfig) -> None:
     """Writes each job's configuration, runs the jobs, prints the summary."""
     root = paths.resolve_root(cfg.paths.root)
     experiment = paths.experiment_dir(root, cfg.name)
-    with console.job(root), interrupts():
+    with console.job(root):
         conf_dir = write_configs(cfg, root, experiment)
         started = time.monotonic()
         for number, job in enumerate(STAGES, 1):
@@ -93,20 +91,6 @@ def run_job(job: str, conf_dir: Path) -> None:
     if status:
         print(f"error: stage {job} failed with status {status}", file=sys.stderr, flush=True)
         raise SystemExit(status if status > 0 else 1)
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[None]:
-    """Makes a SIGTERM (a stopped job, a closing terminal) end the stages as Ctrl-C does."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

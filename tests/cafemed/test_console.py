@@ -1,3 +1,7 @@
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +36,35 @@ def test_ctrl_c_is_status_130(capsys):
         raise KeyboardInterrupt
     assert stop.value.code == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_or_a_forbidden_folder_is_one_line_and_status_2(number, capsys):
+    with pytest.raises(SystemExit) as stop, console.job(Path("/r")):
+        raise OSError(number, os.strerror(number), "/r/cohort")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: /r/cohort: {os.strerror(number)}\n"
+
+
+def test_other_faults_of_the_machine_keep_their_traceback():
+    with pytest.raises(OSError, match="Bad address"), console.job(Path("/r")):
+        raise OSError(errno.EFAULT, "Bad address")
+
+
+def test_a_reader_that_left_ends_the_job_without_a_traceback():
+    program = (
+        "from pathlib import Path; from cafemed import console\n"
+        "with console.job(Path('/r')):\n"
+        "    for i in range(10**6): console.say('line', str(i))\n"
+    )
+    job = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert job.stdout is not None
+    job.stdout.readline()
+    job.stdout.close()
+    _, errors_printed = job.communicate(timeout=30)
+    assert (job.returncode, errors_printed) == (141, b"")
 
 
 def test_our_own_faults_keep_their_traceback():

@@ -36,17 +36,17 @@ def main(cfg: DictConfig) -> None:
 def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
     """Loads the model and the cohort, measures, writes and reports."""
     import models  # torch takes seconds to import: not for --help
-    from cafemed import assessment, batches, bundle, cohort, config, training
+    from cafemed import assessment, batches, bundle, bundle_files, cohort, config, training
     from cafemed.assessment import EvaluationConfig
 
     settings = config.from_mapping(EvaluationConfig, values["evaluation"], "evaluation")
     device = training.choose_device(values["device"])
     made_from = artifacts.read_manifest(folder / "cohort", "cohort")
-    served = bundle.load(bundle_folder)
+    bundled = artifacts.read_manifest(bundle_folder, bundle_files.STAGE)
     artifacts.require_match(
-        str(bundle_folder), made_from.fingerprint, served.sources.get("cohort", "none")
+        str(bundle_folder), made_from.fingerprint, bundled.inputs.get("cohort", "none")
     )
-    sources = {"cohort": made_from.fingerprint, "bundle": served.fingerprint}
+    sources = {"cohort": made_from.fingerprint, "bundle": bundled.fingerprint}
     plain = {"evaluation": values["evaluation"]}
     target = folder / "evaluation"
     wanted = artifacts.fingerprint(assessment.STAGE, sources, plain)
@@ -54,6 +54,7 @@ def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
         print(assessment.describe(json.loads((target / "report.json").read_text())))
         return
 
+    served = bundle.load(bundle_folder)
     patients = cohort.load(folder / "cohort")
     arrays = batches.cohort_arrays(patients, served.graph)
     model = bundle.restore_model(served, models.build).to(device)

@@ -1,0 +1,212 @@
+"""`jobs/tune.py` and `jobs/evaluate.py` on a small synthetic cohort, as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from cafemed import artifacts, bundle_files, cohort, graphs, paths, registry
+from cafemed.codes import node_name
+
+SMALL = [
+    "name=small",
+    "data.generator.num_patients=60",
+    "data.generator.num_visits=140",
+    "data.generator.num_diagnoses=40",
+    "data.generator.num_procedures=20",
+    "data.generator.num_medications=15",
+    "data.generator.diagnoses_per_visit=6",
+    "data.generator.medications_per_visit=5",
+    "data.generator.effect_draws=10",
+]
+TUNE = ["name=small", "search=smoke", "model.dimension=8", "train.epochs=2"]
+FEW = [*TUNE, "search.num_samples=2"]
+
+
+def start(root: Path, job: str, *arguments: str) -> subprocess.Popen[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, str(paths.PROJECT_DIR / "jobs" / f"{job}.py"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env=kept | {"CAFEMED_HOME": str(root), "OMP_NUM_THREADS": "1", "TMPDIR": str(root / "tmp")},
+    )
+
+
+def run(root: Path, job: str, *arguments: str) -> tuple[int, str, str]:
+    process = start(root, job, *arguments)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    # A short path: Ray's sockets lie below the temporary folder.
+    with tempfile.TemporaryDirectory(prefix="cm") as name:
+        folder = Path(name)
+        (folder / "tmp").mkdir()
+        status, _, err = run(folder, "prepare", *SMALL)
+        assert status == 0, err
+        write_graph(paths.experiment_dir(folder, "small"))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def experiment(root: Path) -> Path:
+    return paths.experiment_dir(root, "small")
+
+
+def write_graph(experiment: Path) -> None:
+    """No edges and no effects: a sweep does not mind."""
+    patients = cohort.load(experiment / "cohort")
+    kinds = ("diagnosis", "procedure")
+    codes = tuple(node_name(kind, c) for kind in kinds for c in patients.vocabularies[kind])
+    medications = tuple(node_name("medication", c) for c in patients.vocabularies["medication"])
+    effect = np.zeros((len(codes), len(medications)), np.float32)
+    none = np.zeros(0, np.int32)
+    graph = graphs.CausalGraph(
+        codes, none, none, none > 0, none.astype(np.float32), none.astype(np.int64)
+    )
+    sources = {"cohort": patients.fingerprint}
+    with artifacts.new_folder(experiment / "graph", "graph", sources, {}) as (folder, _):
+        graphs.write_graph(graph, folder / "graph.parquet")
+        effects = graphs.EffectTable(codes, medications, effect, effect, "raw")
+        graphs.write_effects(effects, folder / "effects.npz")
+
+
+def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment: Path):
+    status, out, err = run(root, "tune", *FEW)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == ["root", str(root)]
+    assert sum(line.startswith("trial") for line in lines) == 2
+    assert len(lines) == 9  # nothing of Ray's own
+    manifest = artifacts.verify(experiment / "sweep", "sweep")
+    assert {"sweep.parquet", "best.json", "bundle/manifest.json"} <= set(manifest.files)
+    assert manifest.report["trials"] == 2
+    assert pq.read_table(experiment / "sweep" / "sweep.parquet").num_rows == 2
+    home = paths.registry_dir(root, "small")
+    assert registry.resolve_version(home, "production") == 1
+    assert registry.resolve_version(home, "candidate") == 1
+    made_by = registry.versions(home)[0].record["produced_by"]
+    assert made_by["sweep"] == manifest.fingerprint
+    assert not (experiment / "trials").exists()
+
+    status, out, _ = run(root, "tune", *FEW)
+    assert status == 0
+    assert "unchanged, skipped" in out
+    assert len(registry.versions(home)) == 1
+
+    status, out, err = run(root, "evaluate", "name=small")
+    assert (status, err) == (0, "")
+    report = json.loads((experiment / "evaluation" / "report.json").read_text())
+    ceiling = report["ceiling"]["at_half"]["prauc"]
+    assert 0 < report["model"]["test"]["metrics"]["prauc"] < ceiling
+    assert set(report["baselines"]) == {"most frequent", "last visit"}
+    status, out, _ = run(root, "evaluate", "name=small", "version=1")
+    assert "unchanged, skipped" in out
+    assert "last visit" in out
+    assert_nothing_runs_in(root / "tmp")
+
+
+def test_every_bad_entry_of_a_space_is_reported_at_once(root: Path):
+    status, out, err = run(
+        root,
+        "tune",
+        *TUNE,
+        "search.space.model.dropout.high=2.0",
+        "search.space.train.ddi_coefficient.type=real",
+        "+search.space.train.momentum={type: float, low: 0, high: 1}",
+    )
+    assert status == 2
+    assert err.startswith("error: search.space.model.dropout: expected a value in [0, 1), got 2.0")
+    for part in ("search.space.train.ddi_coefficient.type", "search.space.train.momentum"):
+        assert part in err
+    assert err.count("\n") == 1
+    assert "ray" not in out
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "message"),
+    [
+        ("tune", ["name=none"], "cohort/manifest.json: expected the manifest of a cohort"),
+        ("evaluate", ["name=none"], "no version is promoted to 'production' yet"),
+        ("evaluate", ["name=small", "version=best"], "expected a version number or one of"),
+    ],
+)
+def test_what_is_missing_is_one_line(root: Path, job: str, arguments: list[str], message: str):
+    status, _, err = run(root, job, *arguments)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_model_of_another_cohort_is_refused(root: Path, experiment: Path, tmp_path: Path):
+    folder = tmp_path / "bundle"
+    weights = tmp_path / "weights"
+    weights.write_text("w")
+    home = paths.registry_dir(root, "small")
+    sources = {"cohort": "0" * 64, "weights": artifacts.sha256_of(weights)}
+    with artifacts.new_folder(folder, bundle_files.STAGE, sources, {}) as (partial, _):
+        for name in bundle_files.FILES:
+            (partial / name).write_text("w")
+    version = registry.publish(home, folder, {})
+    status, _, err = run(root, "evaluate", "name=small", f"version={version}")
+    assert status == 2
+    assert "made from an input with fingerprint 000000000000" in err
+    assert (experiment / "cohort").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("marker", "delay_s"), [("tune", 1.0), ("ray", 0.5), ("trial", 0.2)])
+def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
+    root: Path, experiment: Path, signal_number: int, marker: str, delay_s: float
+):
+    process = start(root, "tune", *TUNE, "search.num_samples=500", "search.seed=5", "force=true")
+    before = (experiment / "sweep").exists()
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith(marker):
+            break
+    time.sleep(delay_s)
+    process.send_signal(signal_number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted; nothing half-written was left\n"
+    assert not (experiment / "trials").exists()
+    assert (experiment / "sweep").exists() == before
+    assert not list(experiment.glob(".sweep*"))
+    assert_nothing_runs_in(root / "tmp")
+
+
+def assert_nothing_runs_in(temp: Path) -> None:
+    """No process of a Ray that had this temporary folder, and no folder of it."""
+    deadline = time.monotonic() + 20
+    while (running := commands_with(str(temp))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert running == []
+    assert list(temp.glob("cafemed-*")) == []
+
+
+def commands_with(text: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it ended meanwhile
+        if text in command:
+            found.append(command)
+    return found

@@ -7,6 +7,8 @@ import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cafemed.bundle import Bundle
 from serve import schema
@@ -201,3 +203,48 @@ def test_probabilities_survive_json_to_the_bit(
     [row] = service.recommender.probabilities(encoded)
     sent = np.array([m["probability"] for m in got["medications"]], np.float32)
     np.testing.assert_array_equal(sent, np.sort(row[row >= 0.5])[::-1])
+
+
+CODES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "system": st.sampled_from(["icd9", "ICD10", " atc", "x", ""]),
+            "code": st.text(max_size=70) | st.sampled_from(["401.0", "i10", "A01BC02", "."]),
+        },
+        optional={"odd": st.none()},
+    ),
+    max_size=6,
+)
+VISITS = st.lists(
+    st.fixed_dictionaries(
+        {}, optional={"diagnoses": CODES, "procedures": CODES, "medications": CODES}
+    ),
+    max_size=5,
+)
+PATIENTS = st.lists(
+    st.fixed_dictionaries(
+        {"visits": VISITS},
+        optional={
+            "age": st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+            "sex": st.sampled_from(["female", "male", "unknown", "F", None]),
+        },
+    ),
+    max_size=4,
+)
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(PATIENTS | st.none() | st.integers())
+def test_odd_requests_get_an_answer_or_a_field(client: Client, patients: Any) -> None:
+    got = client.post("/v1/recommend", json={"patients": patients})
+    if got.status_code == 200:
+        for recommendation in got.json()["recommendations"]:
+            assert all(0.5 <= m["probability"] <= 1 for m in recommendation["medications"])
+    else:
+        assert got.status_code == 422
+        assert all(problem["field"].startswith("patients") for problem in got.json()["problems"])

@@ -16,7 +16,11 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-SMALL = ["data.synthetic.num_patients=120"]
+SMALL = [
+    "data=synthetic_demo",
+    "data.generator.num_patients=150",
+    "data.generator.num_visits=350",
+]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

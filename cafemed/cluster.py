@@ -71,11 +71,17 @@ def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps SIGTERM's handler, which Ray replaces by one that prints its stack."""
+    """Keeps SIGTERM's handler, which Ray replaces by one that exits and prints its stack."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    except SystemExit as err:
+        if err.code == signal.SIGTERM:  # while Ray was starting
+            raise KeyboardInterrupt from err
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str) -> None:

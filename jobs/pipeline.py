@@ -24,6 +24,7 @@ from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from cafemed import artifacts, console, paths, summary
+from serve import example
 
 STAGES = ("prepare", "discover", "tune", "evaluate", "deploy")
 JOBS_DIR = Path(__file__).resolve().parent
@@ -45,8 +46,6 @@ def main(cfg: DictConfig) -> None:
             run_job(job, conf_dir)
             console.say(job, f"done in {time.monotonic() - began:.1f} s")
         took_s = time.monotonic() - started
-        from serve import example  # takes torch with it: seconds that --help should not wait
-
         asked = json.loads((experiment / "deploy.json").read_text())
         request = example.describe(asked["request"], asked["answer"])
         summary.show(experiment, paths.registry_dir(root, cfg.name), request, took_s)

@@ -10,19 +10,33 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from causal.compiled import kernel
+from causal.compiled import Reference, kernel, reference
 from causal.gains import (
     MIN_GAIN,
     PIVOT,
+    Floats,
+    Problem,
+    Work,
     add_row,
     clique_at,
+    covariance_rest,
     fit_gain,
+    gather,
     loss_of,
     next_clique,
     split,
-    target_row,
 )
-from causal.pdag import adjacent, is_arrow, is_line, new_stamp, path_exists
+from causal.pdag import (
+    INSERT,
+    Edges,
+    Graph,
+    Nodes,
+    adjacent,
+    is_arrow,
+    is_line,
+    new_stamp,
+    path_exists,
+)
 
 #: Positions in `Pool.size`.
 USED, LIVE, PATHS = 0, 1, 2
@@ -56,6 +70,17 @@ class Pool(NamedTuple):
     path: NDArray[np.int64]
     head: NDArray[np.int32]
     size: NDArray[np.int64]
+
+
+class PoolType(Reference):
+    pass
+
+
+class PoolRef:
+    """`Pool` inside kernels."""
+
+
+reference(PoolRef, PoolType, Pool)
 
 
 def make_pool(p: int, capacity: int) -> Pool:
@@ -97,65 +122,67 @@ def grown(pool: Pool) -> Pool:
 
 
 @kernel
-def best_target(pool):  # type: ignore[no-untyped-def]
-    """The first target with the largest gain."""
-    best, target = 0.0, -1
-    for y in range(len(pool.best)):
-        if pool.best[y] > best:
-            best, target = pool.best[y], y
+def best_target(best: Floats) -> int:
+    """The first target with the largest gain, -1 if none gains."""
+    largest, target = 0.0, -1
+    for y in range(len(best)):
+        if best[y] > largest:
+            largest, target = best[y], y
     return target
 
 
 @kernel
-def _find_best(pool, y):  # type: ignore[no-untyped-def]
-    """Largest gain; ties go to the smaller source, then to the candidate found later."""
+def _find_best(pool: Pool, y: int) -> None:
+    """Largest gain; ties go to the smaller source, then to the candidate found first."""
+    gain, source = pool.gain, pool.source
     best, at = 0.0, -1
     for i in range(pool.start[y], pool.start[y] + pool.count[y]):
-        gain = pool.gain[i]
-        if gain > best or (gain == best and at >= 0 and pool.source[i] < pool.source[at]):
-            best, at = gain, i
+        if gain[i] > best or (gain[i] == best and at >= 0 and source[i] < source[at]):
+            best, at = gain[i], i
     pool.best[y] = best
     pool.best_at[y] = at
 
 
 @kernel
-def drop(pool, y, at):  # type: ignore[no-untyped-def]
-    """Takes a candidate out until its target is scored again."""
-    pool.gain[at] = 0.0
+def drop(pool: Pool, y: int) -> None:
+    """Takes the best candidate out until its target is scored again."""
+    pool.gain[pool.best_at[y]] = 0.0
     _find_best(pool, y)
 
 
 @kernel
-def _slot(pool, a, b):  # type: ignore[no-untyped-def]
-    return (a * 40503 + b * 9973) & (len(pool.head) - 1)
+def _slot(a: int, b: int, slots: int) -> int:
+    return (a * 40503 + b * 9973) & (slots - 1)
 
 
 @kernel
-def set_aside(pool, g, y, at, end):  # type: ignore[no-untyped-def]
-    """Sets a candidate aside that is blocked by the path just found from y to `end`."""
+def set_aside(pool: Pool, g: Graph, y: int, end: int) -> None:
+    """Sets the best candidate aside, blocked by the path just found from y to `end`."""
+    at = pool.best_at[y]
     pool.gain[at] = -pool.gain[at]
     _find_best(pool, y)
+    path, head = pool.path, pool.head
     b = end
     while b != y:
-        a = g.previous[b]
+        a = np.int64(g.previous[b])
         n = pool.size[PATHS]
-        if n == len(pool.path):
+        if n == len(path):
             _forget_paths(pool)
             return
-        slot = _slot(pool, a, b)
-        entry = pool.path[n]
-        entry[0], entry[1], entry[2] = a, b, y
-        entry[3], entry[4], entry[5] = at - pool.start[y], pool.generation[y], pool.head[slot]
-        pool.head[slot] = n
+        slot = _slot(a, b, len(head))
+        path[n, 0], path[n, 1], path[n, 2] = a, b, y
+        path[n, 3], path[n, 4], path[n, 5] = at - pool.start[y], pool.generation[y], head[slot]
+        head[slot] = n
         pool.size[PATHS] = n + 1
         b = a
 
 
 @kernel
-def _forget_paths(pool):  # type: ignore[no-untyped-def]
+def _forget_paths(pool: Pool) -> None:
     """Empties the full table of paths: all blocked candidates will be looked at again."""
     pool.size[PATHS] = 0
-    pool.head[:] = -1
+    for i in range(len(pool.head)):
+        pool.head[i] = -1
     for y in range(len(pool.best)):
         for i in range(pool.start[y], pool.start[y] + pool.count[y]):
             pool.gain[i] = abs(pool.gain[i])
@@ -163,33 +190,31 @@ def _forget_paths(pool):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def wake(pool, a, b):  # type: ignore[no-untyped-def]
+def wake(pool: Pool, a: int, b: int) -> None:
     """The way a → b was lost: candidates that it blocked come back."""
-    slot = _slot(pool, a, b)
-    last, n = -1, pool.head[slot]
+    path, head = pool.path, pool.head
+    slot = _slot(a, b, len(head))
+    last, n = -1, np.int64(head[slot])
     while n >= 0:
-        entry = pool.path[n]
-        following = entry[5]
-        y = entry[2]
-        current = entry[4] == pool.generation[y]
-        hit = entry[0] == a and entry[1] == b
+        following, y = path[n, 5], path[n, 2]
+        current = path[n, 4] == pool.generation[y]
+        hit = path[n, 0] == a and path[n, 1] == b
         if hit and current and pool.stale[y] == 0:
-            at = pool.start[y] + entry[3]
+            at = pool.start[y] + path[n, 3]
             if pool.gain[at] < 0.0:
                 pool.gain[at] = -pool.gain[at]
                 _find_best(pool, y)
-        if hit or not current:
-            if last < 0:
-                pool.head[slot] = following
-            else:
-                pool.path[last, 5] = following
-        else:
+        if current and not hit:
             last = n
+        elif last < 0:
+            head[slot] = following
+        else:
+            path[last, 5] = following
         n = following
 
 
 @kernel
-def _begin(pool, y):  # type: ignore[no-untyped-def]
+def _begin(pool: Pool, y: int) -> None:
     pool.size[LIVE] -= pool.count[y]
     pool.count[y] = 0
     pool.start[y] = pool.size[USED]
@@ -197,7 +222,7 @@ def _begin(pool, y):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _append(pool, y, gain, source, clique):  # type: ignore[no-untyped-def]
+def _append(pool: Pool, y: int, gain: float, source: int, clique: int) -> bool:
     at = pool.start[y] + pool.count[y]
     if at >= len(pool.gain):
         return False
@@ -209,7 +234,7 @@ def _append(pool, y, gain, source, clique):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _finish(pool, y, complete):  # type: ignore[no-untyped-def]
+def _finish(pool: Pool, y: int, complete: bool) -> bool:
     if not complete:
         pool.count[y] = 0
         pool.best[y] = 0.0
@@ -222,60 +247,47 @@ def _finish(pool, y, complete):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _covers(g, x, neighbours, m, clique, size):  # type: ignore[no-untyped-def]
-    """Are all neighbours in the list that x touches members of the clique (positions)?"""
+def _covers(
+    edge: Edges, x: int, listed: Nodes, m: int, chosen: Nodes, size: int, arrows: bool
+) -> bool:
+    """Are all listed nodes that touch x (with `arrows`: that point at x) among the chosen?
+
+    `chosen` holds `size` ascending positions in the list of m nodes.
+    """
     j = 0
     for i in range(m):
-        if j < size and clique[j] == i:
+        if j < size and chosen[j] == i:
             j += 1
-        elif adjacent(g, neighbours[i], x):
+        elif edge[listed[i], x] != 0 and (not arrows or edge[x, listed[i]] == 0):
+            return False
+        elif not arrows and edge[x, listed[i]] != 0:
             return False
     return True
 
 
 @kernel
-def score_insertions(g, problem, w, pool, y):  # type: ignore[no-untyped-def]
+def score_insertions(g: Graph, problem: Problem, w: Work, pool: Pool, y: int) -> bool:
     """Lists every insertion x → y with its clique that gains, paths not checked.
 
     Returns False if the pool has no room (the target then stays stale).
     """
     _begin(pool, y)
     k, m, _ = split(g, y, w.parents, w.neighbours, w.children)
-    if k + 1 >= len(w.row) - 1:
-        return _finish(pool, y, True)
-    matrix = problem.correlation[problem.pattern[y]]
-    p = matrix.shape[0]
+    matrix, row, residual = problem.correlation[problem.pattern[y]], w.row, w.residual
+    p = len(g.degree)
     for x in range(p):
-        w.residual[0, x] = matrix[x, x]
+        residual[0, x] = matrix[x, x]
+    k = min(k, len(row) - 2)
     for i in range(k):
-        add_row(matrix, w.row, w.residual, i, w.parents[i])
+        add_row(matrix, row, residual, i, np.int64(w.parents[i]), p)
     size, start, index = 0, 0, 0
-    threshold, penalty = problem.threshold[y], problem.penalty[0]
-    while size >= 0:
+    while size >= 0 and k + size < len(row) - 2:
         r = k + size
         if size > 0:
-            add_row(matrix, w.row, w.residual, r - 1, w.neighbours[w.chosen[size - 1]])
-        target_row(matrix, w.row, r, y, w.target)
-        residual, own = w.residual[r], w.residual[r, y]
-        if own > PIVOT:
-            bound = threshold * own
-            for x in range(p):
-                squared = w.target[x] * w.target[x]
-                if squared <= bound * residual[x] or residual[x] < PIVOT or x == y:
-                    continue
-                if problem.allowed[x, y] == 0 or adjacent(g, x, y):
-                    continue
-                if m > 0 and not _covers(g, x, w.neighbours, m, w.chosen, size):
-                    continue
-                squared /= own * residual[x]
-                if own * (1.0 - squared) < PIVOT:
-                    continue
-                gain = fit_gain(problem, y, squared) - penalty
-                if gain > MIN_GAIN and not _append(pool, y, gain, x, index):
-                    return _finish(pool, y, False)
-        if r + 2 >= len(w.row):
-            return _finish(pool, y, True)
-        size = next_clique(g, w.neighbours, m, w.chosen, size, start)
+            add_row(matrix, row, residual, r - 1, np.int64(w.neighbours[w.chosen[size - 1]]), p)
+        if not _append_insertions(g, problem, w, pool, y, r, m, size, index):
+            return _finish(pool, y, False)
+        size = next_clique(g.edge, w.neighbours, m, w.chosen, size, start)
         if size > 0:
             start = w.chosen[size - 1] + 1
         index += 1
@@ -283,75 +295,76 @@ def score_insertions(g, problem, w, pool, y):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def insertion_valid(g, w, pool, y):  # type: ignore[no-untyped-def]
-    """Checks the best insertion into y; if it is not valid, it is dropped or set aside.
-
-    If valid, w.members holds its clique; returns (valid, clique size).
-    """
-    at = pool.best_at[y]
-    x = pool.source[at]
-    if adjacent(g, x, y):
-        drop(pool, y, at)
-        return False, 0
-    size = clique_at(g, w, y, pool.clique[at])
-    _, m, _ = split(g, y, w.parents, w.neighbours, w.children)
-    if m > 0 and not _covers(g, x, w.neighbours, m, w.chosen, size):
-        drop(pool, y, at)
-        return False, 0
-    stamp = new_stamp(g)
-    for j in range(size):
-        g.seen[w.members[j]] = stamp
-    if path_exists(g, y, x, stamp, False):
-        set_aside(pool, g, y, at, x)
-        return False, 0
-    return True, size
+def _append_insertions(
+    g: Graph, problem: Problem, w: Work, pool: Pool, y: int, r: int, m: int, size: int, index: int
+) -> bool:
+    """Lists the sources that gain with one clique, given r rows of the factor."""
+    matrix, row, residual, target = (
+        problem.correlation[problem.pattern[y]],
+        w.row,
+        w.residual,
+        w.target,
+    )
+    edge, own, p = g.edge, w.residual[r, y], len(g.degree)
+    if own < PIVOT:
+        return True
+    for x in range(p):
+        target[x] = matrix[y, x]
+    for q in range(r):
+        factor = row[q, y]
+        for x in range(p):
+            target[x] -= factor * row[q, x]
+    bound = problem.threshold[y] * own
+    for x in range(p):
+        squared, rest = target[x] * target[x], residual[r, x]
+        if squared <= bound * rest or rest < PIVOT or x == y:
+            continue
+        if problem.allowed[x, y] == 0 or adjacent(edge, x, y):
+            continue
+        if m > 0 and not _covers(edge, x, w.neighbours, m, w.chosen, size, False):
+            continue
+        squared /= own * rest
+        if own * (1.0 - squared) < PIVOT:
+            continue
+        gain = fit_gain(problem.rows[y], squared) - problem.penalty[0]
+        if gain > MIN_GAIN and not _append(pool, y, gain, x, index):
+            return False
+    return True
 
 
 @kernel
-def _gather_near(matrix, near, n, v, small, residual):  # type: ignore[no-untyped-def]
-    for i in range(n):
-        source = matrix[near[i]]
-        for j in range(n):
-            small[i, j] = source[near[j]]
-        small[i, n] = source[v]
-        small[n, i] = source[v]
-        residual[0, i] = small[i, i]
-    small[n, n] = matrix[v, v]
-    residual[0, n] = small[n, n]
-
-
-@kernel
-def _separated(g, v, u, stamp):  # type: ignore[no-untyped-def]
+def _separated(g: Graph, v: int, u: int, stamp: int) -> bool:
     """Does the part of the clique (seen at `stamp`) that u touches cut the rest off from u?
 
     Walks among v's neighbours from the clique's members that u does not touch; the walk must not
     meet a common neighbour of u and v outside the clique. There must be such a member.
     """
+    edge, near, degree, stack, seen = g.edge, g.near, g.degree, g.stack, g.seen
     n = 0
-    for i in range(g.degree[v]):
-        a = g.near[v, i]
-        if g.seen[a] == stamp and not adjacent(g, a, u):
-            g.stack[n] = a
+    for i in range(degree[v]):
+        a = near[v, i]
+        if seen[a] == stamp and not adjacent(edge, a, u):
+            stack[n] = a
             n += 1
     if n == 0:
         return False
     while n > 0:
         n -= 1
-        a = g.stack[n]
-        for i in range(g.degree[a]):
-            b = g.near[a, i]
-            if b == u or g.seen[b] == stamp or not is_line(g, v, b) or not adjacent(g, a, b):
+        a = stack[n]
+        for i in range(degree[a]):
+            b = near[a, i]
+            if b == u or seen[b] == stamp or not is_line(edge, v, b):
                 continue
-            if is_line(g, u, b):
+            if is_line(edge, u, b):
                 return False
-            g.seen[b] = stamp
-            g.stack[n] = b
+            seen[b] = stamp
+            stack[n] = b
             n += 1
     return True
 
 
 @kernel
-def _line_turn_loss(g, problem, w, v, u, size):  # type: ignore[no-untyped-def]
+def _line_loss(g: Graph, problem: Problem, w: Work, v: int, u: int, size: int) -> float:
     """What u loses with v when the line is turned into u → v; infinite if that is not valid."""
     stamp = new_stamp(g)
     for j in range(size):
@@ -364,23 +377,23 @@ def _line_turn_loss(g, problem, w, v, u, size):  # type: ignore[no-untyped-def]
     count = 0
     for i in range(g.degree[u]):
         a = g.near[u, i]
-        if is_arrow(g, a, u):
+        if is_arrow(g.edge, a, u):
             w.members[count] = a
             count += 1
     for j in range(size):
         a = w.neighbours[w.chosen[j]]
-        if is_line(g, a, u):
+        if is_line(g.edge, a, u):
             w.members[count] = a
             count += 1
     return loss_of(problem, w, u, w.members, count, v)
 
 
 @kernel
-def _position(near, n, a):  # type: ignore[no-untyped-def]
+def _position(near: Nodes, v: int, n: int, a: int) -> int:
     low, high = 0, n
     while low < high:
         middle = (low + high) // 2
-        if near[middle] < a:
+        if near[v, middle] < a:
             low = middle + 1
         else:
             high = middle
@@ -388,66 +401,31 @@ def _position(near, n, a):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _parents_covered(g, u, neighbours, m, clique, size):  # type: ignore[no-untyped-def]
-    """Are all listed neighbours that are parents of u members of the clique?"""
-    j = 0
-    for i in range(m):
-        if j < size and clique[j] == i:
-            j += 1
-        elif is_arrow(g, neighbours[i], u):
-            return False
-    return True
-
-
-@kernel
-def score_turns(g, problem, w, pool, v, loss):  # type: ignore[no-untyped-def]
+def score_turns(g: Graph, problem: Problem, w: Work, pool: Pool, v: int, loss: Floats) -> bool:
     """Lists every turn of an edge at v into u → v that gains, paths not checked.
 
-    `loss[u, v]` must be up to date for v's children u (`gains.best_deletion`).
+    `loss[u, v]` must be up to date for v's children u (`gains.best_deletion`). Returns False if the
+    pool has no room.
     """
     _begin(pool, v)
     k, m, _ = split(g, v, w.parents, w.neighbours, w.children)
-    n = g.degree[v]
-    if k + 2 >= len(w.row):
+    n = np.int64(g.degree[v])
+    if n == k:
         return _finish(pool, v, True)
-    near = g.near[v]
     # A node's position in near[v] is its column in the small matrix; v itself is the last.
-    small, row = w.small[: n + 1, : n + 1], w.small_row[:, : n + 1]
-    residual = w.small_residual[:, : n + 1]
-    _gather_near(problem.correlation[problem.pattern[v]], near, n, v, small, residual)
+    small, row, residual = w.small, w.small_row, w.small_residual
+    gather(problem.correlation[problem.pattern[v]], v, g.near[v], n, small, residual)
+    k = min(k, len(row) - 3)
     for i in range(k):
-        add_row(small, row, residual, i, _position(near, n, w.parents[i]))
+        add_row(small, row, residual, i, _position(g.near, v, n, w.parents[i]), n + 1)
     size, start, index = 0, 0, 0
-    while size >= 0:
-        r = k + size
+    while size >= 0 and k + size < len(row) - 3:
         if size > 0:
-            latest = w.neighbours[w.chosen[size - 1]]
-            add_row(small, row, residual, r - 1, _position(near, n, latest))
-        own = residual[r, n]
-        for i in range(n):
-            u = near[i]
-            if g.edge[v, u] == 0 or own < PIVOT or residual[r, i] < PIVOT:
-                continue
-            if problem.allowed[u, v] == 0 or problem.required[v, u]:
-                continue
-            covariance = small[i, n]
-            for q in range(r):
-                covariance -= row[q, i] * row[q, n]
-            squared = covariance * covariance / (own * residual[r, i])
-            if own * (1.0 - squared) < PIVOT:
-                continue
-            won = fit_gain(problem, v, squared)
-            if g.edge[u, v]:
-                gain = won - _line_turn_loss(g, problem, w, v, u, size)
-            elif _parents_covered(g, u, w.neighbours, m, w.chosen, size):
-                gain = won - loss[u, v]
-            else:
-                continue
-            if gain > MIN_GAIN and not _append(pool, v, gain, u, index):
-                return _finish(pool, v, False)
-        if r + 3 >= len(w.row):
-            return _finish(pool, v, True)
-        size = next_clique(g, w.neighbours, m, w.chosen, size, start)
+            at = _position(g.near, v, n, w.neighbours[w.chosen[size - 1]])
+            add_row(small, row, residual, k + size - 1, at, n + 1)
+        if not _append_turns(g, problem, w, pool, v, loss, k + size, m, size, index):
+            return _finish(pool, v, False)
+        size = next_clique(g.edge, w.neighbours, m, w.chosen, size, start)
         if size > 0:
             start = w.chosen[size - 1] + 1
         index += 1
@@ -455,23 +433,70 @@ def score_turns(g, problem, w, pool, v, loss):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def turn_valid(g, w, pool, v):  # type: ignore[no-untyped-def]
-    """Checks the path condition of the best turn at v; a blocked one is set aside.
+def _append_turns(
+    g: Graph,
+    problem: Problem,
+    w: Work,
+    pool: Pool,
+    v: int,
+    loss: Floats,
+    r: int,
+    m: int,
+    size: int,
+    index: int,
+) -> bool:
+    """Lists the turns at v that gain with one clique, given r rows of the small factor."""
+    edge, n, residual = g.edge, np.int64(g.degree[v]), w.small_residual
+    own = residual[r, n]
+    for i in range(n):
+        u = np.int64(g.near[v, i])
+        if edge[v, u] == 0 or own < PIVOT or residual[r, i] < PIVOT:
+            continue
+        if problem.allowed[u, v] == 0 or problem.required[v, u]:
+            continue
+        covariance = covariance_rest(w.small, w.small_row, r, i, n)
+        squared = covariance * covariance / (own * residual[r, i])
+        if own * (1.0 - squared) < PIVOT:
+            continue
+        gain = fit_gain(problem.rows[v], squared)
+        if edge[u, v]:
+            gain -= _line_loss(g, problem, w, v, u, size)
+        elif _covers(edge, u, w.neighbours, m, w.chosen, size, True):
+            gain -= loss[u, v]
+        else:
+            continue
+        if gain > MIN_GAIN and not _append(pool, v, gain, u, index):
+            return False
+    return True
 
-    If valid, w.members holds its clique; returns (valid, clique size).
+
+@kernel
+def valid_clique(g: Graph, w: Work, pool: Pool, move: int, v: int) -> int:
+    """Checks the best insertion into v, or turn at v, against the graph as it is now.
+
+    Returns the size of its clique, which is then in `w.members`; or -1 if it is not valid, and then
+    it was dropped, or set aside if a path blocks it.
     """
     at = pool.best_at[v]
-    u = pool.source[at]
-    size = clique_at(g, w, v, pool.clique[at])
-    if is_line(g, u, v):
-        return True, size
+    u = np.int64(pool.source[at])
+    size = clique_at(g, w, v, np.int64(pool.clique[at]))
+    turned = move != INSERT
+    if turned and is_line(g.edge, u, v):
+        return size
+    if not turned:
+        m = split(g, v, w.parents, w.neighbours, w.children)[1]
+        covered = _covers(g.edge, u, w.neighbours, m, w.chosen, size, False)
+        if adjacent(g.edge, u, v) or not covered:
+            drop(pool, v)
+            return -1
     stamp = new_stamp(g)
     for j in range(size):
         g.seen[w.members[j]] = stamp
-    for i in range(g.degree[u]):
-        if is_line(g, u, g.near[u, i]):
-            g.seen[g.near[u, i]] = stamp
-    if path_exists(g, v, u, stamp, True):
-        set_aside(pool, g, v, at, u)
-        return False, 0
-    return True, size
+    if turned:
+        for i in range(g.degree[u]):
+            if is_line(g.edge, u, g.near[u, i]):
+                g.seen[g.near[u, i]] = stamp
+    if path_exists(g, v, u, stamp, turned):
+        set_aside(pool, g, v, u)
+        return -1
+    return size

@@ -78,7 +78,7 @@ class Climber:
 
     def _climb(self, start: NDArray[np.int8], order: int) -> tuple[Found, kernels.State]:
         graph = pdag.empty_graph(self._kinds)
-        pdag.essential_from_dag(graph, (start != 0).astype(np.uint8))
+        pdag.settle_all(graph, (start != 0).astype(np.uint8))
         state = self._run(kernels.make_state(graph), order)
         return self._found(state), state
 
@@ -101,7 +101,7 @@ class Climber:
         adjacency = state.graph.edge.copy()
         if self._problem.restricted[0]:
             closed = np.empty_like(adjacency)
-            kernels.restricted_class(
+            kernels.close_orientations(
                 adjacency, self._problem.allowed, self._problem.required, closed
             )
             adjacency = closed
@@ -110,8 +110,8 @@ class Climber:
             dag = member.astype(np.uint8)
         else:
             graph = pdag.empty_graph(self._kinds)
-            pdag.load(graph, adjacency)
-            kernels.representative(graph)
+            pdag.settle_all(graph, adjacency)
+            pdag.representative(graph)
             dag = graph.edge
         fit = np.zeros(len(dag))
         kernels.fit_of_dag(self._problem, state.work, dag, fit)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-from numba.core import caching
+from numba.core import caching, types
+from numba.experimental import structref
 
 from cafemed import paths
 
@@ -85,12 +86,35 @@ class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _CacheImpl
 
 
+class Reference(types.StructRef):  # type: ignore[misc]
+    """A record of arrays that kernels pass by one pointer.
+
+    A named tuple of arrays is flattened into hundreds of arguments at each call, which made the
+    compiler twenty times slower; so an entry kernel turns the tuples it is given into these.
+    """
+
+    def preprocess_fields(self, fields: Any) -> Any:
+        return tuple((name, types.unliteral(kind)) for name, kind in fields)
+
+
+def reference(constructor: type, kind: type[Reference], record: type[Any]) -> None:
+    """Makes `constructor(*record)` in a kernel give a reference to a record's fields."""
+    structref.define_constructor(constructor, structref.register(kind), list(record._fields))
+
+
+def _plain(kind: Any) -> Any:
+    """Literals and all widths of whole numbers become int64, so that a kernel is compiled once."""
+    kind = types.unliteral(kind)
+    return types.int64 if isinstance(kind, types.Integer) else kind
+
+
 def kernel(function: Function) -> Function:
     """Compiles a function when it is first called; kernels call each other without Python."""
-    compiled: Function = numba.njit(
-        function, fastmath={"contract"}, error_model="numpy", boundscheck=False
-    )
-    return compiled
+    compiled: Any = numba.njit(function, fastmath={"contract"}, error_model="numpy")
+    find = compiled.get_call_template
+    compiled.get_call_template = lambda args, kws: find(tuple(map(_plain, args)), kws)
+    result: Function = compiled
+    return result
 
 
 def cached_kernel(function: Function) -> Function:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from causal.compiled import kernel
-from causal.pdag import adjacent
+from causal.compiled import Reference, kernel, reference
+from causal.pdag import Edges, Graph, Nodes, adjacent
+
+Floats = NDArray[np.float64]
 
 #: A step must gain more than this (pcalg: the square root of the machine's epsilon).
 MIN_GAIN = 1.4901161193847656e-08
@@ -45,6 +47,17 @@ class Problem(NamedTuple):
     restricted: NDArray[np.uint8]
 
 
+class ProblemType(Reference):
+    pass
+
+
+class ProblemRef:
+    """`Problem` inside kernels."""
+
+
+reference(ProblemRef, ProblemType, Problem)
+
+
 class Work(NamedTuple):
     """Scratch of the kernels for p nodes and at most `depth` parents of one node.
 
@@ -75,6 +88,17 @@ class Work(NamedTuple):
     members: NDArray[np.int32]
 
 
+class WorkType(Reference):
+    pass
+
+
+class WorkRef:
+    """`Work` inside kernels."""
+
+
+reference(WorkRef, WorkType, Work)
+
+
 #: More parents than this a node never gets; it bounds the scratch memory.
 MAX_PARENTS = 256
 
@@ -102,82 +126,80 @@ def make_work(p: int) -> Work:
 
 
 @kernel
-def split(g, v, parents, neighbours, children):  # type: ignore[no-untyped-def]
+def split(
+    g: Graph, v: int, parents: Nodes, neighbours: Nodes, children: Nodes
+) -> tuple[int, int, int]:
     """Fills the three lists of v, ascending, and returns their lengths."""
+    edge, near = g.edge, g.near
     a, b, c = 0, 0, 0
-    row = g.near[v]
     for i in range(g.degree[v]):
-        u = row[i]
-        if g.edge[u, v]:
-            if g.edge[v, u]:
-                neighbours[b] = u
-                b += 1
-            else:
-                parents[a] = u
-                a += 1
-        else:
+        u = near[v, i]
+        if edge[u, v] == 0:
             children[c] = u
             c += 1
+        elif edge[v, u] == 0:
+            parents[a] = u
+            a += 1
+        else:
+            neighbours[b] = u
+            b += 1
     return a, b, c
 
 
 @kernel
-def add_row(matrix, row, residual, r, s):  # type: ignore[no-untyped-def]
-    """Adds column s to the factor as row r; a column that the others determine adds nothing."""
+def add_row(matrix: Floats, row: Floats, residual: Floats, r: int, s: int, width: int) -> None:
+    """Adds column s to the factor as row r, over `width` columns.
+
+    A column that the rows before determine adds nothing.
+    """
     pivot = residual[r, s]
-    width = matrix.shape[1]
-    new, before, after = row[r], residual[r], residual[r + 1]
     if pivot < PIVOT:
         for x in range(width):
-            new[x] = 0.0
-            after[x] = before[x]
+            row[r, x] = 0.0
+            residual[r + 1, x] = residual[r, x]
         return
-    source = matrix[s]
     for x in range(width):
-        new[x] = source[x]
+        row[r, x] = matrix[s, x]
     for q in range(r):
-        factor, old = row[q, s], row[q]
+        factor = row[q, s]
         for x in range(width):
-            new[x] -= factor * old[x]
+            row[r, x] -= factor * row[q, x]
     scale = 1.0 / np.sqrt(pivot)
     for x in range(width):
-        new[x] *= scale
-        after[x] = before[x] - new[x] * new[x]
+        value = row[r, x] * scale
+        row[r, x] = value
+        residual[r + 1, x] = residual[r, x] - value * value
 
 
 @kernel
-def target_row(matrix, row, r, y, target):  # type: ignore[no-untyped-def]
-    """Residual covariance of every column with y after r rows."""
-    width = matrix.shape[1]
-    source = matrix[y]
-    for x in range(width):
-        target[x] = source[x]
+def covariance_rest(matrix: Floats, row: Floats, r: int, x: int, y: int) -> float:
+    """Residual covariance of columns x and y after r rows."""
+    value = matrix[x, y]
     for q in range(r):
-        factor, old = row[q, y], row[q]
-        for x in range(width):
-            target[x] -= factor * old[x]
+        value -= row[q, x] * row[q, y]
+    return value  # type: ignore[no-any-return]
 
 
 @kernel
-def next_clique(g, neighbours, count, chosen, size, start):  # type: ignore[no-untyped-def]
-    """One step of the depth-first walk over all cliques of a neighbour list.
+def next_clique(
+    edge: Edges, neighbours: Nodes, count: int, chosen: Nodes, size: int, start: int
+) -> int:
+    """One step of the depth-first walk over all cliques of a list of neighbours.
 
-    `chosen` holds positions in `neighbours`. From a clique of `size` members, tries to add a
-    position of at least `start`, else backs up. Returns the new size, or -1 at the end. A new
-    clique is there exactly when one call returns; its last member is chosen[size - 1].
+    `chosen` holds positions in `neighbours`. To a clique of `size` members, tries to add a position
+    of at least `start`, else backs up. Returns the size of the next clique, whose last member is
+    chosen[size - 1], or -1 at the end.
     """
     while True:
-        i = start
-        while i < count:
+        for i in range(start, count):
             fits = True
             for j in range(size):
-                if not adjacent(g, neighbours[i], neighbours[chosen[j]]):
+                if not adjacent(edge, neighbours[i], neighbours[chosen[j]]):
                     fits = False
                     break
             if fits:
                 chosen[size] = i
                 return size + 1
-            i += 1
         if size == 0:
             return -1
         size -= 1
@@ -185,12 +207,12 @@ def next_clique(g, neighbours, count, chosen, size, start):  # type: ignore[no-u
 
 
 @kernel
-def clique_at(g, w, v, index):  # type: ignore[no-untyped-def]
+def clique_at(g: Graph, w: Work, v: int, index: int) -> int:
     """Writes the members of clique number `index` of v's neighbours; returns their number."""
-    _, m, _ = split(g, v, w.parents, w.neighbours, w.children)
+    m = split(g, v, w.parents, w.neighbours, w.children)[1]
     size, start = 0, 0
     for _ in range(index):
-        size = next_clique(g, w.neighbours, m, w.chosen, size, start)
+        size = next_clique(g.edge, w.neighbours, m, w.chosen, size, start)
         start = w.chosen[size - 1] + 1
     for j in range(size):
         w.members[j] = w.neighbours[w.chosen[j]]
@@ -198,59 +220,51 @@ def clique_at(g, w, v, index):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def gather(problem, y, nodes, count, small, residual):  # type: ignore[no-untyped-def]
-    """Correlations among `count` nodes and y (last), in y's pattern."""
-    matrix = problem.correlation[problem.pattern[y]]
+def gather(matrix: Floats, y: int, nodes: Nodes, count: int, small: Floats, rest: Floats) -> None:
+    """Copies the correlations among `count` nodes and y, which comes last."""
     for i in range(count):
-        row = matrix[nodes[i]]
-        for j in range(count):
-            small[i, j] = row[nodes[j]]
-        small[i, count] = row[y]
-        small[count, i] = row[y]
-        residual[0, i] = row[nodes[i]]
+        a = nodes[i]
+        for j in range(i):
+            value = matrix[a, nodes[j]]
+            small[i, j], small[j, i] = value, value
+        small[i, i] = matrix[a, a]
+        small[i, count], small[count, i] = matrix[a, y], matrix[a, y]
+        rest[0, i] = matrix[a, a]
     small[count, count] = matrix[y, y]
-    residual[0, count] = matrix[y, y]
+    rest[0, count] = matrix[y, y]
 
 
 @kernel
-def fit_gain(problem, y, squared):  # type: ignore[no-untyped-def]
+def fit_gain(rows: float, squared: float) -> float:
     """Log-likelihood gained by a parent with this squared partial correlation."""
-    return -0.5 * problem.rows[y] * np.log1p(-squared)
+    return -0.5 * rows * np.log1p(-squared)  # type: ignore[no-any-return]
 
 
 @kernel
-def relative_variance(problem, w, y, nodes, count):  # type: ignore[no-untyped-def]
-    """Residual variance of y given `count` nodes, as a share of its variance."""
-    width = count + 1
-    small, row = w.other[:width, :width], w.other_row[:, :width]
-    residual = w.other_residual[:, :width]
-    gather(problem, y, nodes, count, small, residual)
+def factorise(problem: Problem, w: Work, y: int, nodes: Nodes, count: int) -> None:
+    """Fills the second scratch with the factor of `count` nodes, with y last."""
+    matrix = problem.correlation[problem.pattern[y]]
+    gather(matrix, y, nodes, count, w.other, w.other_residual)
     for i in range(count):
-        add_row(small, row, residual, i, i)
-    return residual[count, count]
+        add_row(w.other, w.other_row, w.other_residual, i, i, count + 1)
 
 
 @kernel
-def loss_of(problem, w, y, nodes, count, x):  # type: ignore[no-untyped-def]
+def loss_of(problem: Problem, w: Work, y: int, nodes: Nodes, count: int, x: int) -> float:
     """Log-likelihood that y loses when x leaves the parents `nodes` + x."""
     nodes[count] = x
-    width = count + 2
-    small, row = w.other[:width, :width], w.other_row[:, :width]
-    residual = w.other_residual[:, :width]
-    gather(problem, y, nodes, count + 1, small, residual)
-    for i in range(count):
-        add_row(small, row, residual, i, i)
-    covariance = small[count, count + 1]
-    for q in range(count):
-        covariance -= row[q, count] * row[q, count + 1]
-    a, b = residual[count, count], residual[count, count + 1]
-    if a < PIVOT or b < PIVOT:
+    factorise(problem, w, y, nodes, count + 1)
+    # The last row is x given the others: its coordinate of y is what x alone explains.
+    rest, own = w.other_residual[count, count + 1], w.other_row[count, count + 1]
+    if rest < PIVOT:
         return 0.0
-    return fit_gain(problem, y, min(covariance * covariance / (a * b), 1.0 - PIVOT))
+    return fit_gain(problem.rows[y], min(own * own / rest, 1.0 - PIVOT))
 
 
 @kernel
-def best_deletion(g, problem, w, y, loss):  # type: ignore[no-untyped-def]
+def best_deletion(
+    g: Graph, problem: Problem, w: Work, y: int, loss: Floats
+) -> tuple[float, int, int]:
     """The best deletion of an edge into y: gain, source, clique number (gain 0 if none).
 
     Also fills loss[y, x] for every parent x: the log-likelihood lost with x, lines left out.
@@ -263,18 +277,13 @@ def best_deletion(g, problem, w, y, loss):  # type: ignore[no-untyped-def]
             w.members[i] = w.parents[i]
         for j in range(size):
             w.members[k + j] = w.neighbours[w.chosen[j]]
-        total = k + size
-        width = total + 1
-        small, row = w.small[:width, :width], w.small_row[:, :width]
-        residual = w.small_residual[:, :width]
-        gather(problem, y, w.members, total, small, residual)
+        total = min(k + size, len(w.other_row) - 2)
+        factorise(problem, w, y, w.members, total)
+        rest = max(w.other_residual[total, total], PIVOT)
         for i in range(total):
-            add_row(small, row, residual, i, i)
-        # Row i holds column j's coordinate: row[i, j] for j >= i is the factor, transposed.
-        rest = residual[total, total]
-        for i in range(total):
-            x = w.members[i]
-            lost = _loss_at(row, total, i, rest, problem.rows[y], w.target)
+            x = np.int64(w.members[i])
+            share = _explained(w.other_row, total, i, w.target) / rest
+            lost = 0.5 * problem.rows[y] * np.log1p(share)
             if size == 0:
                 loss[y, x] = lost
             gain = problem.penalty[0] - lost
@@ -282,7 +291,7 @@ def best_deletion(g, problem, w, y, loss):  # type: ignore[no-untyped-def]
                 continue
             if gain > best or (gain == best and x < source):
                 best, source, clique = gain, x, index
-        size = next_clique(g, w.neighbours, m, w.chosen, size, start)
+        size = next_clique(g.edge, w.neighbours, m, w.chosen, size, start)
         if size > 0:
             start = w.chosen[size - 1] + 1
         index += 1
@@ -290,23 +299,23 @@ def best_deletion(g, problem, w, y, loss):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _loss_at(row, total, i, rest, rows, scratch):  # type: ignore[no-untyped-def]
-    """Log-likelihood lost with member i: by its coefficient and the inverse's diagonal.
+def _explained(row: Floats, total: int, i: int, column: Floats) -> float:
+    """Variance that only member i explains: its squared coefficient over the inverse's diagonal.
 
-    With z = column i of the inverse of the (lower) factor, the coefficient is z' t and the inverse
-    covariance's diagonal z' z, t the target's coordinates.
+    `row[b, a]` for a >= b is the factor, transposed; `column` becomes column i of its inverse.
     """
     if row[i, i] == 0.0:
         return 0.0
     coefficient, diagonal = 0.0, 0.0
     for a in range(i, total):
-        value = 1.0 if a == i else 0.0
+        column[a] = 0.0
         if row[a, a] == 0.0:
-            scratch[a] = 0.0
             continue
+        value = 1.0 if a == i else 0.0
         for b in range(i, a):
-            value -= row[b, a] * scratch[b]
-        scratch[a] = value / row[a, a]
-        coefficient += scratch[a] * row[a, total]
-        diagonal += scratch[a] * scratch[a]
-    return 0.5 * rows * np.log1p(coefficient * coefficient / (diagonal * max(rest, PIVOT)))
+            value -= row[b, a] * column[b]
+        value /= row[a, a]
+        column[a] = value
+        coefficient += value * row[a, total]
+        diagonal += value * value
+    return coefficient * coefficient / diagonal

@@ -162,7 +162,9 @@ def _mask(name: str, value: Any, p: int) -> NDArray[np.bool_]:
 
 def _dropped(statistics: Statistics) -> dict[int, str]:
     reasons = {1: "constant", 2: "missing values"}
-    dropped = {int(j): reasons[int(statistics.unusable[j])] for j in statistics.unusable.nonzero()[0]}
+    dropped = {
+        int(j): reasons[int(statistics.unusable[j])] for j in statistics.unusable.nonzero()[0]
+    }
     kinds = essential.node_kinds(statistics.num_columns, statistics.targets)
     for j, first in enumerate(statistics.duplicate_of.tolist()):
         # Equal columns with different targets are different variables: regressions tell them apart.

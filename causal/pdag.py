@@ -14,10 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from causal.compiled import cached_kernel, kernel
+from causal.compiled import Reference, cached_kernel, kernel, reference
+
+Edges = NDArray[np.uint8]
+Nodes = NDArray[np.int32]
 
 #: Positions in `Graph.size`.
 LOGGED, QUEUED, STAMP = 0, 1, 2
+#: Moves.
+INSERT, DELETE, TURN = 0, 1, 2
 
 
 class Graph(NamedTuple):
@@ -56,6 +61,17 @@ class Graph(NamedTuple):
     size: NDArray[np.int64]
 
 
+class GraphType(Reference):
+    pass
+
+
+class GraphRef:
+    """`Graph` inside kernels."""
+
+
+reference(GraphRef, GraphType, Graph)
+
+
 def empty_graph(kind: NDArray[np.int32]) -> Graph:
     """A graph without edges; memory that no edge needs is never touched.
 
@@ -83,326 +99,310 @@ def empty_graph(kind: NDArray[np.int32]) -> Graph:
 
 
 @kernel
-def adjacent(g, a, b):  # type: ignore[no-untyped-def]
-    return g.edge[a, b] | g.edge[b, a]
+def adjacent(edge: Edges, a: int, b: int) -> bool:
+    return edge[a, b] != 0 or edge[b, a] != 0
 
 
 @kernel
-def is_arrow(g, a, b):  # type: ignore[no-untyped-def]
-    return g.edge[a, b] == 1 and g.edge[b, a] == 0
+def is_arrow(edge: Edges, a: int, b: int) -> bool:
+    return edge[a, b] != 0 and edge[b, a] == 0
 
 
 @kernel
-def is_line(g, a, b):  # type: ignore[no-untyped-def]
-    return g.edge[a, b] == 1 and g.edge[b, a] == 1
+def is_line(edge: Edges, a: int, b: int) -> bool:
+    return edge[a, b] != 0 and edge[b, a] != 0
 
 
 @kernel
-def _list_insert(g, a, b):  # type: ignore[no-untyped-def]
-    row = g.near[a]
-    i = g.degree[a]
-    while i > 0 and row[i - 1] > b:
-        row[i] = row[i - 1]
+def _list_insert(near: Nodes, degree: Nodes, a: int, b: int) -> None:
+    i = degree[a]
+    while i > 0 and near[a, i - 1] > b:
+        near[a, i] = near[a, i - 1]
         i -= 1
-    row[i] = b
-    g.degree[a] += 1
+    near[a, i] = b
+    degree[a] += 1
 
 
 @kernel
-def _list_remove(g, a, b):  # type: ignore[no-untyped-def]
-    row = g.near[a]
+def _list_remove(near: Nodes, degree: Nodes, a: int, b: int) -> None:
     i = 0
-    while row[i] != b:
+    while near[a, i] != b:
         i += 1
-    for j in range(i, g.degree[a] - 1):
-        row[j] = row[j + 1]
-    g.degree[a] -= 1
+    degree[a] -= 1
+    for j in range(i, degree[a]):
+        near[a, j] = near[a, j + 1]
 
 
 @kernel
-def set_pair(g, a, b, forth, back):  # type: ignore[no-untyped-def]
+def set_pair(g: Graph, a: int, b: int, forth: int, back: int) -> None:
     """Sets a → b (forth) and b → a (back), and logs what the pair was."""
-    if g.edge[a, b] == forth and g.edge[b, a] == back:
+    edge = g.edge
+    if edge[a, b] == forth and edge[b, a] == back:
         return
     low, high = min(a, b), max(a, b)
     if g.logged[low, high] == 0:
         g.logged[low, high] = 1
-        n = g.size[LOGGED]
-        g.log[n, 0] = low
-        g.log[n, 1] = high
-        g.log[n, 2] = g.edge[low, high] + 2 * g.edge[high, low]
+        log, n = g.log, g.size[LOGGED]
+        log[n, 0], log[n, 1] = low, high
+        log[n, 2] = edge[low, high] + 2 * edge[high, low]
         g.size[LOGGED] = n + 1
-    was = adjacent(g, a, b)
-    g.edge[a, b] = forth
-    g.edge[b, a] = back
-    if was and not (forth or back):
-        _list_remove(g, a, b)
-        _list_remove(g, b, a)
+    was = adjacent(edge, a, b)
+    edge[a, b] = forth
+    edge[b, a] = back
+    if was and forth == 0 and back == 0:
+        _list_remove(g.near, g.degree, a, b)
+        _list_remove(g.near, g.degree, b, a)
     elif not was:
-        _list_insert(g, a, b)
-        _list_insert(g, b, a)
+        _list_insert(g.near, g.degree, a, b)
+        _list_insert(g.near, g.degree, b, a)
 
 
 @kernel
-def clear_log(g):  # type: ignore[no-untyped-def]
+def clear_log(g: Graph) -> None:
+    log, logged = g.log, g.logged
     for i in range(g.size[LOGGED]):
-        g.logged[g.log[i, 0], g.log[i, 1]] = 0
+        logged[log[i, 0], log[i, 1]] = 0
     g.size[LOGGED] = 0
 
 
 @kernel
-def undo(g):  # type: ignore[no-untyped-def]
+def undo(g: Graph) -> None:
     """Takes back every change in the log, and clears it."""
-    n = g.size[LOGGED]
-    for i in range(n):
-        a, b, code = g.log[i, 0], g.log[i, 1], g.log[i, 2]
-        set_pair(g, a, b, code & 1, code >> 1)
+    for i in range(g.size[LOGGED]):
+        code = np.int64(g.log[i, 2])
+        set_pair(g, np.int64(g.log[i, 0]), np.int64(g.log[i, 1]), code & 1, code >> 1)
     clear_log(g)
 
 
 @kernel
-def new_stamp(g):  # type: ignore[no-untyped-def]
+def new_stamp(g: Graph) -> int:
     g.size[STAMP] += 1
-    return g.size[STAMP]
+    return g.size[STAMP]  # type: ignore[no-any-return]
 
 
 @kernel
-def path_exists(g, start, end, stamp, skip_direct):  # type: ignore[no-untyped-def]
+def path_exists(g: Graph, start: int, end: int, stamp: int, skip_direct: bool) -> bool:
     """Is there a path start → … → end along arrows and lines, avoiding nodes seen at `stamp`?
 
     `skip_direct` leaves out the edge between start and end. If there is one, `previous` leads back
     from end to start.
     """
-    if g.seen[start] == stamp or g.seen[end] == stamp:
+    edge, near, degree, seen = g.edge, g.near, g.degree, g.seen
+    stack, previous = g.stack, g.previous
+    if seen[start] == stamp or seen[end] == stamp:
         return False
-    g.seen[start] = stamp
-    g.stack[0] = start
+    seen[start] = stamp
+    stack[0] = start
     n = 1
     while n > 0:
         n -= 1
-        a = g.stack[n]
-        row = g.near[a]
-        for i in range(g.degree[a]):
-            b = row[i]
-            if g.edge[a, b] == 0 or g.seen[b] == stamp:
+        a = stack[n]
+        for i in range(degree[a]):
+            b = near[a, i]
+            if edge[a, b] == 0 or seen[b] == stamp:
                 continue
             if b == end:
                 if skip_direct and a == start:
                     continue
-                g.previous[b] = a
+                previous[b] = a
                 return True
-            g.previous[b] = a
-            g.seen[b] = stamp
-            g.stack[n] = b
+            previous[b] = a
+            seen[b] = stamp
+            stack[n] = b
             n += 1
     return False
 
 
 @kernel
-def _enqueue(g, a, b):  # type: ignore[no-untyped-def]
+def _enqueue(g: Graph, a: int, b: int) -> None:
     if g.queued[a, b] == 0:
         g.queued[a, b] = 1
         n = g.size[QUEUED]
-        g.queue[n, 0] = a
-        g.queue[n, 1] = b
+        g.queue[n, 0], g.queue[n, 1] = a, b
         g.size[QUEUED] = n + 1
 
 
 @kernel
-def _enqueue_into(g, b):  # type: ignore[no-untyped-def]
-    for i in range(g.degree[b]):
-        a = g.near[b, i]
-        if is_arrow(g, a, b):
-            _enqueue(g, a, b)
-
-
-@kernel
-def _enqueue_out_of(g, a):  # type: ignore[no-untyped-def]
+def _enqueue_at(g: Graph, a: int, incoming: bool, outgoing: bool) -> None:
+    """Has the arrows into a, or out of it, checked."""
+    edge, near = g.edge, g.near
     for i in range(g.degree[a]):
-        b = g.near[a, i]
-        if is_arrow(g, a, b):
+        b = np.int64(near[a, i])
+        if incoming and is_arrow(edge, b, a):
+            _enqueue(g, b, a)
+        elif outgoing and is_arrow(edge, a, b):
             _enqueue(g, a, b)
 
 
 @kernel
-def _enqueue_common_children(g, u, v):  # type: ignore[no-untyped-def]
-    for i in range(g.degree[u]):
-        b = g.near[u, i]
-        if is_arrow(g, u, b) and is_arrow(g, v, b):
-            _enqueue_into(g, b)
-
-
-@kernel
-def _protected(g, a, b):  # type: ignore[no-untyped-def]
+def _protected(g: Graph, a: int, b: int) -> bool:
     """Is the arrow a → b strongly protected (configurations a to d of the paper)?"""
+    edge, near, degree = g.edge, g.near, g.degree
     if g.kind[a] != g.kind[b]:
         return True
-    for i in range(g.degree[a]):
-        c = g.near[a, i]
-        if is_arrow(g, c, a) and not adjacent(g, c, b):
+    for i in range(degree[a]):
+        c = near[a, i]
+        if is_arrow(edge, c, a) and not adjacent(edge, c, b):
             return True
-    lines = 0
-    for i in range(g.degree[b]):
-        c = g.near[b, i]
-        if c == a or not is_arrow(g, c, b):
+    lines = False
+    for i in range(degree[b]):
+        c = near[b, i]
+        if c == a or not is_arrow(edge, c, b):
             continue
-        if not adjacent(g, c, a) or is_arrow(g, a, c):
-            return True
-        if is_line(g, a, c):
-            lines += 1
-    if lines == 0:
-        return False
-    # Two unconnected parents of b, both connected to a. While arrows are still being replaced, one
-    # of them may still point into a; two pointing into a would be a collider and protect nothing.
-    for i in range(g.degree[b]):
-        c = g.near[b, i]
-        if c == a or not is_arrow(g, c, b) or not is_line(g, a, c):
+        if edge[c, a] == 0:
+            return True  # not connected to a, or a → c
+        lines = lines or edge[a, c] != 0
+    return lines and _two_apart(edge, near, degree, a, b)
+
+
+@kernel
+def _two_apart(edge: Edges, near: Nodes, degree: Nodes, a: int, b: int) -> bool:
+    """Are there two unconnected parents of b that are both connected to a, one by a line?
+
+    While arrows are still being replaced, the other may still point into a; two that point into a
+    are a collider and protect nothing.
+    """
+    for i in range(degree[b]):
+        c = near[b, i]
+        if c == a or not is_arrow(edge, c, b) or not is_line(edge, a, c):
             continue
-        for j in range(g.degree[b]):
-            d = g.near[b, j]
-            if d != a and d != c and is_arrow(g, d, b) and not adjacent(g, c, d):
+        for j in range(degree[b]):
+            d = near[b, j]
+            if d != a and d != c and is_arrow(edge, d, b) and not adjacent(edge, c, d):
                 return True
     return False
 
 
 @kernel
-def _settle(g):  # type: ignore[no-untyped-def]
+def _settle(g: Graph) -> None:
     """Replaces unprotected arrows by lines until every arrow is protected."""
     while g.size[QUEUED] > 0:
         n = g.size[QUEUED] - 1
         g.size[QUEUED] = n
-        a, b = g.queue[n, 0], g.queue[n, 1]
+        a, b = np.int64(g.queue[n, 0]), np.int64(g.queue[n, 1])
         g.queued[a, b] = 0
-        if not is_arrow(g, a, b) or _protected(g, a, b):
+        if not is_arrow(g.edge, a, b) or _protected(g, a, b):
             continue
         set_pair(g, a, b, 1, 1)
-        _enqueue_into(g, b)
-        _enqueue_out_of(g, b)
-        _enqueue_out_of(g, a)
+        _enqueue_at(g, b, True, True)
+        _enqueue_at(g, a, False, True)
 
 
 @kernel
-def _orient(g, a, b):  # type: ignore[no-untyped-def]
-    set_pair(g, a, b, 1, 0)
-    _enqueue(g, a, b)
-
-
-@kernel
-def _visit(g, a, stamp, top, entries):  # type: ignore[no-untyped-def]
+def _visit(g: Graph, a: int, stamp: int, top: int, entries: int) -> tuple[int, int]:
     """Orients a's lines away from it; returns the highest weight and the bucket's length."""
-    g.seen[a] = stamp
+    seen, weight, head, bucket = g.seen, g.weight, g.head, g.bucket
+    seen[a] = stamp
     for i in range(g.degree[a]):
-        b = g.near[a, i]
-        if is_line(g, a, b) and g.seen[b] != stamp:
-            if g.seen[b] != -stamp:
-                g.seen[b] = -stamp
-                g.weight[b] = 0
-            g.weight[b] += 1
-            w = g.weight[b]
-            while top < w:
-                top += 1
-                g.head[top] = -1
-            g.bucket[entries, 0] = b
-            g.bucket[entries, 1] = g.head[w]
-            g.head[w] = entries
-            entries += 1
-            _orient(g, a, b)
+        b = np.int64(g.near[a, i])
+        if not is_line(g.edge, a, b) or seen[b] == stamp:
+            continue
+        if seen[b] != -stamp:
+            seen[b] = -stamp
+            weight[b] = 0
+        weight[b] += 1
+        w = weight[b]
+        while top < w:
+            top += 1
+            head[top] = -1
+        bucket[entries, 0], bucket[entries, 1] = b, head[w]
+        head[w] = entries
+        entries += 1
+        set_pair(g, a, b, 1, 0)
+        _enqueue(g, a, b)
     return top, entries
 
 
 @kernel
-def orient_component(g, first, count):  # type: ignore[no-untyped-def]
+def orient_component(g: Graph, first: Nodes, count: int) -> None:
     """Orients a chain component along a maximum cardinality search that begins with given nodes.
 
-    Chain components are chordal, so such an order leaves no new collider. Nodes of the component
-    that are reached from the first ones only are all of it.
+    Chain components are chordal, so such an order leaves no new collider.
 
     Args:
-        first: int32 array, its first `count` entries are the beginning of the order.
+        first: its first `count` entries are the beginning of the order.
     """
     stamp = new_stamp(g)
-    top, entries = 0, 0
-    g.head[0] = -1
-    for i in range(count):
-        top, entries = _visit(g, first[i], stamp, top, entries)
-    while top > 0:
-        entry = g.head[top]
-        if entry < 0:
-            top -= 1
-            continue
-        g.head[top] = g.bucket[entry, 1]
-        a = g.bucket[entry, 0]
-        if g.seen[a] != stamp and g.weight[a] == top:
-            top, entries = _visit(g, a, stamp, top, entries)
+    top, entries, i = 0, 0, 0
+    while i < count or top > 0:
+        if i < count:
+            a = np.int64(first[i])
+            i += 1
+        else:
+            entry = g.head[top]
+            if entry < 0:
+                top -= 1
+                continue
+            g.head[top] = g.bucket[entry, 1]
+            a = np.int64(g.bucket[entry, 0])
+            if g.seen[a] == stamp or g.weight[a] != top:
+                continue
+        top, entries = _visit(g, a, stamp, top, entries)
 
 
 @kernel
-def _check_around(g, u, v):  # type: ignore[no-untyped-def]
-    _enqueue_into(g, u)
-    _enqueue_into(g, v)
-    _enqueue_out_of(g, u)
-    _enqueue_out_of(g, v)
-    _enqueue_common_children(g, u, v)
+def change(g: Graph, move: int, u: int, v: int, first: Nodes, count: int) -> None:
+    """Makes a move of u → v: INSERT adds it, DELETE removes the edge, TURN makes v → u (or a line)
+    u → v.
 
-
-@kernel
-def insert(g, u, v, first, count):  # type: ignore[no-untyped-def]
-    """Adds u → v; the `count` nodes in `first` (neighbours of v) become its parents before."""
-    first[count] = v
-    orient_component(g, first, count + 1)
-    _orient(g, u, v)
-    _enqueue_into(g, v)
-    _enqueue_common_children(g, u, v)
-    _settle(g)
-
-
-@kernel
-def delete(g, u, v, first, count):  # type: ignore[no-untyped-def]
-    """Removes the edge between u and v; nodes in `first` become parents of v before."""
-    if is_line(g, u, v):
+    Args:
+        first: its first `count` entries, neighbours of v, become parents of v before; there is
+            room for two more.
+    """
+    line = is_line(g.edge, u, v)
+    if move == DELETE and line:
         first[count] = u
         count += 1
     first[count] = v
-    orient_component(g, first, count + 1)
-    set_pair(g, u, v, 0, 0)
-    _check_around(g, u, v)
-    _settle(g)
-
-
-@kernel
-def turn(g, u, v, first, count):  # type: ignore[no-untyped-def]
-    """Makes u → v of v → u or of a line; nodes in `first` become parents of v before."""
-    first[count] = v
-    if is_line(g, u, v):
-        first[count + 1] = u
-        orient_component(g, first, count + 2)
-    else:
-        orient_component(g, first, count + 1)
+    count += 1
+    if move == TURN and line:
+        first[count] = u
+        count += 1
+    orient_component(g, first, count)
+    if move == TURN and not line:
         first[0] = u
         orient_component(g, first, 1)
-    set_pair(g, u, v, 1, 0)
-    _enqueue(g, u, v)
-    _check_around(g, u, v)
+    added = 0 if move == DELETE else 1
+    set_pair(g, u, v, added, 0)
+    if added:
+        _enqueue(g, u, v)
+    _enqueue_at(g, v, True, move != INSERT)
+    if move != INSERT:
+        _enqueue_at(g, u, True, True)
+    # Colliders and chains through both ends protect arrows into their common children.
+    for i in range(g.degree[u]):
+        b = np.int64(g.near[u, i])
+        if is_arrow(g.edge, u, b) and is_arrow(g.edge, v, b):
+            _enqueue_at(g, b, True, False)
     _settle(g)
 
 
 @cached_kernel
-def essential_from_dag(g, dag):  # type: ignore[no-untyped-def]
-    """Fills an empty graph with the essential graph of a DAG, uint8 (p, p)."""
-    p = dag.shape[0]
+def settle_all(graph: Graph, edge: Edges) -> None:
+    """Fills an empty graph with arrows and lines, uint8 (p, p), and replaces unprotected arrows.
+
+    From a DAG this gives the essential graph of its class; an essential graph stays what it is.
+    """
+    g = GraphRef(*graph)
+    p = edge.shape[0]
     for a in range(p):
-        for b in range(p):
-            if dag[a, b]:
-                _orient(g, a, b)
+        for b in range(a):
+            set_pair(g, a, b, np.int64(edge[a, b]), np.int64(edge[b, a]))
+    for a in range(p):
+        _enqueue_at(g, a, False, True)
     _settle(g)
     clear_log(g)
 
 
 @cached_kernel
-def load(g, edge):  # type: ignore[no-untyped-def]
-    """Fills an empty graph with arrows and lines, uint8 (p, p), as they are."""
-    p = edge.shape[0]
-    for a in range(p):
-        for b in range(a):
-            set_pair(g, a, b, edge[a, b], edge[b, a])
+def representative(graph: Graph) -> None:
+    """Orients every line of an essential graph, so that it becomes a DAG of its class."""
+    g = GraphRef(*graph)
+    first = np.empty(1, np.int32)
+    for v in range(len(g.degree)):
+        first[0] = v
+        orient_component(g, first, 1)
+    for i in range(g.size[QUEUED]):
+        g.queued[g.queue[i, 0], g.queue[i, 1]] = 0
+    g.size[QUEUED] = 0
     clear_log(g)

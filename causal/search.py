@@ -12,31 +12,33 @@ from numpy.typing import NDArray
 from causal import pdag
 from causal.candidates import (
     Pool,
+    PoolRef,
     best_target,
     drop,
-    insertion_valid,
     make_pool,
     score_insertions,
     score_turns,
-    turn_valid,
+    valid_clique,
     wake,
 )
-from causal.compiled import cached_kernel, kernel
+from causal.compiled import Reference, cached_kernel, kernel, reference
 from causal.gains import (
+    Problem,
+    ProblemRef,
     Work,
+    WorkRef,
     best_deletion,
     clique_at,
+    factorise,
     make_work,
-    relative_variance,
 )
-from causal.pdag import Graph, is_line
+from causal.pdag import DELETE, INSERT, TURN, Edges, Graph, is_line
 
 #: Orders of moves: the best deletion, else the best turn, else the best insertion; or all
 #: insertions, then all deletions, then all turns, until a round changes nothing.
 FAST, TEXTBOOK = 0, 1
 #: Why `run` came back.
 DONE, POOL_FULL, PAUSED = 0, 1, 2
-_INSERT, _DELETE, _TURN = 0, 1, 2
 _PHASE, _CHANGED, _STEPS = 0, 1, 2
 
 
@@ -69,6 +71,17 @@ class State(NamedTuple):
     total: NDArray[np.float64]
 
 
+class StateType(Reference):
+    pass
+
+
+class StateRef:
+    """`State` inside kernels."""
+
+
+reference(StateRef, StateType, State)
+
+
 def make_state(graph: Graph) -> State:
     """The state of a search that begins at a graph."""
     p = len(graph.degree)
@@ -89,44 +102,37 @@ def make_state(graph: Graph) -> State:
 
 
 @kernel
-def _refresh_deletions(problem, s):  # type: ignore[no-untyped-def]
-    for y in range(len(s.deletion)):
+def _refresh(problem: Problem, s: State, move: int) -> bool:
+    """Scores what is stale for one kind of move; False if a pool has no room."""
+    g, w, p = s.graph, s.work, len(s.deletion)
+    if move == INSERT:
+        for y in range(p):
+            if s.insertions.stale[y] and not score_insertions(g, problem, w, s.insertions, y):
+                return False
+        return True
+    for y in range(p):
         if s.deletion_stale[y]:
-            gain, source, clique = best_deletion(s.graph, problem, s.work, y, s.loss)
+            gain, source, clique = best_deletion(g, problem, w, y, s.loss)
             s.deletion[y] = gain
             s.deletion_source[y] = source
             s.deletion_clique[y] = clique
             s.deletion_stale[y] = 0
-
-
-@kernel
-def _refresh_insertions(problem, s):  # type: ignore[no-untyped-def]
-    for y in range(len(s.deletion)):
-        if s.insertions.stale[y] and not score_insertions(
-            s.graph, problem, s.work, s.insertions, y
-        ):
-            return False
+    if move == TURN:
+        for y in range(p):
+            if s.turns.stale[y] and not score_turns(g, problem, w, s.turns, y, s.loss):
+                return False
     return True
 
 
 @kernel
-def _refresh_turns(problem, s):  # type: ignore[no-untyped-def]
-    _refresh_deletions(problem, s)
-    for v in range(len(s.deletion)):
-        if s.turns.stale[v] and not score_turns(s.graph, problem, s.work, s.turns, v, s.loss):
-            return False
-    return True
-
-
-@kernel
-def _all_stale(s, y):  # type: ignore[no-untyped-def]
+def _all_stale(s: State, y: int) -> None:
     s.insertions.stale[y] = 1
     s.deletion_stale[y] = 1
     s.turns.stale[y] = 1
 
 
 @kernel
-def _parents_changed(s, b):  # type: ignore[no-untyped-def]
+def _sources_changed(s: State, b: int) -> None:
     """b has other parents or neighbours: so its own moves, and turns of edges into it, changed."""
     g = s.graph
     _all_stale(s, b)
@@ -137,57 +143,57 @@ def _parents_changed(s, b):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _mark_pair(s, a, b, old, new):  # type: ignore[no-untyped-def]
-    """Marks what depends on the pair a, b, whose code changed."""
+def _neighbours_stale(s: State, a: int, b: int) -> None:
+    """Marks a's neighbours, if a = b; else the common neighbours of a and b."""
     g = s.graph
-    s.turns.stale[a] = 1
-    s.turns.stale[b] = 1
-    # Codes: bit 0 is a → b, bit 1 is b → a. A node's sources are its parents and neighbours.
-    if old & 1 != new & 1 or (new & 1 and old != new):
-        _parents_changed(s, b)
-    if old & 2 != new & 2 or (new & 2 and old != new):
-        _parents_changed(s, a)
-    if old == 0:
-        for i in range(g.degree[a]):
-            y = g.near[a, i]
-            if is_line(g, a, y) and is_line(g, b, y):
-                _all_stale(s, y)
-    elif new == 0:
-        for end in (a, b):
-            _all_stale(s, end)
-            for i in range(g.degree[end]):
-                y = g.near[end, i]
-                if is_line(g, end, y):
-                    _all_stale(s, y)
-    if old & 1 and not new & 1:
-        wake(s.insertions, a, b)
-        wake(s.turns, a, b)
-    if old & 2 and not new & 2:
-        wake(s.insertions, b, a)
-        wake(s.turns, b, a)
+    for i in range(g.degree[a]):
+        y = np.int64(g.near[a, i])
+        if is_line(g.edge, a, y) and (a == b or is_line(g.edge, b, y)):
+            _all_stale(s, y)
 
 
 @kernel
-def _absorb(s):  # type: ignore[no-untyped-def]
+def _absorb(s: State) -> None:
     """Marks everything that the logged changes touch, and clears the log."""
-    g = s.graph
+    g, log = s.graph, s.graph.log
     for i in range(g.size[pdag.LOGGED]):
-        a, b, old = g.log[i, 0], g.log[i, 1], g.log[i, 2]
-        new = g.edge[a, b] + 2 * g.edge[b, a]
-        if old != new:
-            _mark_pair(s, a, b, old, new)
+        a, b, old = np.int64(log[i, 0]), np.int64(log[i, 1]), np.int64(log[i, 2])
+        # Codes: bit 0 is a → b, bit 1 is b → a.
+        new = np.int64(g.edge[a, b]) + 2 * np.int64(g.edge[b, a])
+        if old == new:
+            continue
+        s.turns.stale[a] = 1
+        s.turns.stale[b] = 1
+        if (old | new) & 1:
+            _sources_changed(s, b)
+        if (old | new) & 2:
+            _sources_changed(s, a)
+        if old == 0:
+            _neighbours_stale(s, a, b)
+        elif new == 0:
+            _neighbours_stale(s, a, a)
+            _neighbours_stale(s, b, b)
+            _all_stale(s, a)
+            _all_stale(s, b)
+        for way in range(2):
+            if (old >> way) & 1 and not (new >> way) & 1:
+                start, end = (a, b) if way == 0 else (b, a)
+                wake(s.insertions, start, end)
+                wake(s.turns, start, end)
     pdag.clear_log(g)
 
 
-@kernel
-def close_orientations(edge, allowed, required, closed):  # type: ignore[no-untyped-def]
+@cached_kernel
+def close_orientations(edge: Edges, allowed: Edges, required: Edges, closed: Edges) -> bool:
     """Orients lines as `allowed` and `required` ask, with Meek's rules, in a copy `closed`.
 
     Returns False if no member of the class obeys: an arrow that is not allowed is forced, a
     required edge points the other way, or two rules contradict each other.
     """
     p = edge.shape[0]
-    closed[:] = edge
+    for a in range(p):
+        for b in range(p):
+            closed[a, b] = edge[a, b]
     changed = True
     while changed:
         changed = False
@@ -198,217 +204,160 @@ def close_orientations(edge, allowed, required, closed):  # type: ignore[no-unty
                 if closed[b, a] == 0:
                     if allowed[a, b] == 0 or required[b, a]:
                         return False
-                    continue
-                if required[a, b] or allowed[b, a] == 0 or _meek(closed, a, b):
+                elif required[a, b] or allowed[b, a] == 0 or _forced(closed, a, b):
                     closed[b, a] = 0
                     changed = True
     return True
 
 
 @kernel
-def _meek(e, a, b):  # type: ignore[no-untyped-def]
+def _forced(edge: Edges, a: int, b: int) -> bool:
     """Do Meek's rules 1 to 4 orient the line a - b as a → b?"""
-    p = e.shape[0]
-    for c in range(p):
-        if c == a or c == b:
+    for c in range(edge.shape[0]):
+        if c == b:
             continue
-        into_a = e[c, a] == 1 and e[a, c] == 0
-        near_b = e[c, b] == 1 or e[b, c] == 1
-        if into_a and not near_b:
+        if pdag.is_arrow(edge, c, a) and not pdag.adjacent(edge, c, b):
             return True
-        into_b = e[c, b] == 1 and e[b, c] == 0
-        if not into_b:
+        if c == a or not pdag.is_arrow(edge, c, b):
             continue
-        if e[a, c] == 1 and e[c, a] == 0:
+        if pdag.is_arrow(edge, a, c):
             return True
-        line = e[a, c] == 1 and e[c, a] == 1
-        for d in range(p):
-            if d in (a, b, c) or not (e[a, d] == 1 and e[d, a] == 1):
-                continue
-            apart = e[c, d] == 0 and e[d, c] == 0
-            if line and apart and e[d, b] == 1 and e[b, d] == 0:
-                return True
-            # Rule 4: a - d, d → c, c → b, with b and d not connected.
-            if e[d, c] == 1 and e[c, d] == 0 and e[d, b] == 0 and e[b, d] == 0 and line:
-                return True
+        if is_line(edge, a, c) and _forced_by_two(edge, a, b, c):
+            return True
     return False
 
 
 @kernel
-def _obeys(problem, s):  # type: ignore[no-untyped-def]
-    if problem.restricted[0] == 0:
-        return True
-    return close_orientations(s.graph.edge, problem.allowed, problem.required, s.closure)
+def _forced_by_two(edge: Edges, a: int, b: int, c: int) -> bool:
+    """Rules 3 and 4, for a - c → b: is there a d with a - d and d → b or d → c that forces a → b?"""
+    for d in range(edge.shape[0]):
+        if d == b or d == c or not is_line(edge, a, d):
+            continue
+        if pdag.is_arrow(edge, d, b) and not pdag.adjacent(edge, c, d):
+            return True
+        if pdag.is_arrow(edge, d, c) and not pdag.adjacent(edge, d, b):
+            return True
+    return False
 
 
 @kernel
-def _record(s, gain):  # type: ignore[no-untyped-def]
-    s.total[0] += gain
-    s.progress[_STEPS] += 1
-    s.progress[_CHANGED] = 1
-    _absorb(s)
+def _pick(s: State, move: int) -> tuple[int, int, int, float]:
+    """The best valid move of a kind: source, target (-1 if none), clique size, gain.
 
-
-@kernel
-def _delete_step(problem, s):  # type: ignore[no-untyped-def]
-    """Makes the best deletion; False if none gains."""
+    The clique is in `work.members`.
+    """
     g, w = s.graph, s.work
-    _refresh_deletions(problem, s)
-    while True:
-        best, v = 0.0, -1
-        for y in range(len(s.deletion)):
-            if s.deletion[y] > best:
-                best, v = s.deletion[y], y
+    if move == DELETE:
+        v = best_target(s.deletion)
         if v < 0:
-            return False
-        u = s.deletion_source[v]
-        size = clique_at(g, w, v, s.deletion_clique[v])
-        count = 0
-        for j in range(size):
+            return -1, -1, 0, 0.0
+        u, count = np.int64(s.deletion_source[v]), 0
+        for j in range(clique_at(g, w, v, np.int64(s.deletion_clique[v]))):
             if w.members[j] != u:
                 w.members[count] = w.members[j]
                 count += 1
-        pdag.delete(g, u, v, w.members, count)
-        if _obeys(problem, s):
-            _record(s, best)
-            return True
-        pdag.undo(g)
-        s.deletion[v] = 0.0
-
-
-@kernel
-def _insert_step(problem, s):  # type: ignore[no-untyped-def]
-    """Makes the best valid insertion; False if none gains."""
-    g, w, pool = s.graph, s.work, s.insertions
+        return u, v, count, s.deletion[v]
+    pool = s.insertions if move == INSERT else s.turns
     while True:
-        v = best_target(pool)
+        v = best_target(pool.best)
         if v < 0:
-            return False
-        valid, size = insertion_valid(g, w, pool, v)
-        if not valid:
-            continue
-        at = pool.best_at[v]
-        gain = pool.gain[at]
-        pdag.insert(g, pool.source[at], v, w.members, size)
-        if _obeys(problem, s):
-            _record(s, gain)
-            return True
-        pdag.undo(g)
-        drop(pool, v, at)
+            return -1, -1, 0, 0.0
+        size = valid_clique(g, w, pool, move, v)
+        if size >= 0:
+            at = pool.best_at[v]
+            return np.int64(pool.source[at]), v, size, pool.gain[at]
 
 
 @kernel
-def _turn_step(problem, s):  # type: ignore[no-untyped-def]
-    """Makes the best valid turn; False if none gains."""
-    g, w, pool = s.graph, s.work, s.turns
+def _attempt(problem: Problem, s: State, move: int) -> tuple[bool, bool]:
+    """Makes the best move of a kind; returns (the pool had room, a move was made)."""
+    if not _refresh(problem, s, move):
+        return False, False
+    g, free = s.graph, problem.restricted[0] == 0
     while True:
-        v = best_target(pool)
+        u, v, size, gain = _pick(s, move)
         if v < 0:
-            return False
-        valid, size = turn_valid(g, w, pool, v)
-        if not valid:
-            continue
-        at = pool.best_at[v]
-        gain = pool.gain[at]
-        pdag.turn(g, pool.source[at], v, w.members, size)
-        if _obeys(problem, s):
-            _record(s, gain)
-            return True
+            return True, False
+        pdag.change(g, move, u, v, s.work.members, size)
+        if free or close_orientations(g.edge, problem.allowed, problem.required, s.closure):
+            s.total[0] += gain
+            s.progress[_STEPS] += 1
+            s.progress[_CHANGED] = 1
+            _absorb(s)
+            return True, True
+        # No member of the new class obeys the restrictions: take the move back.
         pdag.undo(g)
-        drop(pool, v, at)
+        if move == DELETE:
+            s.deletion[v] = 0.0
+        else:
+            drop(s.insertions if move == INSERT else s.turns, v)
 
 
 @kernel
-def _fast_step(problem, s):  # type: ignore[no-untyped-def]
-    if _delete_step(problem, s):
-        return True, True
-    if not _refresh_turns(problem, s):
-        return False, False
-    if _turn_step(problem, s):
-        return True, True
-    if not _refresh_insertions(problem, s):
-        return False, False
-    return True, _insert_step(problem, s)
-
-
-@kernel
-def _phase_step(problem, s):  # type: ignore[no-untyped-def]
-    """One step of the current phase: (the pool had room, a step was made)."""
-    phase = s.progress[_PHASE]
-    if phase == _INSERT:
-        if not _refresh_insertions(problem, s):
-            return False, False
-        return True, _insert_step(problem, s)
-    if phase == _DELETE:
-        return True, _delete_step(problem, s)
-    if not _refresh_turns(problem, s):
-        return False, False
-    return True, _turn_step(problem, s)
-
-
-@kernel
-def _next_phase(s):  # type: ignore[no-untyped-def]
+def _next_phase(progress: NDArray[np.int64]) -> bool:
     """Moves to the next phase; False if a whole round changed nothing."""
-    if s.progress[_PHASE] != _TURN:
-        s.progress[_PHASE] += 1
+    if progress[_PHASE] != TURN:
+        progress[_PHASE] += 1
         return True
-    again = s.progress[_CHANGED] == 1
-    s.progress[_PHASE] = _INSERT
-    s.progress[_CHANGED] = 0
-    return again
+    again = progress[_CHANGED] == 1
+    progress[_PHASE] = INSERT
+    progress[_CHANGED] = 0
+    return again  # type: ignore[no-any-return]
+
+
+@kernel
+def _referenced(state: State) -> State:
+    return StateRef(
+        pdag.GraphRef(*state.graph),
+        WorkRef(*state.work),
+        PoolRef(*state.insertions),
+        PoolRef(*state.turns),
+        state.deletion,
+        state.deletion_source,
+        state.deletion_clique,
+        state.deletion_stale,
+        state.loss,
+        state.closure,
+        state.progress,
+        state.total,
+    )
 
 
 @cached_kernel
-def run(problem, s, order, max_steps):  # type: ignore[no-untyped-def]
+def run(given: Problem, state: State, order: int, max_steps: int) -> int:
     """Makes up to `max_steps` steps; returns DONE, POOL_FULL or PAUSED."""
-    for _ in range(max_steps):
-        if order == FAST:
-            room, moved = _fast_step(problem, s)
-            if room and not moved:
-                return DONE
-        else:
-            room, moved = _phase_step(problem, s)
-            if room and not moved and not _next_phase(s):
-                return DONE
+    problem = ProblemRef(*given)
+    s = _referenced(state)
+    steps = 0
+    move = DELETE if order == FAST else s.progress[_PHASE]
+    while steps < max_steps:
+        room, moved = _attempt(problem, s, move)
         if not room:
             return POOL_FULL
+        if moved:
+            steps += 1
+        if order == FAST:
+            if not moved and move == INSERT:
+                return DONE
+            # Deletions first, then turns, then insertions; after any move, deletions again.
+            move = DELETE if moved else (TURN if move == DELETE else INSERT)
+        elif not moved:
+            if not _next_phase(s.progress):
+                return DONE
+            move = s.progress[_PHASE]
     return PAUSED
 
 
 @cached_kernel
-def fit_of_dag(problem, work, dag, fit):  # type: ignore[no-untyped-def]
+def fit_of_dag(given: Problem, scratch: Work, dag: Edges, fit: NDArray[np.float64]) -> None:
     """Fills fit, float64 (p,), with the log-likelihood that each node's parents gain it."""
-    p = dag.shape[0]
-    for y in range(p):
+    problem, w = ProblemRef(*given), WorkRef(*scratch)
+    for y in range(len(fit)):
         count = 0
-        for x in range(p):
-            if dag[x, y]:
-                work.members[count] = x
+        for x in range(len(fit)):
+            if dag[x, y] and count < len(w.other_row) - 2:
+                w.members[count] = x
                 count += 1
-        fit[y] = 0.0
-        if count:
-            rest = relative_variance(problem, work, y, work.members, count)
-            if rest > 0.0:
-                fit[y] = -0.5 * problem.rows[y] * np.log(rest)
-
-
-@cached_kernel
-def representative(g):  # type: ignore[no-untyped-def]
-    """Orients every line of an essential graph, so that it becomes a DAG of its class."""
-    first = np.empty(2, np.int32)
-    for v in range(len(g.degree)):
-        for i in range(g.degree[v]):
-            if is_line(g, v, g.near[v, i]):
-                first[0] = v
-                pdag.orient_component(g, first, 1)
-                break
-    for i in range(g.size[pdag.QUEUED]):
-        g.queued[g.queue[i, 0], g.queue[i, 1]] = 0
-    g.size[pdag.QUEUED] = 0
-    pdag.clear_log(g)
-
-
-@cached_kernel
-def restricted_class(edge, allowed, required, closed):  # type: ignore[no-untyped-def]
-    """`close_orientations` for Python."""
-    return close_orientations(edge, allowed, required, closed)
+        factorise(problem, w, y, w.members, count)
+        rest = w.other_residual[count, count]
+        fit[y] = -0.5 * problem.rows[y] * np.log(rest) if rest > 0.0 else 0.0

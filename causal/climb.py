@@ -72,9 +72,8 @@ class Climber:
             return self._climb(start, kernels.FAST if order == "fast" else kernels.TEXTBOOK)[0]
         fast, fast_state = self._climb(start, kernels.FAST)
         slow, slow_state = self._climb(start, kernels.TEXTBOOK)
-        if slow.score > fast.score + MIN_GAIN:
-            return self._improve(slow, slow_state, max_restarts)
-        return self._improve(fast, fast_state, max_restarts)
+        best = slow_state if slow.score > fast.score + MIN_GAIN else fast_state
+        return self._found(self._improve(best, max_restarts))
 
     def _climb(self, start: NDArray[np.int8], order: int) -> tuple[Found, kernels.State]:
         graph = pdag.empty_graph(self._kinds)
@@ -85,17 +84,18 @@ class Climber:
     def _run(self, state: kernels.State, order: int) -> kernels.State:
         steps = _STEPS_PER_CALL if math.isinf(self._deadline) else _STEPS_PER_CLOCK
         while True:
-            status = kernels.run(self._problem, state, order, steps)
+            status = kernels.run(self._problem, state, order, steps, -1, -1)
             if status == kernels.DONE:
                 return state
             if status == kernels.POOL_FULL:
-                state = state._replace(
-                    insertions=candidates.grown(state.insertions),
-                    turns=candidates.grown(state.turns),
-                )
-            if time.monotonic() > self._deadline:
-                self.truncated = True
+                state = _with_room(state)
+            if self._late():
                 return state
+
+    def _late(self) -> bool:
+        if time.monotonic() > self._deadline:
+            self.truncated = True
+        return self.truncated
 
     def _found(self, state: kernels.State) -> Found:
         adjacency = state.graph.edge.copy()
@@ -119,6 +119,41 @@ class Climber:
         total = float(self._score.empty.sum() + fit.sum() - paid)
         return Found(adjacency.astype(np.int8), dag.astype(np.int8), total, int(state.progress[2]))
 
-    def _improve(self, found: Found, state: kernels.State, max_restarts: int | None) -> Found:
-        """Forbids one edge at a time and searches on; keeps what scores higher."""
-        return found
+    def _improve(self, state: kernels.State, max_restarts: int | None) -> kernels.State:
+        """Deletes and forbids one edge at a time and searches on; keeps what scores higher.
+
+        Goes through all edges, cheapest first, until a whole round of them brings nothing.
+        """
+        left = math.inf if max_restarts is None else max_restarts
+        improved = True
+        while improved:
+            improved = False
+            for x, y in _edges_by_cost(state):
+                if left <= 0 or self._late():
+                    return state
+                if not state.graph.edge[x, y]:
+                    continue
+                status = kernels.run(self._problem, state, kernels.FAST, _STEPS_PER_CALL, x, y)
+                while status == kernels.POOL_FULL:
+                    state = _with_room(state)
+                    status = kernels.run(self._problem, state, kernels.FAST, _STEPS_PER_CALL, x, y)
+                improved |= status == kernels.IMPROVED
+                left -= 1
+        return state
+
+
+def _with_room(state: kernels.State) -> kernels.State:
+    return state._replace(
+        insertions=candidates.grown(state.insertions), turns=candidates.grown(state.turns)
+    )
+
+
+def _edges_by_cost(state: kernels.State) -> list[tuple[int, int]]:
+    """Edges x → y or x - y that may be deleted, the cheapest first; a line once."""
+    edge = state.graph.edge != 0
+    gain = np.where(edge.T, state.deletion_gain, -np.inf)
+    other = np.where(edge & edge.T, gain.T, -np.inf)
+    gain[(gain < other) | ((gain == other) & np.tri(len(edge), dtype=np.bool_))] = -np.inf
+    y, x = np.nonzero(gain > -np.inf)
+    order = np.lexsort((x, y, -gain[y, x]))
+    return list(zip(x[order].tolist(), y[order].tolist(), strict=True))

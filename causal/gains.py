@@ -262,16 +262,18 @@ def loss_of(problem: Problem, w: Work, y: int, nodes: Nodes, count: int, x: int)
 
 
 @kernel
-def best_deletion(
-    g: Graph, problem: Problem, w: Work, y: int, loss: Floats
-) -> tuple[float, int, int]:
-    """The best deletion of an edge into y: gain, source, clique number (gain 0 if none).
+def score_deletions(
+    g: Graph, problem: Problem, w: Work, y: int, gains: Floats, cliques: Nodes, loss: Floats
+) -> float:
+    """Fills row y of `gains` and `cliques` with the best deletion of each edge into y.
 
     Also fills loss[y, x] for every parent x: the log-likelihood lost with x, lines left out.
+    Required edges get a gain of minus infinity. Returns the largest gain, 0 if none gains.
     """
     k, m, _ = split(g, y, w.parents, w.neighbours, w.children)
-    best, source, clique = 0.0, -1, 0
-    size, start, index = 0, 0, 0
+    for i in range(g.degree[y]):
+        gains[y, g.near[y, i]], cliques[y, g.near[y, i]] = -np.inf, 0
+    best, size, start, index = 0.0, 0, 0, 0
     while size >= 0:
         for i in range(k):
             w.members[i] = w.parents[i]
@@ -287,15 +289,16 @@ def best_deletion(
             if size == 0:
                 loss[y, x] = lost
             gain = problem.penalty[0] - lost
-            if problem.required[x, y] or problem.required[y, x] or gain <= MIN_GAIN:
-                continue
-            if gain > best or (gain == best and x < source):
-                best, source, clique = gain, x, index
+            if problem.required[x, y] or problem.required[y, x]:
+                gain = -np.inf
+            if gain > gains[y, x]:
+                gains[y, x], cliques[y, x] = gain, index
+            best = max(best, gain)
         size = next_clique(g.edge, w.neighbours, m, w.chosen, size, start)
         if size > 0:
             start = w.chosen[size - 1] + 1
         index += 1
-    return best, source, clique
+    return best if best > MIN_GAIN else 0.0
 
 
 @kernel

@@ -27,10 +27,10 @@ from causal.gains import (
     ProblemRef,
     Work,
     WorkRef,
-    best_deletion,
     clique_at,
     factorise,
     make_work,
+    score_deletions,
 )
 from causal.pdag import DELETE, INSERT, TURN, Edges, Graph, is_line
 
@@ -38,8 +38,10 @@ from causal.pdag import DELETE, INSERT, TURN, Edges, Graph, is_line
 #: insertions, then all deletions, then all turns, until a round changes nothing.
 FAST, TEXTBOOK = 0, 1
 #: Why `run` came back.
-DONE, POOL_FULL, PAUSED = 0, 1, 2
-_PHASE, _CHANGED, _STEPS = 0, 1, 2
+DONE, POOL_FULL, PAUSED, IMPROVED = 0, 1, 2, 3
+_PHASE, _CHANGED, _STEPS, _JOURNAL = 0, 1, 2, 3
+#: A restart is kept if it raises the score by more than this (XGES's rule).
+_IMPROVEMENT = 1e-7
 
 
 class State(NamedTuple):
@@ -48,12 +50,15 @@ class State(NamedTuple):
     Attributes:
         graph, work: see `pdag.Graph` and `gains.Work`.
         insertions, turns: candidate moves of each target.
-        deletion: float64 (p,), gain of the best deletion of each target.
-        deletion_source, deletion_clique: int32 (p,).
+        deletion: float64 (p,), gain of the best deletion of each target, 0 if none gains.
+        deletion_gain, deletion_clique: (p, p), [y, x] the best deletion of the edge x → y or x - y.
         deletion_stale: uint8 (p,).
         loss: float64 (p, p), [y, x] what y would lose with its parent x.
         closure: uint8 (p, p) scratch for checking restrictions.
-        progress: int64 (3,), phase, whether this round changed anything, steps made.
+        journal: int32 (pairs, 3), pairs changed since a restart began, and their old code;
+            `journalled`, uint8 (p, p), marks them.
+        progress: int64 (4,), phase, whether this round changed anything, steps made, length of the
+            journal (-1 if no restart is under way).
         total: float64 (1,), score gained since the start.
     """
 
@@ -62,11 +67,13 @@ class State(NamedTuple):
     insertions: Pool
     turns: Pool
     deletion: NDArray[np.float64]
-    deletion_source: NDArray[np.int32]
+    deletion_gain: NDArray[np.float64]
     deletion_clique: NDArray[np.int32]
     deletion_stale: NDArray[np.uint8]
     loss: NDArray[np.float64]
     closure: NDArray[np.uint8]
+    journal: NDArray[np.int32]
+    journalled: NDArray[np.uint8]
     progress: NDArray[np.int64]
     total: NDArray[np.float64]
 
@@ -91,12 +98,14 @@ def make_state(graph: Graph) -> State:
         insertions=make_pool(p, 64 * p + 1024),
         turns=make_pool(p, 16 * p + 1024),
         deletion=np.zeros(p),
-        deletion_source=np.zeros(p, np.int32),
-        deletion_clique=np.zeros(p, np.int32),
+        deletion_gain=np.empty((p, p)),
+        deletion_clique=np.empty((p, p), np.int32),
         deletion_stale=np.ones(p, np.uint8),
         loss=np.empty((p, p)),
         closure=np.empty((p, p), np.uint8),
-        progress=np.zeros(3, np.int64),
+        journal=np.empty((p * (p - 1) // 2 + 1, 3), np.int32),
+        journalled=np.zeros((p, p), np.uint8),
+        progress=np.array([0, 0, 0, -1]),
         total=np.zeros(1),
     )
 
@@ -112,10 +121,9 @@ def _refresh(problem: Problem, s: State, move: int) -> bool:
         return True
     for y in range(p):
         if s.deletion_stale[y]:
-            gain, source, clique = best_deletion(g, problem, w, y, s.loss)
-            s.deletion[y] = gain
-            s.deletion_source[y] = source
-            s.deletion_clique[y] = clique
+            s.deletion[y] = score_deletions(
+                g, problem, w, y, s.deletion_gain, s.deletion_clique, s.loss
+            )
             s.deletion_stale[y] = 0
     if move == TURN:
         for y in range(p):
@@ -158,6 +166,11 @@ def _absorb(s: State) -> None:
     g, log = s.graph, s.graph.log
     for i in range(g.size[pdag.LOGGED]):
         a, b, old = np.int64(log[i, 0]), np.int64(log[i, 1]), np.int64(log[i, 2])
+        n = s.progress[_JOURNAL]
+        if n >= 0 and s.journalled[a, b] == 0:
+            s.journalled[a, b] = 1
+            s.journal[n, 0], s.journal[n, 1], s.journal[n, 2] = a, b, old
+            s.progress[_JOURNAL] = n + 1
         # Codes: bit 0 is a → b, bit 1 is b → a.
         new = np.int64(g.edge[a, b]) + 2 * np.int64(g.edge[b, a])
         if old == new:
@@ -229,7 +242,7 @@ def _forced(edge: Edges, a: int, b: int) -> bool:
 
 @kernel
 def _forced_by_two(edge: Edges, a: int, b: int, c: int) -> bool:
-    """Rules 3 and 4, for a - c → b: is there a d with a - d and d → b or d → c that forces a → b?"""
+    """Rules 3 and 4, for a - c → b: does a d with a - d, and d → b or d → c, force a → b?"""
     for d in range(edge.shape[0]):
         if d == b or d == c or not is_line(edge, a, d):
             continue
@@ -238,6 +251,17 @@ def _forced_by_two(edge: Edges, a: int, b: int, c: int) -> bool:
         if pdag.is_arrow(edge, d, c) and not pdag.adjacent(edge, d, b):
             return True
     return False
+
+
+@kernel
+def _deletion_clique(s: State, u: int, v: int) -> int:
+    """Writes the clique of the best deletion of u → v to `work.members`; returns its size."""
+    members, count = s.work.members, 0
+    for j in range(clique_at(s.graph, s.work, v, s.deletion_clique[v, u])):
+        if members[j] != u:
+            members[count] = members[j]
+            count += 1
+    return count
 
 
 @kernel
@@ -251,12 +275,10 @@ def _pick(s: State, move: int) -> tuple[int, int, int, float]:
         v = best_target(s.deletion)
         if v < 0:
             return -1, -1, 0, 0.0
-        u, count = np.int64(s.deletion_source[v]), 0
-        for j in range(clique_at(g, w, v, np.int64(s.deletion_clique[v]))):
-            if w.members[j] != u:
-                w.members[count] = w.members[j]
-                count += 1
-        return u, v, count, s.deletion[v]
+        for i in range(g.degree[v]):
+            u = np.int64(g.near[v, i])
+            if g.edge[u, v] and s.deletion_gain[v, u] == s.deletion[v]:
+                return u, v, _deletion_clique(s, u, v), s.deletion[v]
     pool = s.insertions if move == INSERT else s.turns
     while True:
         v = best_target(pool.best)
@@ -306,6 +328,33 @@ def _next_phase(progress: NDArray[np.int64]) -> bool:
 
 
 @kernel
+def _open_restart(problem: Problem, s: State, x: int, y: int) -> float:
+    """Deletes the edge x → y or x - y whatever it costs, and forbids it; returns that gain."""
+    _refresh(problem, s, DELETE)
+    s.progress[_JOURNAL] = 0
+    problem.allowed[x, y] = 0
+    problem.allowed[y, x] = 0
+    gain = s.deletion_gain[y, x]
+    pdag.change(s.graph, DELETE, x, y, s.work.members, _deletion_clique(s, x, y))
+    _absorb(s)
+    return gain
+
+
+@kernel
+def _close_restart(s: State, keep: bool) -> None:
+    """Ends a restart; if it is not kept, every pair becomes what it was."""
+    n = s.progress[_JOURNAL]
+    s.progress[_JOURNAL] = -1
+    for i in range(n):
+        a, b = np.int64(s.journal[i, 0]), np.int64(s.journal[i, 1])
+        s.journalled[a, b] = 0
+        if not keep:
+            code = np.int64(s.journal[i, 2])
+            pdag.set_pair(s.graph, a, b, code & 1, code >> 1)
+    _absorb(s)
+
+
+@kernel
 def _referenced(state: State) -> State:
     return StateRef(
         pdag.GraphRef(*state.graph),
@@ -313,21 +362,20 @@ def _referenced(state: State) -> State:
         PoolRef(*state.insertions),
         PoolRef(*state.turns),
         state.deletion,
-        state.deletion_source,
+        state.deletion_gain,
         state.deletion_clique,
         state.deletion_stale,
         state.loss,
         state.closure,
+        state.journal,
+        state.journalled,
         state.progress,
         state.total,
     )
 
 
-@cached_kernel
-def run(given: Problem, state: State, order: int, max_steps: int) -> int:
-    """Makes up to `max_steps` steps; returns DONE, POOL_FULL or PAUSED."""
-    problem = ProblemRef(*given)
-    s = _referenced(state)
+@kernel
+def _climb(problem: Problem, s: State, order: int, max_steps: int) -> int:
     steps = 0
     move = DELETE if order == FAST else s.progress[_PHASE]
     while steps < max_steps:
@@ -346,6 +394,32 @@ def run(given: Problem, state: State, order: int, max_steps: int) -> int:
                 return DONE
             move = s.progress[_PHASE]
     return PAUSED
+
+
+@cached_kernel
+def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int) -> int:
+    """Makes up to `max_steps` moves; returns DONE, POOL_FULL or PAUSED.
+
+    With x >= 0 it is a restart: the edge between x and y is deleted and forbidden first, and in the
+    end everything is taken back unless the score rose (then it returns IMPROVED).
+    """
+    problem = ProblemRef(*given)
+    s = _referenced(state)
+    before, forth, back = s.total[0], np.int64(0), np.int64(0)
+    if x >= 0:
+        forth, back = problem.allowed[x, y], problem.allowed[y, x]
+        s.total[0] += _open_restart(problem, s, x, y)
+    status = _climb(problem, s, order, max_steps)
+    if x >= 0:
+        keep = status == DONE and s.total[0] > before + _IMPROVEMENT
+        problem.allowed[x, y], problem.allowed[y, x] = forth, back
+        _close_restart(s, keep)
+        _all_stale(s, x)
+        _all_stale(s, y)
+        if keep:
+            return IMPROVED
+        s.total[0] = before
+    return status
 
 
 @cached_kernel

@@ -216,18 +216,19 @@ def test_when_all_trials_fail_the_first_error_is_given():
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_one_trial_at_a_time_and_a_seed_give_the_same_sweep(given: Experiment, tmp_path: Path):
-    def outcome() -> list[Any]:
-        result, _, _ = run(given, tmp_path, num_samples=3, max_concurrent=1, seed=7)
+def test_one_trial_at_a_time_gives_the_same_sweep_and_stops_poor_trials(
+    given: Experiment, tmp_path: Path
+):
+    def sweep_of_seed_7() -> SweepResult:
+        search = {"num_samples": 5, "max_concurrent": 1, "grace_period": 1, "seed": 7}
+        return run(given, tmp_path, **search)[0]
+
+    def outcome(result: SweepResult) -> list[Any]:
         history = [[(e["losses"], e["metrics"]) for e in t.history] for t in result.trials]
-        return [[dict(t.parameters) for t in result.trials], history]
+        return [[(dict(t.parameters), t.status) for t in result.trials], history]
 
-    assert outcome() == outcome()
-
-
-@pytest.mark.usefixtures("local_ray")
-def test_poor_trials_are_stopped_early(given: Experiment, tmp_path: Path):
-    result, _, _ = run(given, tmp_path, num_samples=6, max_concurrent=1, grace_period=1)
+    result = sweep_of_seed_7()
+    assert outcome(result) == outcome(sweep_of_seed_7())
     stopped = [trial for trial in result.trials if trial.status == "stopped"]
     assert stopped
     assert all(len(trial.history) < 3 for trial in stopped)

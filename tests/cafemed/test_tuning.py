@@ -25,15 +25,17 @@ from cafemed import (
     registry,
     sweep,
     sweep_plan,
+    training,
     tuning,
 )
 from cafemed.batches import ModelInputs
 from cafemed.codes import CodeLists, node_name
 from cafemed.cohort import Cohort
-from cafemed.errors import ConfigError, TrainingError
+from cafemed.errors import ArtifactError, ConfigError, TrainingError
 from cafemed.experiment import Experiment
 from cafemed.graphs import CausalGraph, EffectTable
 from cafemed.sweep import SweepResult, TrialRecord
+from cafemed.training import FitConfig
 from cafemed.trials import TrialData, trial_seed
 
 # The builders below are sent to workers, which cannot import the tests.
@@ -241,6 +243,40 @@ def test_more_than_a_node_has_is_refused_before_the_first_trial(given: Experimen
         run(given, tmp_path, cpus=64.0)
     with pytest.raises(ConfigError, match=r"search\.gpus: a trial reserves 0\.5"):
         run(given, tmp_path, gpus=0.5)
+
+
+def test_a_bundle_has_the_best_epochs_weights_and_they_are_tested_again(
+    given: Experiment, tmp_path: Path
+):
+    plan = plan_of()
+    # Steps so large that the last epoch is not the best one.
+    data = dataclasses.replace(
+        data_of(plan, given, models.build), config=FitConfig(epochs=6, learning_rate=0.3)
+    )
+    fitted = training.fit(
+        models.build,
+        data.model_name,
+        data.model_options,
+        data.inputs,
+        data.arrays,
+        data.train_patients,
+        data.validation_patients,
+        data.config,
+        checkpoint_dir=tmp_path,
+    )
+    assert fitted.best_epoch < 6
+    history = tuple(epoch.as_dict() for epoch in fitted.history)
+    trial = TrialRecord(0, {}, 0, "finished", None, history, None, 1.0, "h", 1.0, 0.0, tmp_path)
+    made = promotion.make_bundle(trial, data, given, bundle.Preprocessing())
+    assert made.metrics["validation"] == fitted.metrics.as_dict()
+    for name, tensor in fitted.weights.items():
+        assert made.weights[name].equal(tensor)
+
+    better = {**history[0], "metrics": {**history[0]["metrics"], "jaccard": 0.99}}
+    with pytest.raises(ArtifactError, match=r"trial 0 reported a Jaccard of 0\.9900, but its"):
+        promotion.make_bundle(
+            dataclasses.replace(trial, history=(better,)), data, given, bundle.Preprocessing()
+        )
 
 
 def test_publishing_again_changes_nothing(given: Experiment, tmp_path: Path):

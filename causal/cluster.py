@@ -19,7 +19,7 @@ from cafemed.errors import ConfigError
 #: Schemes of a Dask scheduler's address.
 SCHEMES = ("tcp://", "tls://", "ucx://", "ws://", "wss://")
 
-_CONNECT_TIMEOUT_S = 5
+_CONNECT_TIMEOUT_S = 3
 
 
 def check(where: str) -> None:

@@ -36,6 +36,11 @@ class Columns:
     tiers: NDArray[np.int64]
     strata: NDArray[np.int8]
 
+    def take(self, columns: NDArray[np.integer]) -> "Columns":
+        """Some columns, in the given order."""
+        names = tuple(self.names[i] for i in columns)
+        return Columns(names, self.present[:, columns], self.tiers[columns], self.strata)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cooccurrence:
@@ -76,6 +81,16 @@ class Cooccurrence:
         """
         joint = [counts.toarray().astype(np.int32) for counts in self.take(columns).strata]
         return from_cooccurrence(self.rows, joint, [()] * len(joint))
+
+
+def values_at(
+    matrix: sparse.csr_array, rows: NDArray[np.integer], columns: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """Elements (rows[i], columns[i]) of a sparse matrix, int64 in the shape of `rows`."""
+    # Indexing with empty arrays gives a sparse array instead of a plain one.
+    if rows.size == 0:
+        return np.zeros(rows.shape, np.int64)
+    return np.asarray(matrix[rows.ravel(), columns.ravel()], np.int64).reshape(rows.shape)
 
 
 def training_visits(cohort: Cohort) -> NDArray[np.int64]:

@@ -37,7 +37,8 @@ class CausalConfig:
     """How the graph and the effects are learned.
 
     Attributes:
-        engine: "native", or "cdt" (R's pcalg through the package cdt).
+        engine: of the blocks: "native", or "cdt" (R's pcalg through the package cdt, with the plain
+            BIC). The merging and the direct search are native in either case.
         search: how far the native engine looks: "fast", "textbook" or "best" (`causal.fit_gies`).
         score: "gaussian_bic" or "extended_bic".
         penalty: factor on the BIC penalty of an edge.
@@ -55,7 +56,7 @@ class CausalConfig:
     search: Literal["fast", "textbook", "best"] = "fast"
     score: Literal["gaussian_bic", "extended_bic"] = "extended_bic"
     penalty: Annotated[float, Range(0, 1000, open_low=True)] = 1.0
-    gamma: Annotated[float, Range(0, 1000)] = 1.0
+    gamma: Annotated[float, Range(0, 1000)] = 2.0
     min_support: Annotated[int, Range(1)] = 5
     compare_direct: bool = True
     blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
@@ -107,10 +108,13 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
     # From here on columns are numbered among those with a screened pair; the others stay alone.
     active, pairs = screened.compact()
     problem = Problem(
-        counts.take(active), columns.tiers[active], penalty, config.engine, config.search
+        counts.take(active),
+        columns.tiers[active],
+        penalty,
+        config.search,
+        columns.take(active) if config.engine == "cdt" else None,
     )
-    if config.engine == "native":
-        tasks.compile_engine(problem)
+    tasks.load_engine(config.search)
     learned, report = _learn(problem, pairs, config, Workers(client, problem))
     graph = _graph(columns.names, counts, active, learned)
     report = {
@@ -131,7 +135,9 @@ def _learn(
     """Blocks, union, merge, and the direct run to compare with."""
     everything = np.arange(len(problem.tiers))
     blocks = blocks_of.split(pairs, config.blocks, config.seed)
-    block_tasks = [Task(block.columns, pairs.first, pairs.second) for block in blocks]
+    block_tasks = [
+        Task(block.columns, pairs.first, pairs.second, engine=config.engine) for block in blocks
+    ]
     learned: list[Learned] = workers.run(block_tasks, "blocks")
     score = gaussian_score(
         problem.counts.statistics(everything), problem.penalty, "per_environment"
@@ -199,5 +205,5 @@ def _graph(
         target=b.astype(np.int32),
         directed=directed[source, target],
         stability=np.full(len(a), np.nan, np.float32),
-        support=np.asarray(counts.total[a, b], np.int64).reshape(-1),
+        support=columns_of.values_at(counts.total, a, b),
     )

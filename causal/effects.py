@@ -143,7 +143,7 @@ class _Moments:
 
     def among(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
         """Centred cross-products of the column pairs a, b (same shape), float64."""
-        joint = np.asarray(self.counts[a.ravel(), b.ravel()]).reshape(a.shape)
+        joint = columns_of.values_at(self.counts, a, b)
         products = self.num_rows * joint - self.sums[a] * self.sums[b]
         centred: NDArray[np.float64] = products / max(self.num_rows, 1)
         return centred

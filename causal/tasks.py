@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 
 from cafemed import console
 from cafemed.errors import DataError
-from causal.columns import Cooccurrence
+from causal.columns import Columns, Cooccurrence
 from causal.merge import Arrows
+from causal.statistics import Statistics, from_cooccurrence
 
 #: How often tasks are handed out again after the workers that held the statistics are gone.
 _ROUNDS = 3
@@ -30,15 +32,15 @@ class Problem:
         counts: of the p columns.
         tiers: int64 (p,).
         penalty: what an edge costs, on the scale of the log-likelihood.
-        engine: "native" or "cdt".
         search: see `causal.fit_gies`.
+        rows: the visits themselves, for cdt, which takes no statistics; else None.
     """
 
     counts: Cooccurrence
     tiers: NDArray[np.int64]
     penalty: float
-    engine: str
     search: str
+    rows: Columns | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Task:
         columns: int64 (b,), ascending.
         first, second: int64, the allowed pairs; those with an end outside `columns` are ignored.
         start: a directed acyclic graph between columns; None: the empty graph.
+        engine: "native", or "cdt", which knows neither `start` nor tiers and has its own penalty.
     """
 
     columns: NDArray[np.int64]
     first: NDArray[np.int64]
     second: NDArray[np.int64]
     start: Arrows | None = None
+    engine: str = "native"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Learned:
     Attributes:
         columns: int64 (b,), ascending.
         adjacency: int8 (b, b); [i, j] = 1, [j, i] = 0: i → j; both 1: undirected.
-        dag: int8 (b, b), one member of its class.
+        dag: int8 (b, b), one member of its class, with cdt's arrows against the tiers turned.
         cpu_s: CPU seconds of the search.
     """
 
@@ -76,26 +80,78 @@ class Learned:
 
 def search(problem: Problem, task: Task) -> Learned:
     """Runs one search; the function that a worker executes."""
-    from causal.gies import fit_statistics  # numba: only where it is needed
-
-    started = time.thread_time()
     size = len(task.columns)
     forbidden = _forbidden(task, len(problem.tiers))
     if forbidden.all():
         empty = np.zeros((size, size), np.int8)
         return Learned(task.columns, empty, empty, 0.0)
-    statistics = problem.counts.statistics(task.columns)
+    if task.engine == "cdt":
+        return _search_by_cdt(problem, task, forbidden)
+    load_engine(problem.search)
+    started = time.thread_time()
+    adjacency, dag = _fit(
+        problem.counts.statistics(task.columns),
+        problem.penalty / (0.5 * np.log(problem.counts.num_rows)),
+        problem.search,
+        forbidden,
+        problem.tiers[task.columns],
+        None if task.start is None else _dense(task.start, task.columns, size),
+    )
+    return Learned(task.columns, adjacency, dag, time.thread_time() - started)
+
+
+def _search_by_cdt(problem: Problem, task: Task, forbidden: NDArray[np.bool_]) -> Learned:
+    from causal.cdt_engine import fit_cdt
+
+    assert problem.rows is not None
+    started = time.perf_counter()  # R is another process: its CPU time is not this thread's
+    table = problem.rows.present[:, task.columns].toarray().astype(np.float64)
+    for stratum in np.unique(problem.rows.strata):
+        inside = problem.rows.strata == stratum
+        table[inside] -= table[inside].mean(axis=0)
+    result = fit_cdt(table, forbidden=forbidden)
+    tiers = problem.tiers[task.columns]
+    against = (result.dag != 0) & (tiers[:, None] > tiers[None, :])
+    dag = np.where(against, 0, result.dag) | against.T
+    return Learned(
+        task.columns, result.adjacency, dag.astype(np.int8), time.perf_counter() - started
+    )
+
+
+@cache
+def load_engine(search: str) -> None:
+    """Loads the native engine's machine code, compiling it where that was never done.
+
+    Once a process, and not counted as time of a search. Called before workers are, it also spares
+    them from compiling the same code side by side.
+    """
+    chain = np.array([[60, 40, 30], [40, 50, 35], [30, 35, 45]], np.int32)
+    start = np.triu(np.ones((3, 3), np.int8), 1)
+    statistics = from_cooccurrence([100], [chain])
+    _fit(statistics, 1.0, search, np.zeros((3, 3), np.bool_), np.zeros(3, np.int64), start)
+
+
+def _fit(
+    statistics: Statistics,
+    multiplier: float,
+    search: str,
+    forbidden: NDArray[np.bool_],
+    tiers: NDArray[np.int64],
+    start: NDArray[np.int8] | None,
+) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
+    from causal.gies import fit_statistics  # here, because numba is slow to import
+
     result = fit_statistics(
         statistics,
         score="gaussian_bic",
-        penalty=problem.penalty / (0.5 * np.log(problem.counts.num_rows)),
+        penalty=multiplier,
         intercept="per_environment",
-        search=problem.search,
+        search=search,
         forbidden=forbidden,
-        tiers=problem.tiers[task.columns],
-        start=None if task.start is None else _dense(task.start, task.columns, size),
+        tiers=tiers,
+        start=start,
     )
-    return Learned(task.columns, result.adjacency, result.dag, time.thread_time() - started)
+    return result.adjacency, result.dag
 
 
 class Workers:
@@ -158,12 +214,6 @@ def _result(future: "Future[Any]", task: Task, what: str) -> Any:
             f"causal: the {what} task with {len(task.columns)} columns killed its worker "
             "repeatedly; give workers more memory or lower causal.blocks.max_size"
         ) from err
-
-
-def compile_engine(problem: Problem) -> None:
-    """Runs the engine on nothing much, so that workers load machine code that is there already."""
-    two = np.arange(min(2, len(problem.tiers)))
-    search(problem, Task(two, two[:1], two[1:]))
 
 
 def _ended(

@@ -5,7 +5,7 @@ comes back when one of them is lost. So each step looks at few candidates, and t
 is always found.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class Pool(NamedTuple):
     Attributes:
         gain: float64 (capacity,); negative if blocked by a path, 0 if it can no longer be valid.
         source, clique: int32 (capacity,).
-        start, count: int64 (p,), where a target's candidates are.
+        start, length: int64 (p,), where a target's candidates are.
         best: float64 (p,), the largest gain of a target, 0 if it has none.
         best_at: int64 (p,), its position.
         generation: int64 (p,), counts how often a target was scored.
@@ -58,29 +58,25 @@ class Pool(NamedTuple):
         size: int64 (3,), candidates written, candidates alive, path entries.
     """
 
-    gain: NDArray[np.float64]
-    source: NDArray[np.int32]
-    clique: NDArray[np.int32]
-    start: NDArray[np.int64]
-    count: NDArray[np.int64]
-    best: NDArray[np.float64]
-    best_at: NDArray[np.int64]
-    generation: NDArray[np.int64]
-    stale: NDArray[np.uint8]
-    path: NDArray[np.int64]
-    head: NDArray[np.int32]
-    size: NDArray[np.int64]
+    gain: NDArray[Any]
+    source: NDArray[Any]
+    clique: NDArray[Any]
+    start: NDArray[Any]
+    length: NDArray[Any]
+    best: NDArray[Any]
+    best_at: NDArray[Any]
+    generation: NDArray[Any]
+    stale: NDArray[Any]
+    path: NDArray[Any]
+    head: NDArray[Any]
+    size: NDArray[Any]
 
 
-class PoolType(Reference):
+class _PoolType(Reference):
     pass
 
 
-class PoolRef:
-    """`Pool` inside kernels."""
-
-
-reference(PoolRef, PoolType, Pool)
+PoolRef = reference(Pool, _PoolType)
 
 
 def make_pool(p: int, capacity: int) -> Pool:
@@ -90,7 +86,7 @@ def make_pool(p: int, capacity: int) -> Pool:
         source=np.empty(capacity, np.int32),
         clique=np.empty(capacity, np.int32),
         start=np.zeros(p, np.int64),
-        count=np.zeros(p, np.int64),
+        length=np.zeros(p, np.int64),
         best=np.zeros(p),
         best_at=np.zeros(p, np.int64),
         generation=np.zeros(p, np.int64),
@@ -103,11 +99,11 @@ def make_pool(p: int, capacity: int) -> Pool:
 
 def grown(pool: Pool) -> Pool:
     """The same pool with at least twice the room for what is alive, and without gaps."""
-    capacity = max(2 * int(pool.size[LIVE]), len(pool.gain)) + 4 * len(pool.count) + 1024
+    capacity = max(2 * int(pool.size[LIVE]), len(pool.gain)) + 4 * len(pool.length) + 1024
     gain, source = np.empty(capacity), np.empty(capacity, np.int32)
     clique, start = np.empty(capacity, np.int32), np.zeros_like(pool.start)
     best_at, used = pool.best_at.copy(), 0
-    for y, (a, n) in enumerate(zip(pool.start.tolist(), pool.count.tolist(), strict=True)):
+    for y, (a, n) in enumerate(zip(pool.start.tolist(), pool.length.tolist(), strict=True)):
         gain[used : used + n] = pool.gain[a : a + n]
         source[used : used + n] = pool.source[a : a + n]
         clique[used : used + n] = pool.clique[a : a + n]
@@ -136,7 +132,7 @@ def _find_best(pool: Pool, y: int) -> None:
     """Largest gain; ties go to the smaller source, then to the candidate found first."""
     gain, source = pool.gain, pool.source
     best, at = 0.0, -1
-    for i in range(pool.start[y], pool.start[y] + pool.count[y]):
+    for i in range(pool.start[y], pool.start[y] + pool.length[y]):
         if gain[i] > best or (gain[i] == best and at >= 0 and source[i] < source[at]):
             best, at = gain[i], i
     pool.best[y] = best
@@ -164,7 +160,7 @@ def set_aside(pool: Pool, g: Graph, y: int, end: int) -> None:
     path, head = pool.path, pool.head
     b = end
     while b != y:
-        a = np.int64(g.previous[b])
+        a = g.previous[b]
         n = pool.size[PATHS]
         if n == len(path):
             _forget_paths(pool)
@@ -184,7 +180,7 @@ def _forget_paths(pool: Pool) -> None:
     for i in range(len(pool.head)):
         pool.head[i] = -1
     for y in range(len(pool.best)):
-        for i in range(pool.start[y], pool.start[y] + pool.count[y]):
+        for i in range(pool.start[y], pool.start[y] + pool.length[y]):
             pool.gain[i] = abs(pool.gain[i])
         _find_best(pool, y)
 
@@ -194,7 +190,7 @@ def wake(pool: Pool, a: int, b: int) -> None:
     """The way a → b was lost: candidates that it blocked come back."""
     path, head = pool.path, pool.head
     slot = _slot(a, b, len(head))
-    last, n = -1, np.int64(head[slot])
+    last, n = -1, head[slot]
     while n >= 0:
         following, y = path[n, 5], path[n, 2]
         current = path[n, 4] == pool.generation[y]
@@ -215,32 +211,32 @@ def wake(pool: Pool, a: int, b: int) -> None:
 
 @kernel
 def _begin(pool: Pool, y: int) -> None:
-    pool.size[LIVE] -= pool.count[y]
-    pool.count[y] = 0
+    pool.size[LIVE] -= pool.length[y]
+    pool.length[y] = 0
     pool.start[y] = pool.size[USED]
     pool.generation[y] += 1
 
 
 @kernel
 def _append(pool: Pool, y: int, gain: float, source: int, clique: int) -> bool:
-    at = pool.start[y] + pool.count[y]
+    at = pool.start[y] + pool.length[y]
     if at >= len(pool.gain):
         return False
     pool.gain[at] = gain
     pool.source[at] = source
     pool.clique[at] = clique
-    pool.count[y] += 1
+    pool.length[y] += 1
     return True
 
 
 @kernel
 def _finish(pool: Pool, y: int, complete: bool) -> bool:
     if not complete:
-        pool.count[y] = 0
+        pool.length[y] = 0
         pool.best[y] = 0.0
         return False
-    pool.size[USED] += pool.count[y]
-    pool.size[LIVE] += pool.count[y]
+    pool.size[USED] += pool.length[y]
+    pool.size[LIVE] += pool.length[y]
     pool.stale[y] = 0
     _find_best(pool, y)
     return True
@@ -258,9 +254,7 @@ def _covers(
     for i in range(m):
         if j < size and chosen[j] == i:
             j += 1
-        elif edge[listed[i], x] != 0 and (not arrows or edge[x, listed[i]] == 0):
-            return False
-        elif not arrows and edge[x, listed[i]] != 0:
+        elif is_arrow(edge, listed[i], x) or (not arrows and adjacent(edge, listed[i], x)):
             return False
     return True
 
@@ -279,12 +273,12 @@ def score_insertions(g: Graph, problem: Problem, w: Work, pool: Pool, y: int) ->
         residual[0, x] = matrix[x, x]
     k = min(k, len(row) - 2)
     for i in range(k):
-        add_row(matrix, row, residual, i, np.int64(w.parents[i]), p)
+        add_row(matrix, row, residual, i, w.parents[i], p)
     size, start, index = 0, 0, 0
     while size >= 0 and k + size < len(row) - 2:
         r = k + size
         if size > 0:
-            add_row(matrix, row, residual, r - 1, np.int64(w.neighbours[w.chosen[size - 1]]), p)
+            add_row(matrix, row, residual, r - 1, w.neighbours[w.chosen[size - 1]], p)
         if not _append_insertions(g, problem, w, pool, y, r, m, size, index):
             return _finish(pool, y, False)
         size = next_clique(g.edge, w.neighbours, m, w.chosen, size, start)
@@ -409,7 +403,7 @@ def score_turns(g: Graph, problem: Problem, w: Work, pool: Pool, v: int, loss: F
     """
     _begin(pool, v)
     k, m, _ = split(g, v, w.parents, w.neighbours, w.children)
-    n = np.int64(g.degree[v])
+    n = g.degree[v]
     if n == k:
         return _finish(pool, v, True)
     # A node's position in near[v] is its column in the small matrix; v itself is the last.
@@ -446,10 +440,10 @@ def _append_turns(
     index: int,
 ) -> bool:
     """Lists the turns at v that gain with one clique, given r rows of the small factor."""
-    edge, n, residual = g.edge, np.int64(g.degree[v]), w.small_residual
+    edge, n, residual = g.edge, g.degree[v], w.small_residual
     own = residual[r, n]
     for i in range(n):
-        u = np.int64(g.near[v, i])
+        u = g.near[v, i]
         if edge[v, u] == 0 or own < PIVOT or residual[r, i] < PIVOT:
             continue
         if problem.allowed[u, v] == 0 or problem.required[v, u]:
@@ -478,8 +472,8 @@ def valid_clique(g: Graph, w: Work, pool: Pool, move: int, v: int) -> int:
     it was dropped, or set aside if a path blocks it.
     """
     at = pool.best_at[v]
-    u = np.int64(pool.source[at])
-    size = clique_at(g, w, v, np.int64(pool.clique[at]))
+    u = pool.source[at]
+    size = clique_at(g, w, v, pool.clique[at])
     turned = move != INSERT
     if turned and is_line(g.edge, u, v):
         return size

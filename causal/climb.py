@@ -7,7 +7,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from causal import candidates, pdag
+from causal import candidates, gains, pdag
 from causal import search as kernels
 from causal.essential import extend_to_dag
 from causal.gains import MIN_GAIN, Problem
@@ -113,11 +113,20 @@ class Climber:
             pdag.settle_all(graph, adjacency)
             pdag.representative(graph)
             dag = graph.edge
+        return Found(
+            adjacency.astype(np.int8),
+            dag.astype(np.int8),
+            self.score(dag),
+            int(state.progress[2]),
+        )
+
+    def score(self, dag: NDArray[np.integer]) -> float:
+        """The score of a DAG, (p, p)."""
         fit = np.zeros(len(dag))
-        kernels.fit_of_dag(self._problem, state.work, dag, fit)
-        paid = self._score.penalty * int(dag.sum())
-        total = float(self._score.empty.sum() + fit.sum() - paid)
-        return Found(adjacency.astype(np.int8), dag.astype(np.int8), total, int(state.progress[2]))
+        arrows = (np.asarray(dag) != 0).astype(np.uint8)
+        kernels.fit_of_dag(self._problem, gains.make_work(len(dag)), arrows, fit)
+        paid = self._score.penalty * int(arrows.sum())
+        return float(self._score.empty.sum() + fit.sum() - paid)
 
     def _improve(self, state: kernels.State, max_restarts: int | None) -> kernels.State:
         """Deletes and forbids one edge at a time and searches on; keeps what scores higher.

@@ -21,6 +21,7 @@ from numba.experimental import structref
 from cafemed import paths
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Record = TypeVar("Record")
 
 #: Modules whose functions are compiled together; each may call into the ones before it.
 KERNEL_MODULES = ("pdag", "gains", "candidates", "search")
@@ -74,19 +75,19 @@ class _Locator:
         return self._name
 
 
-class _CacheImpl(caching.CompileResultCacheImpl):  # type: ignore[misc]
+class _CacheImpl(caching.CompileResultCacheImpl):
     def __init__(self, py_func: Callable[..., Any]) -> None:
         name = f"{py_func.__module__}.{py_func.__qualname__}"
         self._lineno = py_func.__code__.co_firstlineno
         self._locator = _Locator(name)
-        self._filename_base = self.get_filename_base(name, "")
+        self._filename_base = self.get_filename_base(name, "")  # type: ignore[no-untyped-call]
 
 
-class _Cache(caching.FunctionCache):  # type: ignore[misc]
+class _Cache(caching.FunctionCache):
     _impl_class = _CacheImpl
 
 
-class Reference(types.StructRef):  # type: ignore[misc]
+class Reference(types.StructRef):
     """A record of arrays that kernels pass by one pointer.
 
     A named tuple of arrays is flattened into hundreds of arguments at each call, which made the
@@ -94,17 +95,21 @@ class Reference(types.StructRef):  # type: ignore[misc]
     """
 
     def preprocess_fields(self, fields: Any) -> Any:
-        return tuple((name, types.unliteral(kind)) for name, kind in fields)
+        return tuple((name, types.unliteral(kind)) for name, kind in fields)  # type: ignore[no-untyped-call]
 
 
-def reference(constructor: type, kind: type[Reference], record: type[Any]) -> None:
-    """Makes `constructor(*record)` in a kernel give a reference to a record's fields."""
-    structref.define_constructor(constructor, structref.register(kind), list(record._fields))
+def reference(record: type[Record], kind: type[Reference]) -> type[Record]:
+    """What a kernel calls with a record's fields to get a reference to them."""
+    constructor: Any = type(f"{record.__name__}Reference", (), {})
+    fields = list(record._fields)  # type: ignore[attr-defined]
+    structref.define_constructor(constructor, structref.register(kind), fields)  # type: ignore[no-untyped-call]
+    result: type[Record] = constructor
+    return result
 
 
 def _plain(kind: Any) -> Any:
     """Literals and all widths of whole numbers become int64, so that a kernel is compiled once."""
-    kind = types.unliteral(kind)
+    kind = types.unliteral(kind)  # type: ignore[no-untyped-call]
     return types.int64 if isinstance(kind, types.Integer) else kind
 
 
@@ -121,6 +126,6 @@ def cached_kernel(function: Function) -> Function:
     """A kernel that Python calls: its machine code is read from `cache_dir()` if it is there."""
     compiled: Any = kernel(function)
     if _writable(cache_dir() / _code_digest()):
-        compiled._cache = _Cache(function)
+        compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
     result: Function = compiled
     return result

@@ -4,6 +4,7 @@ Adjacency: [i, j] = 1 and [j, i] = 0 is i → j; both 1 is the line i - j.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ def node_kinds(
     return np.unique(features, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int32)
 
 
-def is_acyclic(directed: NDArray[np.integer]) -> bool:
+def is_acyclic(directed: NDArray[Any]) -> bool:
     """Says whether a directed graph, (p, p), has no cycle."""
     left = directed != 0
     remaining = np.ones(len(left), np.bool_)
@@ -69,7 +70,7 @@ def dag_to_essential(
     return graph.edge.astype(np.int8)
 
 
-def extend_to_dag(graph: NDArray[np.integer]) -> NDArray[np.int8] | None:
+def extend_to_dag(graph: NDArray[Any]) -> NDArray[np.int8] | None:
     """A DAG with the graph's edges, arrows and colliders (Dor and Tarsi 1992), or None.
 
     Takes nodes off one at a time: one without outgoing arrows whose lines lead to nodes connected
@@ -96,7 +97,8 @@ def extend_to_dag(graph: NDArray[np.integer]) -> NDArray[np.int8] | None:
                 break
         else:
             return None
-    return dag.astype(np.int8)
+    result: NDArray[np.int8] = dag.astype(np.int8)
+    return result
 
 
 def _is_sink(left: NDArray[np.bool_], touching: NDArray[np.bool_], x: int) -> bool:

@@ -5,7 +5,7 @@ source at once: its rows, extended over all columns, leave each column's residua
 residual covariance with the target. All variances are relative (correlation matrices).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from causal.compiled import Reference, kernel, reference
 from causal.pdag import Edges, Graph, Nodes, adjacent
 
-Floats = NDArray[np.float64]
+Floats = NDArray[Any]
 
 #: A step must gain more than this (pcalg: the square root of the machine's epsilon).
 MIN_GAIN = 1.4901161193847656e-08
@@ -37,25 +37,21 @@ class Problem(NamedTuple):
             `allowed` and `required`, so that every move has to be checked.
     """
 
-    correlation: NDArray[np.float64]
-    pattern: NDArray[np.int64]
-    rows: NDArray[np.float64]
-    threshold: NDArray[np.float64]
-    penalty: NDArray[np.float64]
-    allowed: NDArray[np.uint8]
-    required: NDArray[np.uint8]
-    restricted: NDArray[np.uint8]
+    correlation: NDArray[Any]
+    pattern: NDArray[Any]
+    rows: NDArray[Any]
+    threshold: NDArray[Any]
+    penalty: NDArray[Any]
+    allowed: NDArray[Any]
+    required: NDArray[Any]
+    restricted: NDArray[Any]
 
 
-class ProblemType(Reference):
+class _ProblemType(Reference):
     pass
 
 
-class ProblemRef:
-    """`Problem` inside kernels."""
-
-
-reference(ProblemRef, ProblemType, Problem)
+ProblemRef = reference(Problem, _ProblemType)
 
 
 class Work(NamedTuple):
@@ -71,32 +67,28 @@ class Work(NamedTuple):
         clique, chosen, members: int32 (p + 2,), the clique being enumerated.
     """
 
-    row: NDArray[np.float64]
-    residual: NDArray[np.float64]
-    target: NDArray[np.float64]
-    small: NDArray[np.float64]
-    small_row: NDArray[np.float64]
-    small_residual: NDArray[np.float64]
-    other: NDArray[np.float64]
-    other_row: NDArray[np.float64]
-    other_residual: NDArray[np.float64]
-    parents: NDArray[np.int32]
-    neighbours: NDArray[np.int32]
-    children: NDArray[np.int32]
-    clique: NDArray[np.int32]
-    chosen: NDArray[np.int32]
-    members: NDArray[np.int32]
+    row: NDArray[Any]
+    residual: NDArray[Any]
+    target: NDArray[Any]
+    small: NDArray[Any]
+    small_row: NDArray[Any]
+    small_residual: NDArray[Any]
+    other: NDArray[Any]
+    other_row: NDArray[Any]
+    other_residual: NDArray[Any]
+    parents: NDArray[Any]
+    neighbours: NDArray[Any]
+    children: NDArray[Any]
+    clique: NDArray[Any]
+    chosen: NDArray[Any]
+    members: NDArray[Any]
 
 
-class WorkType(Reference):
+class _WorkType(Reference):
     pass
 
 
-class WorkRef:
-    """`Work` inside kernels."""
-
-
-reference(WorkRef, WorkType, Work)
+WorkRef = reference(Work, _WorkType)
 
 
 #: More parents than this a node never gets; it bounds the scratch memory.
@@ -177,7 +169,7 @@ def covariance_rest(matrix: Floats, row: Floats, r: int, x: int, y: int) -> floa
     value = matrix[x, y]
     for q in range(r):
         value -= row[q, x] * row[q, y]
-    return value  # type: ignore[no-any-return]
+    return float(value)
 
 
 @kernel
@@ -237,7 +229,7 @@ def gather(matrix: Floats, y: int, nodes: Nodes, count: int, small: Floats, rest
 @kernel
 def fit_gain(rows: float, squared: float) -> float:
     """Log-likelihood gained by a parent with this squared partial correlation."""
-    return -0.5 * rows * np.log1p(-squared)  # type: ignore[no-any-return]
+    return float(-0.5 * rows * np.log1p(-squared))
 
 
 @kernel
@@ -283,7 +275,7 @@ def score_deletions(
         factorise(problem, w, y, w.members, total)
         rest = max(w.other_residual[total, total], PIVOT)
         for i in range(total):
-            x = np.int64(w.members[i])
+            x = w.members[i]
             share = _explained(w.other_row, total, i, w.target) / rest
             lost = 0.5 * problem.rows[y] * np.log1p(share)
             if size == 0:

@@ -25,8 +25,6 @@ from causal import essential, scores
 from causal.statistics import Statistics
 
 SEARCHES = ("fast", "textbook", "best")
-_STEPS_PER_CALL = 100_000
-_STEPS_PER_CLOCK = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,7 @@ def fit_statistics(
     if search not in SEARCHES:
         raise ConfigError(f"search: expected one of {', '.join(SEARCHES)}, got {search!r}")
     limits = _limits(statistics, forbidden, required, tiers, min_support)
-    dropped = _dropped(statistics)
+    dropped = dropped_columns(statistics)
     keep = np.array([j for j in range(statistics.num_columns) if j not in dropped], np.int64)
     cost = scores.parent_penalty(score, statistics.num_rows, len(keep), penalty, gamma)
     local = scores.gaussian_score(statistics.take(keep), cost, intercept)
@@ -157,10 +155,33 @@ def _mask(name: str, value: Any, p: int) -> NDArray[np.bool_]:
     mask = np.asarray(value)
     if mask.shape != (p, p):
         raise ConfigError(f"{name}: expected shape ({p}, {p}), got {mask.shape}")
-    return mask != 0
+    return np.asarray(mask != 0, np.bool_)
 
 
-def _dropped(statistics: Statistics) -> dict[int, str]:
+def score_dag(
+    statistics: Statistics,
+    dag: NDArray[np.integer],
+    *,
+    score: str = "gaussian_bic",
+    penalty: float = 1.0,
+    intercept: str = "pooled",
+    gamma: float = 1.0,
+) -> float:
+    """The score of a DAG, (p, p), over all columns of the statistics; options as in the search.
+
+    Columns without spread count the penalty only.
+    """
+    from causal.climb import Climber
+
+    p = statistics.num_columns
+    cost = scores.parent_penalty(score, statistics.num_rows, p, penalty, gamma)
+    local = scores.gaussian_score(statistics, cost, intercept)
+    free = np.ones((p, p), np.bool_)
+    return Climber(local, free, ~free, np.zeros(p, np.int32), math.inf).score(dag)
+
+
+def dropped_columns(statistics: Statistics) -> dict[int, str]:
+    """Columns that a search leaves out, and why (`GiesResult.dropped`)."""
     reasons = {1: "constant", 2: "missing values"}
     dropped = {
         int(j): reasons[int(statistics.unusable[j])] for j in statistics.unusable.nonzero()[0]
@@ -180,9 +201,7 @@ def _start(
     if start is None:
         return limits.required.astype(np.int8)
     given = _mask("start", start, p)[np.ix_(keep, keep)] | limits.required
-    arrows = given & ~given.T
     # A line whose direction the limits decide is an arrow.
-    across = limits.kinds[:, None] != limits.kinds[None, :]
     given &= ~(given.T & ~limits.allowed) & ~limits.required.T
     dag = essential.extend_to_dag(given)
     if dag is None:
@@ -191,5 +210,4 @@ def _start(
     if len(bad):
         i, j = keep[bad[0]]
         raise ConfigError(f"start: {i} → {j} is not allowed by forbidden, tiers or min_support")
-    del arrows, across
     return dag

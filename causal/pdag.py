@@ -9,15 +9,16 @@ edge between two kinds always stays an arrow. Tiers are kinds too: a boundary be
 the edges across it exactly as an intervention on all later tiers would.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from causal.compiled import Reference, cached_kernel, kernel, reference
 
-Edges = NDArray[np.uint8]
-Nodes = NDArray[np.int32]
+# Any, because what is taken out of them serves as an index; see `Graph` for the types.
+Edges = NDArray[Any]
+Nodes = NDArray[Any]
 
 #: Positions in `Graph.size`.
 LOGGED, QUEUED, STAMP = 0, 1, 2
@@ -44,32 +45,28 @@ class Graph(NamedTuple):
         size: int64 (3,), lengths of log and queue, and the last stamp.
     """
 
-    edge: NDArray[np.uint8]
-    near: NDArray[np.int32]
-    degree: NDArray[np.int32]
-    kind: NDArray[np.int32]
-    log: NDArray[np.int32]
-    logged: NDArray[np.uint8]
-    queue: NDArray[np.int32]
-    queued: NDArray[np.uint8]
-    seen: NDArray[np.int64]
-    stack: NDArray[np.int32]
-    previous: NDArray[np.int32]
-    weight: NDArray[np.int32]
-    head: NDArray[np.int32]
-    bucket: NDArray[np.int32]
-    size: NDArray[np.int64]
+    edge: NDArray[Any]
+    near: NDArray[Any]
+    degree: NDArray[Any]
+    kind: NDArray[Any]
+    log: NDArray[Any]
+    logged: NDArray[Any]
+    queue: NDArray[Any]
+    queued: NDArray[Any]
+    seen: NDArray[Any]
+    stack: NDArray[Any]
+    previous: NDArray[Any]
+    weight: NDArray[Any]
+    head: NDArray[Any]
+    bucket: NDArray[Any]
+    size: NDArray[Any]
 
 
-class GraphType(Reference):
+class _GraphType(Reference):
     pass
 
 
-class GraphRef:
-    """`Graph` inside kernels."""
-
-
-reference(GraphRef, GraphType, Graph)
+GraphRef = reference(Graph, _GraphType)
 
 
 def empty_graph(kind: NDArray[np.int32]) -> Graph:
@@ -100,17 +97,17 @@ def empty_graph(kind: NDArray[np.int32]) -> Graph:
 
 @kernel
 def adjacent(edge: Edges, a: int, b: int) -> bool:
-    return edge[a, b] != 0 or edge[b, a] != 0
+    return bool(edge[a, b] != 0 or edge[b, a] != 0)
 
 
 @kernel
 def is_arrow(edge: Edges, a: int, b: int) -> bool:
-    return edge[a, b] != 0 and edge[b, a] == 0
+    return bool(edge[a, b] != 0 and edge[b, a] == 0)
 
 
 @kernel
 def is_line(edge: Edges, a: int, b: int) -> bool:
-    return edge[a, b] != 0 and edge[b, a] != 0
+    return bool(edge[a, b] != 0 and edge[b, a] != 0)
 
 
 @kernel
@@ -169,15 +166,15 @@ def clear_log(g: Graph) -> None:
 def undo(g: Graph) -> None:
     """Takes back every change in the log, and clears it."""
     for i in range(g.size[LOGGED]):
-        code = np.int64(g.log[i, 2])
-        set_pair(g, np.int64(g.log[i, 0]), np.int64(g.log[i, 1]), code & 1, code >> 1)
+        code = g.log[i, 2]
+        set_pair(g, g.log[i, 0], g.log[i, 1], code & 1, code >> 1)
     clear_log(g)
 
 
 @kernel
 def new_stamp(g: Graph) -> int:
     g.size[STAMP] += 1
-    return g.size[STAMP]  # type: ignore[no-any-return]
+    return int(g.size[STAMP])
 
 
 @kernel
@@ -227,7 +224,7 @@ def _enqueue_at(g: Graph, a: int, incoming: bool, outgoing: bool) -> None:
     """Has the arrows into a, or out of it, checked."""
     edge, near = g.edge, g.near
     for i in range(g.degree[a]):
-        b = np.int64(near[a, i])
+        b = near[a, i]
         if incoming and is_arrow(edge, b, a):
             _enqueue(g, b, a)
         elif outgoing and is_arrow(edge, a, b):
@@ -279,7 +276,7 @@ def _settle(g: Graph) -> None:
     while g.size[QUEUED] > 0:
         n = g.size[QUEUED] - 1
         g.size[QUEUED] = n
-        a, b = np.int64(g.queue[n, 0]), np.int64(g.queue[n, 1])
+        a, b = g.queue[n, 0], g.queue[n, 1]
         g.queued[a, b] = 0
         if not is_arrow(g.edge, a, b) or _protected(g, a, b):
             continue
@@ -294,7 +291,7 @@ def _visit(g: Graph, a: int, stamp: int, top: int, entries: int) -> tuple[int, i
     seen, weight, head, bucket = g.seen, g.weight, g.head, g.bucket
     seen[a] = stamp
     for i in range(g.degree[a]):
-        b = np.int64(g.near[a, i])
+        b = g.near[a, i]
         if not is_line(g.edge, a, b) or seen[b] == stamp:
             continue
         if seen[b] != -stamp:
@@ -326,7 +323,7 @@ def orient_component(g: Graph, first: Nodes, count: int) -> None:
     top, entries, i = 0, 0, 0
     while i < count or top > 0:
         if i < count:
-            a = np.int64(first[i])
+            a = first[i]
             i += 1
         else:
             entry = g.head[top]
@@ -334,7 +331,7 @@ def orient_component(g: Graph, first: Nodes, count: int) -> None:
                 top -= 1
                 continue
             g.head[top] = g.bucket[entry, 1]
-            a = np.int64(g.bucket[entry, 0])
+            a = g.bucket[entry, 0]
             if g.seen[a] == stamp or g.weight[a] != top:
                 continue
         top, entries = _visit(g, a, stamp, top, entries)
@@ -371,7 +368,7 @@ def change(g: Graph, move: int, u: int, v: int, first: Nodes, count: int) -> Non
         _enqueue_at(g, u, True, True)
     # Colliders and chains through both ends protect arrows into their common children.
     for i in range(g.degree[u]):
-        b = np.int64(g.near[u, i])
+        b = g.near[u, i]
         if is_arrow(g.edge, u, b) and is_arrow(g.edge, v, b):
             _enqueue_at(g, b, True, False)
     _settle(g)
@@ -387,7 +384,7 @@ def settle_all(graph: Graph, edge: Edges) -> None:
     p = edge.shape[0]
     for a in range(p):
         for b in range(a):
-            set_pair(g, a, b, np.int64(edge[a, b]), np.int64(edge[b, a]))
+            set_pair(g, a, b, edge[a, b], edge[b, a])
     for a in range(p):
         _enqueue_at(g, a, False, True)
     _settle(g)

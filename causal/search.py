@@ -4,7 +4,7 @@ Hauser and Bühlmann, JMLR 13 (2012), for the moves and the order of "textbook";
 UAI 2024 (XGES), for the order of "fast".
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ from causal.pdag import DELETE, INSERT, TURN, Edges, Graph, is_line
 FAST, TEXTBOOK = 0, 1
 #: Why `run` came back.
 DONE, POOL_FULL, PAUSED, IMPROVED = 0, 1, 2, 3
-_PHASE, _CHANGED, _STEPS, _JOURNAL = 0, 1, 2, 3
+_PHASE, _CHANGED, _STEPS, _JOURNAL, _FORCED = 0, 1, 2, 3, 4
 #: A restart is kept if it raises the score by more than this (XGES's rule).
 _IMPROVEMENT = 1e-7
 
@@ -57,8 +57,9 @@ class State(NamedTuple):
         closure: uint8 (p, p) scratch for checking restrictions.
         journal: int32 (pairs, 3), pairs changed since a restart began, and their old code;
             `journalled`, uint8 (p, p), marks them.
-        progress: int64 (4,), phase, whether this round changed anything, steps made, length of the
-            journal (-1 if no restart is under way).
+        progress: int64 (6,), phase, whether this round changed anything, steps made, length of the
+            journal (-1 if no restart is under way), and the edge to be deleted next whatever it
+            costs (-1 if none).
         total: float64 (1,), score gained since the start.
     """
 
@@ -66,27 +67,23 @@ class State(NamedTuple):
     work: Work
     insertions: Pool
     turns: Pool
-    deletion: NDArray[np.float64]
-    deletion_gain: NDArray[np.float64]
-    deletion_clique: NDArray[np.int32]
-    deletion_stale: NDArray[np.uint8]
-    loss: NDArray[np.float64]
-    closure: NDArray[np.uint8]
-    journal: NDArray[np.int32]
-    journalled: NDArray[np.uint8]
-    progress: NDArray[np.int64]
-    total: NDArray[np.float64]
+    deletion: NDArray[Any]
+    deletion_gain: NDArray[Any]
+    deletion_clique: NDArray[Any]
+    deletion_stale: NDArray[Any]
+    loss: NDArray[Any]
+    closure: NDArray[Any]
+    journal: NDArray[Any]
+    journalled: NDArray[Any]
+    progress: NDArray[Any]
+    total: NDArray[Any]
 
 
-class StateType(Reference):
+class _StateType(Reference):
     pass
 
 
-class StateRef:
-    """`State` inside kernels."""
-
-
-reference(StateRef, StateType, State)
+StateRef = reference(State, _StateType)
 
 
 def make_state(graph: Graph) -> State:
@@ -105,7 +102,7 @@ def make_state(graph: Graph) -> State:
         closure=np.empty((p, p), np.uint8),
         journal=np.empty((p * (p - 1) // 2 + 1, 3), np.int32),
         journalled=np.zeros((p, p), np.uint8),
-        progress=np.array([0, 0, 0, -1]),
+        progress=np.array([0, 0, 0, -1, -1, -1]),
         total=np.zeros(1),
     )
 
@@ -155,7 +152,7 @@ def _neighbours_stale(s: State, a: int, b: int) -> None:
     """Marks a's neighbours, if a = b; else the common neighbours of a and b."""
     g = s.graph
     for i in range(g.degree[a]):
-        y = np.int64(g.near[a, i])
+        y = g.near[a, i]
         if is_line(g.edge, a, y) and (a == b or is_line(g.edge, b, y)):
             _all_stale(s, y)
 
@@ -165,14 +162,14 @@ def _absorb(s: State) -> None:
     """Marks everything that the logged changes touch, and clears the log."""
     g, log = s.graph, s.graph.log
     for i in range(g.size[pdag.LOGGED]):
-        a, b, old = np.int64(log[i, 0]), np.int64(log[i, 1]), np.int64(log[i, 2])
+        a, b, old = log[i, 0], log[i, 1], log[i, 2]
         n = s.progress[_JOURNAL]
         if n >= 0 and s.journalled[a, b] == 0:
             s.journalled[a, b] = 1
             s.journal[n, 0], s.journal[n, 1], s.journal[n, 2] = a, b, old
             s.progress[_JOURNAL] = n + 1
         # Codes: bit 0 is a → b, bit 1 is b → a.
-        new = np.int64(g.edge[a, b]) + 2 * np.int64(g.edge[b, a])
+        new = g.edge[a, b] + 2 * g.edge[b, a]
         if old == new:
             continue
         s.turns.stale[a] = 1
@@ -244,7 +241,7 @@ def _forced(edge: Edges, a: int, b: int) -> bool:
 def _forced_by_two(edge: Edges, a: int, b: int, c: int) -> bool:
     """Rules 3 and 4, for a - c → b: does a d with a - d, and d → b or d → c, force a → b?"""
     for d in range(edge.shape[0]):
-        if d == b or d == c or not is_line(edge, a, d):
+        if d in (b, c) or not is_line(edge, a, d):
             continue
         if pdag.is_arrow(edge, d, b) and not pdag.adjacent(edge, c, d):
             return True
@@ -271,12 +268,16 @@ def _pick(s: State, move: int) -> tuple[int, int, int, float]:
     The clique is in `work.members`.
     """
     g, w = s.graph, s.work
+    if s.progress[_FORCED] >= 0:
+        u, v = s.progress[_FORCED], s.progress[_FORCED + 1]
+        s.progress[_FORCED] = -1
+        return u, v, _deletion_clique(s, u, v), s.deletion_gain[v, u]
     if move == DELETE:
         v = best_target(s.deletion)
         if v < 0:
             return -1, -1, 0, 0.0
         for i in range(g.degree[v]):
-            u = np.int64(g.near[v, i])
+            u = g.near[v, i]
             if g.edge[u, v] and s.deletion_gain[v, u] == s.deletion[v]:
                 return u, v, _deletion_clique(s, u, v), s.deletion[v]
     pool = s.insertions if move == INSERT else s.turns
@@ -287,7 +288,7 @@ def _pick(s: State, move: int) -> tuple[int, int, int, float]:
         size = valid_clique(g, w, pool, move, v)
         if size >= 0:
             at = pool.best_at[v]
-            return np.int64(pool.source[at]), v, size, pool.gain[at]
+            return pool.source[at], v, size, pool.gain[at]
 
 
 @kernel
@@ -305,7 +306,6 @@ def _attempt(problem: Problem, s: State, move: int) -> tuple[bool, bool]:
             s.total[0] += gain
             s.progress[_STEPS] += 1
             s.progress[_CHANGED] = 1
-            _absorb(s)
             return True, True
         # No member of the new class obeys the restrictions: take the move back.
         pdag.undo(g)
@@ -316,7 +316,7 @@ def _attempt(problem: Problem, s: State, move: int) -> tuple[bool, bool]:
 
 
 @kernel
-def _next_phase(progress: NDArray[np.int64]) -> bool:
+def _next_phase(progress: NDArray[Any]) -> bool:
     """Moves to the next phase; False if a whole round changed nothing."""
     if progress[_PHASE] != TURN:
         progress[_PHASE] += 1
@@ -324,34 +324,34 @@ def _next_phase(progress: NDArray[np.int64]) -> bool:
     again = progress[_CHANGED] == 1
     progress[_PHASE] = INSERT
     progress[_CHANGED] = 0
-    return again  # type: ignore[no-any-return]
+    return bool(again)
 
 
 @kernel
-def _open_restart(problem: Problem, s: State, x: int, y: int) -> float:
-    """Deletes the edge x → y or x - y whatever it costs, and forbids it; returns that gain."""
-    _refresh(problem, s, DELETE)
-    s.progress[_JOURNAL] = 0
-    problem.allowed[x, y] = 0
-    problem.allowed[y, x] = 0
-    gain = s.deletion_gain[y, x]
-    pdag.change(s.graph, DELETE, x, y, s.work.members, _deletion_clique(s, x, y))
-    _absorb(s)
-    return gain
-
-
-@kernel
-def _close_restart(s: State, keep: bool) -> None:
-    """Ends a restart; if it is not kept, every pair becomes what it was."""
+def _end_restart(s: State, keep: bool) -> None:
+    """Ends the journal; if the restart is not kept, every pair becomes what it was."""
     n = s.progress[_JOURNAL]
     s.progress[_JOURNAL] = -1
     for i in range(n):
-        a, b = np.int64(s.journal[i, 0]), np.int64(s.journal[i, 1])
+        a, b, code = s.journal[i, 0], s.journal[i, 1], s.journal[i, 2]
         s.journalled[a, b] = 0
         if not keep:
-            code = np.int64(s.journal[i, 2])
             pdag.set_pair(s.graph, a, b, code & 1, code >> 1)
-    _absorb(s)
+
+
+@kernel
+def _next_move(progress: NDArray[Any], order: int, move: int, moved: bool) -> int:
+    """The kind of move to try next, -1 if the search is done."""
+    if order == TEXTBOOK:
+        if moved or _next_phase(progress):
+            return int(progress[_PHASE])
+        return -1
+    # Deletions first, then turns, then insertions; after any move, deletions again.
+    if moved:
+        return DELETE
+    if move == INSERT:
+        return -1
+    return TURN if move == DELETE else INSERT
 
 
 @kernel
@@ -374,28 +374,6 @@ def _referenced(state: State) -> State:
     )
 
 
-@kernel
-def _climb(problem: Problem, s: State, order: int, max_steps: int) -> int:
-    steps = 0
-    move = DELETE if order == FAST else s.progress[_PHASE]
-    while steps < max_steps:
-        room, moved = _attempt(problem, s, move)
-        if not room:
-            return POOL_FULL
-        if moved:
-            steps += 1
-        if order == FAST:
-            if not moved and move == INSERT:
-                return DONE
-            # Deletions first, then turns, then insertions; after any move, deletions again.
-            move = DELETE if moved else (TURN if move == DELETE else INSERT)
-        elif not moved:
-            if not _next_phase(s.progress):
-                return DONE
-            move = s.progress[_PHASE]
-    return PAUSED
-
-
 @cached_kernel
 def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int) -> int:
     """Makes up to `max_steps` moves; returns DONE, POOL_FULL or PAUSED.
@@ -405,20 +383,35 @@ def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int
     """
     problem = ProblemRef(*given)
     s = _referenced(state)
-    before, forth, back = s.total[0], np.int64(0), np.int64(0)
+    allowed, before, forth, back = problem.allowed, s.total[0], 0, 0
+    move = DELETE if order == FAST else s.progress[_PHASE]
     if x >= 0:
-        forth, back = problem.allowed[x, y], problem.allowed[y, x]
-        s.total[0] += _open_restart(problem, s, x, y)
-    status = _climb(problem, s, order, max_steps)
-    if x >= 0:
-        keep = status == DONE and s.total[0] > before + _IMPROVEMENT
-        problem.allowed[x, y], problem.allowed[y, x] = forth, back
-        _close_restart(s, keep)
-        _all_stale(s, x)
-        _all_stale(s, y)
-        if keep:
-            return IMPROVED
-        s.total[0] = before
+        forth, back = allowed[x, y], allowed[y, x]
+        allowed[x, y], allowed[y, x] = 0, 0
+        s.progress[_JOURNAL], s.progress[_FORCED], s.progress[_FORCED + 1] = 0, x, y
+    status, steps = -1, 0
+    while status < 0:
+        room, moved = _attempt(problem, s, move)
+        steps += moved
+        move = _next_move(s.progress, order, move, moved) if room else move
+        if not room:
+            status = POOL_FULL
+        elif move < 0:
+            status = DONE
+        elif steps >= max_steps:
+            status = PAUSED
+        if status >= 0 and x >= 0:
+            improved = status == DONE and s.total[0] > before + _IMPROVEMENT
+            allowed[x, y], allowed[y, x] = forth, back
+            _end_restart(s, improved)
+            _all_stale(s, x)
+            _all_stale(s, y)
+            s.progress[_FORCED] = -1
+            if improved:
+                status = IMPROVED
+            else:
+                s.total[0] = before
+        _absorb(s)
     return status
 
 

@@ -193,14 +193,14 @@ def from_cooccurrence(
         targets: one list of column indices per environment.
     """
     n = np.asarray(rows, np.int64)
-    total = np.sum(np.stack(counts), axis=0, dtype=np.int64).astype(np.int32)
+    total: NDArray[np.int32] = np.asarray(sum(counts[1:], counts[0]), np.int32)
     p = total.shape[0]
     means, products = np.zeros((len(n), p)), np.zeros((len(n), p, p))
     for e, both in enumerate(counts):
-        ones = both.diagonal().astype(np.float64)
+        often = both.diagonal().astype(np.float64)
         if n[e]:
-            means[e] = ones / n[e]
-            products[e] = both - np.outer(ones, ones) / n[e]
+            means[e] = often / n[e]
+            products[e] = both - np.outer(often, often) / n[e]
     ones = total.diagonal()
     return Statistics(
         counts=n,

@@ -22,6 +22,17 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 20
 
+#: Stage → what mends it, for messages.
+_REMEDIES = {
+    "tables": "run jobs/prepare.py",
+    "cohort": "run jobs/prepare.py",
+    "graph": "run jobs/discover.py",
+    "fit": "run jobs/train.py",
+    "sweep": "run jobs/tune.py",
+    "evaluation": "run jobs/evaluate.py",
+    "bundle": "promote another version (docs/tuning.md)",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -129,12 +140,16 @@ def read_manifest(folder: Path, stage: str) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ArtifactError(f"{path}: expected the manifest of a {stage} artifact, found no file")
+        raise ArtifactError(
+            f"{path}: expected the manifest of a {stage}, found no file; {_remedy(stage)}"
+        )
     try:
         content = json.loads(path.read_text())
         manifest = Manifest(**content)
     except (ValueError, TypeError) as err:
-        raise ArtifactError(f"{path}: not a manifest ({type(err).__name__}); make it anew") from err
+        raise ArtifactError(
+            f"{path}: not a manifest ({type(err).__name__}); {_remedy(stage)}"
+        ) from err
     if manifest.format_version != FORMAT_VERSION:
         raise ArtifactError(
             f"{path}: format_version {manifest.format_version}, this program reads "
@@ -152,20 +167,21 @@ def verify(folder: Path, stage: str) -> Manifest:
         ArtifactError: as read_manifest, and for a file that is missing, truncated or edited.
     """
     manifest = read_manifest(folder, stage)
+    remedy = _remedy(stage)
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise ArtifactError(f"{path}: listed in {MANIFEST} but missing")
+            raise ArtifactError(f"{path}: listed in {MANIFEST} but missing; {remedy}")
         if path.stat().st_size != expected["bytes"]:
             raise ArtifactError(
                 f"{path}: expected {expected['bytes']} bytes, found {path.stat().st_size}; "
-                "the file was truncated or edited"
+                f"the file was truncated or edited; {remedy}"
             )
         found = sha256_of(path)
         if found != expected["sha256"]:
             raise ArtifactError(
                 f"{path}: expected SHA-256 {expected['sha256'][:12]}…, found {found[:12]}…; "
-                "the file was edited"
+                f"the file was edited; {remedy}"
             )
     return manifest
 
@@ -191,6 +207,10 @@ def require_match(what: str, expected: str, found: str) -> None:
             f"{what}: made from an input with fingerprint {found[:12]}…, but the one given has "
             f"{expected[:12]}…; run the earlier stages again"
         )
+
+
+def _remedy(stage: str) -> str:
+    return _REMEDIES.get(stage, "make it anew")
 
 
 def _seal(

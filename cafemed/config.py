@@ -48,6 +48,8 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     Raises:
         ConfigError: with every unknown key, missing key, wrong type and value out of range.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix}: expected a mapping, got {values!r}")
     problems: list[str] = []
     built = _build(cls, values, prefix, problems)
     if problems:
@@ -126,16 +128,19 @@ def _convert_union(hint: Any, value: Any, key: str, problems: list[str]) -> Any:
     options = get_args(hint)
     if value is None and type(None) in options:
         return None
+    kinds = [option for option in options if option is not type(None)]
     attempts: list[list[str]] = []
-    for option in options:
-        if option is type(None):
-            continue
+    for option in kinds:
         attempt: list[str] = []
         converted = _convert(option, value, key, attempt)
         if not attempt:
             return converted
         attempts.append(attempt)
-    problems.extend(attempts[0])
+    if all(isinstance(option, type) for option in kinds) and len(kinds) > 1:
+        names = " or ".join(option.__name__ for option in kinds)
+        problems.append(f"{key}: expected {names}, got {value!r}")
+    else:
+        problems.extend(attempts[0])
     return None
 
 

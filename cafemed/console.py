@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -28,8 +28,16 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-#: What a machine refuses that is its owner's to mend: full or read-only disk, no permission.
-_OWNERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+#: What a machine refuses that is its owner's to mend: full or read-only disk, no permission, a file
+#: where a folder is needed.
+_OWNERS_TO_MEND = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+)
 
 
 def say(stage: str, text: str) -> None:
@@ -52,8 +60,7 @@ def job(root: Path) -> Iterator[None]:
         say("root", str(root))
         yield
     except UserError as err:
-        print(f"error: {err}", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        refuse(err)
     except BrokenPipeError:
         # The interpreter flushes standard output once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +75,12 @@ def job(root: Path) -> Iterator[None]:
         raise SystemExit(EXIT_INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def refuse(err: UserError) -> NoReturn:
+    """Prints a user's error as one line and ends the program with its status."""
+    print(f"error: {err}", file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_USER_ERROR) from None
 
 
 def is_done(folder: Path, stage: str, fingerprint: str, force: bool) -> bool:

@@ -143,7 +143,7 @@ def resolve_version(registry: Path, name: str | int) -> int:
     Raises:
         ArtifactError: as resolve.
     """
-    if isinstance(name, int) or re.fullmatch(r"[0-9]{1,9}", name):
+    if isinstance(name, int) or re.fullmatch(r"[0-9]{1,9}", str(name)):
         number = int(name)
         _version_dir(registry, number)
         return number

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import artifacts, config, console, paths, registry
+from cafemed import artifacts, config, console, invocation, paths, registry
 from serve.settings import DeployConfig
 
 if TYPE_CHECKING:
@@ -31,13 +31,12 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     """Finds the promoted version, checks that its bundle works, and serves it."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    root, name = paths.resolve_root(values["paths"]["root"]), str(values["name"])
-    with console.job(root):
-        own = {key: values[key] for key in ("once", "http", "serve")}
+    sections = ("once", "http", "serve")
+    with invocation.job(values, sections) as told:
+        own = {key: values[key] for key in sections}
         settings = config.from_mapping(DeployConfig, own, "")
-        folder = paths.registry_dir(root, name)
-        console.say("deploy", str(registry.resolve(folder, settings.serve.alias)))
-        run(folder, settings, paths.experiment_dir(root, name) / "deploy.json")
+        console.say("deploy", str(registry.resolve(told.registry, settings.serve.alias)))
+        run(told.registry, settings, told.experiment / "deploy.json")
 
 
 def run(registry_dir: Path, settings: DeployConfig, report: Path) -> None:

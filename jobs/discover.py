@@ -17,7 +17,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import config, console, paths
+from cafemed import config, console, invocation, paths
 
 
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="discover")
@@ -29,18 +29,16 @@ def main(cfg: DictConfig) -> None:
     from causal.discovery import CausalConfig
 
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    root = paths.resolve_root(values["paths"]["root"])
-    # Compiled kernels are kept under the root; workers inherit where that is.
-    os.environ["CAFEMED_HOME"] = str(root)
-    with console.job(root):
+    with invocation.job(values, ("causal",)) as told:
+        # Compiled kernels are kept under the root; workers inherit where that is.
+        os.environ["CAFEMED_HOME"] = str(told.root)
         causal = config.from_mapping(CausalConfig, values["causal"], "causal")
-        experiment = paths.experiment_dir(root, str(values["name"]))
-        people = cohort.load(experiment / "cohort")
+        people = cohort.load(told.experiment / "cohort")
         inputs = {"cohort": people.fingerprint}
         content = causal.content()
-        target = experiment / "graph"
+        target = told.experiment / "graph"
         wanted = artifacts.fingerprint("graph", inputs, content)
-        if console.is_done(target, "graph", wanted, values["force"]):
+        if console.is_done(target, "graph", wanted, told.force):
             return
         with cluster.connect(causal.cluster, causal.workers) as client:
             found = discovery.discover(people, causal, client)

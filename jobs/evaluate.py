@@ -18,19 +18,18 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import artifacts, console, paths, registry
+from cafemed import artifacts, console, invocation, paths, registry
 
 
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Runs the stage."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    root, name = paths.resolve_root(values["paths"]["root"]), str(values["name"])
-    with console.job(root):
-        home = paths.registry_dir(root, name)
+    with invocation.job(values, ("version", "device", "evaluation")) as told:
+        home = told.registry
         version = registry.resolve_version(home, values["version"])
         console.say("evaluate", f"version {version:04d} ({values['version']}) of {home}")
-        run(paths.experiment_dir(root, name), registry.resolve(home, version), values)
+        run(told.experiment, registry.resolve(home, version), values)
 
 
 def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ Each stage is its own job in its own process, with its configuration written to
 """
 
 import contextlib
+import dataclasses
 import json
 import signal
 import subprocess
@@ -23,7 +24,7 @@ import hydra
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import artifacts, console, paths, summary
+from cafemed import artifacts, console, invocation, paths, summary
 from serve import example
 
 STAGES = ("prepare", "discover", "tune", "evaluate", "deploy")
@@ -35,10 +36,9 @@ GRACE_S = 60
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="pipeline")
 def main(cfg: DictConfig) -> None:
     """Writes each job's configuration, runs the jobs, prints the summary."""
-    root = paths.resolve_root(cfg.paths.root)
-    experiment = paths.experiment_dir(root, cfg.name)
-    with console.job(root):
-        conf_dir = write_configs(cfg, root, experiment)
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    with invocation.job(values, sections()) as told:
+        conf_dir = write_configs(cfg, told)
         started = time.monotonic()
         for number, job in enumerate(STAGES, 1):
             console.say(job, f"stage {number} of {len(STAGES)}")
@@ -46,23 +46,30 @@ def main(cfg: DictConfig) -> None:
             run_job(job, conf_dir)
             console.say(job, f"done in {time.monotonic() - began:.1f} s")
         took_s = time.monotonic() - started
-        asked = json.loads((experiment / "deploy.json").read_text())
+        asked = json.loads((told.experiment / "deploy.json").read_text())
         request = example.describe(asked["request"], asked["answer"])
-        summary.show(experiment, paths.registry_dir(root, cfg.name), request, took_s)
+        summary.show(told.experiment, told.registry, request, took_s)
 
 
-def write_configs(cfg: DictConfig, root: Path, experiment: Path) -> Path:
+def sections() -> list[str]:
+    """The keys that a pipeline may have: its jobs' keys, and for each job a section of its own."""
+    keys = {str(key) for job in STAGES for key in compose(config_name=job)}
+    common = {field.name for field in dataclasses.fields(invocation.Common)}
+    return [*sorted(keys - common), *STAGES]
+
+
+def write_configs(cfg: DictConfig, told: invocation.Invocation) -> Path:
     """Gives each job the keys of this configuration that its own configuration has."""
-    folder = experiment / "pipeline"
+    folder = told.experiment / "pipeline"
     folder.mkdir(parents=True, exist_ok=True)
     hydra_section = OmegaConf.load(paths.CONF_DIR / "base.yaml").hydra
     for job in STAGES:
         own = compose(config_name=job)
         OmegaConf.set_struct(own, False)
         shared = {key: cfg[key] for key in own if key in cfg}
-        merged = OmegaConf.create({**own, **shared, "name": cfg.name})
+        merged = OmegaConf.create({**own, **shared, "name": told.name})
         plain: Any = OmegaConf.to_container(OmegaConf.merge(merged, cfg.get(job, {})), resolve=True)
-        plain["paths"]["root"] = str(root)
+        plain["paths"]["root"] = str(told.root)
         plain["hydra"] = OmegaConf.to_container(hydra_section)
         artifacts.write_text(folder / f"{job}.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     return folder

@@ -17,7 +17,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import config, console, paths, preparation
+from cafemed import config, console, invocation, paths, preparation
 from cafemed.preparation import DataConfig
 
 
@@ -25,14 +25,13 @@ from cafemed.preparation import DataConfig
 def main(cfg: DictConfig) -> None:
     """Runs the stage."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    root = paths.resolve_root(values["paths"]["root"])
-    with console.job(root):
+    with invocation.job(values, ("data",)) as told:
         data = config.from_mapping(DataConfig, values["data"], "data")
-        experiment = paths.experiment_dir(root, str(values["name"]))
+        experiment = told.experiment
         if data.source == "synthetic":
-            preparation.make_tables(data, experiment / "tables", values["force"])
+            preparation.make_tables(data, experiment / "tables", told.force)
         inputs = preparation.locate(data, experiment / "tables")
-        report = preparation.make_cohort(data, inputs, experiment / "cohort", values["force"])
+        report = preparation.make_cohort(data, inputs, experiment / "cohort", told.force)
         print(preparation.describe(report))
         console.say("done", str(experiment / "cohort"))
 

@@ -19,16 +19,15 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import artifacts, config, console, paths
+from cafemed import artifacts, config, console, invocation, paths
 
 
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="train")
 def main(cfg: DictConfig) -> None:
     """Runs the stage."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    root = paths.resolve_root(values["paths"]["root"])
-    with console.job(root):
-        run(paths.experiment_dir(root, str(values["name"])), values)
+    with invocation.job(values, ("model", "train", "device")) as told:
+        run(told.experiment, values)
 
 
 def run(folder: Path, values: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import artifacts, console, paths
+from cafemed import artifacts, console, invocation, paths
 
 if TYPE_CHECKING:
     from cafemed.sweep import SweepResult
@@ -31,20 +31,19 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     """Checks the configuration, runs the sweep if it is not there already, publishes."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    root, name = paths.resolve_root(values["paths"]["root"]), str(values["name"])
-    with console.job(root):
+    with invocation.job(values, ("model", "train", "search", "promote")) as told:
         import models  # torch takes seconds to import: not for --help
         from cafemed import experiment, sweep, sweep_plan
 
         plan = sweep_plan.read(
             values["model"], values["train"], values["search"], models.options_class
         )
-        folder = paths.experiment_dir(root, name)
+        folder = told.experiment
         sources = experiment.read_sources(folder)
         wanted = artifacts.fingerprint(sweep.STAGE, sources, plan.settings())
-        if not console.is_done(folder / "sweep", sweep.STAGE, wanted, values["force"]):
+        if not console.is_done(folder / "sweep", sweep.STAGE, wanted, told.force):
             run(folder, plan)
-        publish(folder / "sweep", paths.registry_dir(root, name), wanted, values["promote"])
+        publish(folder / "sweep", told.registry, wanted, values["promote"])
 
 
 def run(folder: Path, plan: "SweepPlan") -> None:

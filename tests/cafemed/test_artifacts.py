@@ -137,7 +137,9 @@ def test_a_broken_manifest_is_refused(tmp_path, content):
 
 
 def test_a_folder_without_manifest_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="expected the manifest of a graph artifact, found no"):
+    with pytest.raises(
+        ArtifactError, match="expected the manifest of a graph, found no file; run jobs/discover"
+    ):
         artifacts.verify(tmp_path, "graph")
 
 

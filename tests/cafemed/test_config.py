@@ -74,6 +74,23 @@ def test_a_wrong_value_is_named(values, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("values", [None, 3, "group", [1]])
+def test_a_section_that_is_no_mapping_is_named(values):
+    with pytest.raises(ConfigError, match=r"^job: expected a mapping, got "):
+        from_mapping(Outer, values, "job")
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    alias: int | str
+
+
+def test_a_value_of_none_of_several_types_is_told_all_of_them():
+    assert from_mapping(Version, {"alias": "a"}, "job").alias == "a"
+    with pytest.raises(ConfigError, match=r"^job.alias: expected int or str, got 3.5$"):
+        from_mapping(Version, {"alias": 3.5}, "job")
+
+
 def test_all_problems_come_together():
     values = {"count": 0, "colour": "red", "mode": "c", "inner": {"rate": 2, "rat": 1}}
     with pytest.raises(ConfigError) as error:

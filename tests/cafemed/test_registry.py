@@ -80,6 +80,8 @@ def test_rollback_goes_back_through_the_promotions(home: Path, made: Path):
         (lambda home: registry.resolve(home, "production"), "no version is promoted"),
         (lambda home: registry.resolve(home, 7), "no version 0007; there is 0001"),
         (lambda home: registry.resolve(home, "../0001"), "expected a version number or one of"),
+        (lambda home: registry.resolve(home, 3.5), "expected a version number or one of"),
+        (lambda home: registry.resolve(home, None), "expected a version number or one of"),
         (lambda home: registry.promote(home, 7), "no version 0007"),
         (lambda home: registry.promote(home, 1, "best"), "candidate, production, got 'best'"),
         (lambda home: registry.rollback(home), "nothing is promoted"),

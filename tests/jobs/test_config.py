@@ -50,8 +50,19 @@ def test_help_names_the_job_and_its_keys(job: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_unknown_key_is_refused(job: str, tmp_path: Path):
-    result = run(job, "no_such_key=1", home=tmp_path)
+@pytest.mark.parametrize("key", ["no_such_key", "+no_such_key"])
+def test_unknown_key_is_refused(job: str, key: str, tmp_path: Path):
+    result = run(job, f"{key}=1", home=tmp_path)
     assert result.returncode != 0
     assert "no_such_key" in result.stderr
     assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_name_that_leads_out_of_the_root_is_refused(job: str, tmp_path: Path):
+    result = run(job, "name=../x", home=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: name: expected letters")
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

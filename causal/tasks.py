@@ -189,6 +189,7 @@ class Workers:
             for future in console.progress(_ended(number, shared), what, total=len(missing)):
                 with contextlib.suppress(FutureCancelledError):  # lost with its worker: next round
                     results[number[future]] = _result(future, tasks[number[future]], what)
+                future.release()  # or Dask would compute it again if its worker dies later
             if len(results) == len(tasks):
                 return [results[i] for i in range(len(tasks))]
         raise DataError(

@@ -15,9 +15,10 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from cafemed import console
 from cafemed.errors import ConfigError
 
 # A socket's path has at most 107 characters; Ray appends "/session_<time>_<pid>/sockets/…".
@@ -67,6 +68,29 @@ def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
         ray.shutdown()
         if temp is not None:
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def require_resources(what: str, wanted: Mapping[str, tuple[str, float]]) -> None:
+    """Refuses what no node of a local Ray can hold; of a cluster, which may grow, it says so.
+
+    Args:
+        what: that which reserves resources, for instance "a trial".
+        wanted: "CPU" or "GPU" → the configuration key, and how much it reserves.
+
+    Raises:
+        ConfigError: if the Ray is of this process and its node has less: it would wait for ever.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, (key, amount) in wanted.items():
+        most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+        if amount <= most:
+            continue
+        lack = f"{key}: {what} reserves {amount:g}, but the largest node has {most:g} {kind}"
+        if not os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(f"{lack}; reserve less")
+        console.say("ray", f"{lack} now; waiting for a node that has them")
 
 
 @contextlib.contextmanager

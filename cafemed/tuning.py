@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cafemed import sweep
-from cafemed.errors import ConfigError
+from cafemed import cluster, sweep
 from cafemed.sweep import Status, SweepResult, TrialRecord
-from cafemed.sweep_plan import SearchConfig, SweepPlan
+from cafemed.sweep_plan import SweepPlan
 from cafemed.training import FitConfig
 
 if TYPE_CHECKING:
@@ -46,9 +45,10 @@ def run(
         on_trial: called with every trial as it ends.
 
     Raises:
-        ConfigError: if no node has what one trial reserves.
+        ConfigError: if a local Ray has less than one trial reserves.
     """
-    _require_resources(plan.search)
+    reserved = {"CPU": ("search.cpus", plan.search.cpus), "GPU": ("search.gpus", plan.search.gpus)}
+    cluster.require_resources("a trial", reserved)
     shutil.rmtree(storage, ignore_errors=True)
     record = functools.partial(_record, plan=plan)
 
@@ -162,20 +162,6 @@ def _first_line(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or [""]
     return f"{type(cause).__name__}: {lines[0]}"
-
-
-def _require_resources(search: SearchConfig) -> None:
-    """Refuses a trial that no node can hold, where no autoscaler could bring a larger one."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    wanted = {"CPU": ("search.cpus", search.cpus), "GPU": ("search.gpus", search.gpus)}
-    for kind, (key, amount) in wanted.items():
-        most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
-        if amount > most:
-            raise ConfigError(
-                f"{key}: a trial reserves {amount:g}, but the largest node has {most:g} {kind}"
-            )
 
 
 @contextlib.contextmanager

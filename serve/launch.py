@@ -131,12 +131,18 @@ def running(application: Any, name: str, config: DeployConfig) -> Iterator[str]:
 
     Raises:
         EndpointError: if the application does not start.
-        ConfigError: if no cluster answers at RAY_ADDRESS.
+        ConfigError: if no cluster answers at RAY_ADDRESS, or this machine has less than a replica
+            reserves.
     """
     replicas = config.serve.max_replicas
     cpus, gpus = replicas * config.serve.num_cpus, replicas * config.serve.num_gpus
     with contextlib.ExitStack() as ending, cluster.ray_cluster(cpus, gpus) as where:
         console.say("deploy", where)
+        reserved = {
+            "CPU": ("serve.num_cpus", config.serve.num_cpus),
+            "GPU": ("serve.num_gpus", config.serve.num_gpus),
+        }
+        cluster.require_resources("a replica", reserved)
         to_drain = False
         try:
             url = deploy(application, name, config.http)

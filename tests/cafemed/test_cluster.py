@@ -23,3 +23,33 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest
 def test_the_address_of_the_job_server_is_told_apart(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="expected HOST:PORT of a cluster"):
         connect(monkeypatch, "http://127.0.0.1:8265")
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray as a head without CPUs, a worker, and one that is gone show it."""
+    resources = [({}, True), ({"CPU": 4.0}, True), ({"CPU": 64.0, "GPU": 8.0}, False)]
+    nodes = [{"Resources": given, "Alive": alive} for given, alive in resources]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_a_local_ray_refuses_what_it_can_never_hold():
+    cluster.require_resources("a trial", {"CPU": ("search.cpus", 4.0), "GPU": ("search.gpus", 0)})
+    for kind, most in (("CPU", 4), ("GPU", 0)):
+        message = (
+            rf"^key: a trial reserves 4\.5, but the largest node has {most} {kind}; reserve less"
+        )
+        with pytest.raises(ConfigError, match=message):
+            cluster.require_resources("a trial", {kind: ("key", 4.5)})
+
+
+@pytest.mark.usefixtures("two_nodes")
+def test_a_cluster_may_grow_and_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    cluster.require_resources("a trial", {"CPU": ("search.cpus", 1.0), "GPU": ("search.gpus", 1.0)})
+    [line] = capsys.readouterr().out.splitlines()
+    assert "search.gpus: a trial reserves 1, but the largest node has 0 GPU now; waiting" in line

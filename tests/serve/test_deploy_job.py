@@ -79,6 +79,11 @@ def test_settings_out_of_range_are_one_line(root: Path, home: Path) -> None:
     assert "serve.max_replicas: expected a value in" in line
 
 
+def test_a_replica_larger_than_the_machine_is_one_line(root: Path, home: Path) -> None:
+    line = refusal(root, home, "serve.num_cpus=10000", "http.port=0")
+    assert "serve.num_cpus: a replica reserves 10000, but the largest node has" in line
+
+
 def wait_for(job: subprocess.Popen[str], text: str) -> str:
     assert job.stdout is not None
     for line in job.stdout:

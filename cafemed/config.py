@@ -57,6 +57,19 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], prefix: str) -> T:
     return built  # type: ignore[no-any-return]
 
 
+def checked(hint: type[T], value: Any, key: str) -> T:
+    """Gives a single value of this type, as `from_mapping` reads a field of it.
+
+    Raises:
+        ConfigError: if the value is of another type.
+    """
+    problems: list[str] = []
+    converted = _convert(hint, value, key, problems)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return converted  # type: ignore[no-any-return]
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}

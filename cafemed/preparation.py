@@ -84,13 +84,16 @@ def locate(config: DataConfig, synthetic_tables: Path) -> Inputs:
 
     Raises:
         DataError: if a file is missing.
-        ConfigError: if there is no table of interactions.
+        ConfigError: if there is no table of interactions, or none of NDCs where they are used.
     """
     if config.source == "synthetic":
         folder = synthetic_tables
         return Inputs(folder, mimic3.locate(folder), drugs.locate(folder / "drugs"))
     if config.root is None:
-        raise ConfigError(f"data.root: expected the {config.source} tables, got null")
+        raise ConfigError(
+            f"data.root: expected where the {config.source} tables are, got null; give "
+            "data.root=FOLDER (make demo: ROOT=FOLDER)"
+        )
     root = Path(config.root).expanduser()
     adapter = {"mimic3": mimic3, "mimic4": mimic4, "tables": tables}[config.source]
     return Inputs(root, adapter.locate(root), _locate_drugs(config))
@@ -172,7 +175,15 @@ def _locate_drugs(config: DataConfig) -> dict[str, InputFile]:
         )
     }
     folder = None if config.drugs is None else Path(config.drugs).expanduser()
-    return drugs.locate(folder, **given)
+    found = drugs.locate(folder, **given)
+    in_ndc = config.source != "tables" or config.systems.medication == "ndc"
+    if in_ndc and "ndc_to_atc" not in found:
+        where = "data.ndc_to_atc" if folder is None else str(folder)
+        raise ConfigError(
+            f"{where}: expected ndc_to_atc3.csv or ndc_to_atc3.csv.gz, because medications are in "
+            "NDC, found none; docs/data.md says where to get it"
+        )
+    return found
 
 
 def _report(

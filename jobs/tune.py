@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import artifacts, console, invocation, paths
+from cafemed import artifacts, config, console, invocation, paths
 
 if TYPE_CHECKING:
     from cafemed.sweep import SweepResult
@@ -35,6 +35,7 @@ def main(cfg: DictConfig) -> None:
         import models  # torch takes seconds to import: not for --help
         from cafemed import experiment, sweep, sweep_plan
 
+        promote = config.checked(bool, values["promote"], "promote")
         plan = sweep_plan.read(
             values["model"], values["train"], values["search"], models.options_class
         )
@@ -43,7 +44,7 @@ def main(cfg: DictConfig) -> None:
         wanted = artifacts.fingerprint(sweep.STAGE, sources, plan.settings())
         if not console.is_done(folder / "sweep", sweep.STAGE, wanted, told.force):
             run(folder, plan)
-        publish(folder / "sweep", told.registry, wanted, values["promote"])
+        publish(folder / "sweep", told.registry, wanted, promote)
 
 
 def run(folder: Path, plan: "SweepPlan") -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from cafemed.config import Range, from_mapping
+from cafemed.config import Range, checked, from_mapping
 from cafemed.errors import ConfigError
 
 
@@ -89,6 +89,12 @@ def test_a_value_of_none_of_several_types_is_told_all_of_them():
     assert from_mapping(Version, {"alias": "a"}, "job").alias == "a"
     with pytest.raises(ConfigError, match=r"^job.alias: expected int or str, got 3.5$"):
         from_mapping(Version, {"alias": 3.5}, "job")
+
+
+def test_a_single_value_is_read_as_a_field():
+    assert checked(bool, True, "promote") is True
+    with pytest.raises(ConfigError, match=r"^promote: expected bool, got 'maybe'$"):
+        checked(bool, "maybe", "promote")
 
 
 def test_all_problems_come_together():

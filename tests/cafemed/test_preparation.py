@@ -158,7 +158,7 @@ def test_a_users_table_is_prepared(tmp_path, hospitals):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": "mimic3"}, r"data.root: expected the mimic3 tables, got null"),
+        ({"source": "mimic3"}, r"data.root: expected where the mimic3 tables are, got null"),
         ({"source": "mimic5"}, r"data.source: expected one of 'synthetic', 'mimic3'"),
         (
             {"source": "tables", "root": "x", "cohort": {"protocol": "published"}},
@@ -174,6 +174,13 @@ def test_a_users_table_is_prepared(tmp_path, hospitals):
 def test_bad_settings_are_refused(values, message, tmp_path):
     with pytest.raises((ConfigError, DataError), match=message):
         preparation.locate(from_mapping(DataConfig, values, "data"), tmp_path)
+
+
+def test_medications_in_ndc_need_a_table_of_them(config, tmp_path):
+    (tmp_path / "drugs" / "ndc_to_atc3.csv").unlink()
+    message = r"drugs: expected ndc_to_atc3.csv .* because medications are in NDC"
+    with pytest.raises(ConfigError, match=message):
+        preparation.locate(config, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["synthetic", "mimic3", "mimic4", "tables"])

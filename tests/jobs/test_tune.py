@@ -139,6 +139,7 @@ def test_every_bad_entry_of_a_space_is_reported_at_once(root: Path):
     ("job", "arguments", "message"),
     [
         ("tune", ["name=none"], "cohort/manifest.json: expected the manifest of a cohort"),
+        ("tune", ["name=none", "promote=maybe"], "promote: expected bool, got 'maybe'"),
         ("evaluate", ["name=none"], "no version is promoted to 'production' yet"),
         ("evaluate", ["name=small", "version=best"], "expected a version number or one of"),
     ],

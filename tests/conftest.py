@@ -10,6 +10,10 @@ import pytest
 
 from cafemed import paths
 
+# One cache of compiled kernels for all tests and the processes they start, whatever root a test
+# gives them: it is named after the kernels' text, so it can only hit the same code.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(paths.resolve_root(None) / "cache" / "numba"))
+
 
 def _module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")

@@ -1,5 +1,6 @@
 """Every job's configuration composes, explains itself, and refuses what it does not know."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from cafemed import paths
+from cafemed.assessment import EvaluationConfig
+from causal.discovery import CausalConfig
 
 JOBS = sorted(path.stem for path in (paths.PROJECT_DIR / "jobs").glob("*.py"))
 ROOT_FILES = sorted(p.stem for p in paths.CONF_DIR.glob("*.yaml") if p.stem != "base")
@@ -38,6 +41,19 @@ def test_root_file_composes(name: str):
 def test_group_file_composes_in_the_pipeline(group: str, option: str):
     with initialize_config_dir(version_base="1.3", config_dir=str(paths.CONF_DIR)):
         compose(config_name="pipeline", overrides=[f"{group}={option}"])
+
+
+@pytest.mark.parametrize(
+    ("job", "section", "settings"),
+    [
+        ("discover", "causal", CausalConfig),
+        ("evaluate", "evaluation", EvaluationConfig),
+    ],
+)
+def test_yaml_spells_the_defaults_out(job: str, section: str, settings: type):
+    with initialize_config_dir(version_base="1.3", config_dir=str(paths.CONF_DIR)):
+        written = OmegaConf.to_container(compose(config_name=job))[section]
+    assert written == dataclasses.asdict(settings())
 
 
 @pytest.mark.parametrize("job", JOBS)

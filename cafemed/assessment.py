@@ -92,6 +92,18 @@ def measure(
     }
 
 
+def has_ceiling(made_from: Mapping[str, Any], truth_folder: Path) -> bool:
+    """Says whether the best possible predictions can be known for a cohort.
+
+    Args:
+        made_from: the configuration in the cohort's manifest. `protocol=published` orders visits by
+            identifier, and then the previous visit of the population is not that of the cohort.
+        truth_folder: where the population's truth would be.
+    """
+    known = made_from["source"] == "synthetic" and made_from["protocol"] == "clean"
+    return known and truth_folder.is_dir()
+
+
 def measure_ceiling(
     truth_folder: Path,
     cohort: Cohort,

@@ -61,7 +61,7 @@ def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
         model, arrays, patients, served.preprocessing.threshold, settings.seed, device
     )
     truth = folder / "tables" / "truth"
-    if made_from.config["source"] == "synthetic" and truth.is_dir():
+    if assessment.has_ceiling(made_from.config, truth):
         console.say("ceiling", "the best that any model can do, from the population's truth")
         window = made_from.config["target_window_h"]
         report["ceiling"] = assessment.measure_ceiling(truth, patients, arrays, settings, window)

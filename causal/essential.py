@@ -46,9 +46,7 @@ def is_acyclic(directed: NDArray[Any]) -> bool:
     return True
 
 
-def dag_to_essential(
-    dag: NDArray[np.integer], kinds: NDArray[np.int32] | None = None
-) -> NDArray[np.int8]:
+def dag_to_essential(dag: NDArray[Any], kinds: NDArray[np.int32] | None = None) -> NDArray[np.int8]:
     """The essential graph of a DAG's (interventional) equivalence class.
 
     Args:
@@ -114,7 +112,7 @@ def _is_sink(left: NDArray[np.bool_], touching: NDArray[np.bool_], x: int) -> bo
     return True
 
 
-def is_essential(graph: NDArray[np.integer], kinds: NDArray[np.int32] | None = None) -> bool:
+def is_essential(graph: NDArray[Any], kinds: NDArray[np.int32] | None = None) -> bool:
     """Says whether a graph is the essential graph of some DAG's class."""
     dag = extend_to_dag(graph)
     if dag is None or not is_acyclic(dag):

@@ -106,10 +106,11 @@ def test_interventions_orient_what_observation_cannot():
 
 
 PROBLEMS = {
-    "gauss": lambda: (gaussian(3, 40, degree=3.0)[0], None, None),
-    "binary": lambda: (noisy_or(3, 40)[0], None, None),
+    "gauss": lambda: (gaussian(3, 120, degree=4.0)[0], None, None),
+    "dense": lambda: (gaussian(8, 60, degree=8.0)[0], None, None),
+    "binary": lambda: (noisy_or(3, 60)[0], None, None),
     "interventional": lambda: (
-        *gaussian(4, 40, degree=3.0, targets=[[], [1], [2, 3], [7]])[::2],
+        *gaussian(4, 80, degree=4.0, targets=[[], [1], [2, 3], [7]])[::2],
         [[], [1], [2, 3], [7]],
     ),
 }

@@ -7,11 +7,16 @@ result to the bit.
 import contextlib
 import logging
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
+import dask
 from distributed import Client, LocalCluster
+from distributed.gc import disable_gc_diagnosis
 
 from cafemed.cluster import ray_cluster
 from cafemed.errors import ConfigError
@@ -81,19 +86,57 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local(workers: int) -> Iterator[Client]:
-    with (
-        tempfile.TemporaryDirectory(prefix="cafemed-dask-") as folder,
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            processes=True,
-            dashboard_address=":0",  # any free port; None would be the fixed 8787
-            local_directory=folder,
-            silence_logs=logging.CRITICAL,  # in the workers
-        ) as cluster,
-        Client(cluster) as client,
-    ):
+    with contextlib.ExitStack() as stack:
+        with _interrupts_deferred():
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cafemed-dask-"))
+            stack.enter_context(dask.config.set({"temporary-directory": folder}))
+            processes = LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address=":0",  # any free port; None would be the fixed 8787
+                local_directory=folder,
+                silence_logs=logging.CRITICAL,  # in the workers
+            )
+            client = Client(processes)
+            # Python swallows a Ctrl-C that falls into a callback of the garbage collector.
+            disable_gc_diagnosis(force=True)
+            stack.callback(_close, client, processes)
         yield client
+
+
+def _close(client: Client, processes: LocalCluster) -> None:
+    with _interrupts_deferred():
+        client.close()
+        processes.close()
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Lets Ctrl-C wait until the block ends, so that nothing is left half started or half closed.
+
+    Processes that start meanwhile never see it: a terminal sends it to every process of a job, but
+    they are ended by this one, without a traceback from each.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python hands interrupts to the main thread alone
+        return
+    came = False
+
+    def remember(_signal: int, _frame: object) -> None:
+        nonlocal came
+        came = True
+
+    resource_tracker.ensure_running()  # it unblocks the signal in the thread that starts it
+    handler = signal.signal(signal.SIGINT, remember)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

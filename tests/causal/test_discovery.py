@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -238,8 +239,6 @@ def small_problem(tmp_path: Path) -> tuple[Problem, list[Task], Callable[[Proble
     folder = str(tmp_path)
 
     def work(_: Problem, task: Task) -> int:
-        import time
-
         number = int(task.columns[0])
         mark = Path(folder) / str(number)
         runs = len(mark.read_text()) if mark.exists() else 0
@@ -347,6 +346,63 @@ def test_the_job_refuses_in_one_line(
     assert len(result.stderr.strip().splitlines()) == 1
     assert all(text in result.stderr for text in expected)
     assert not (tmp_path / "experiments" / "default" / "graph").exists()
+
+
+def living_group(group: int) -> list[str]:
+    """Command lines of the group's processes, those that only wait to be reaped left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, of_group = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            command = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if int(of_group) == group and state != "Z":
+            found.append(command)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [1.5, 3.0, 4.5])
+def test_ctrl_c_ends_in_one_line_and_leaves_nothing(
+    make_cohort: MakeCohort, tmp_path: Path, after_s: float
+) -> None:
+    folder = save(make_cohort(num_patients=4000, sizes=(400, 200, 60), seed=9), tmp_path)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    job = subprocess.Popen(
+        [
+            sys.executable,
+            str(paths.PROJECT_DIR / "jobs" / "discover.py"),
+            f"paths.root={tmp_path}",
+            "causal.workers=2",
+            "causal.score=gaussian_bic",
+            "causal.search=best",
+            "causal.min_support=1",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={
+            **os.environ,
+            "NUMBA_CACHE_DIR": str(cache_folder()),
+            "TMPDIR": str(temporary),
+        },
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline().startswith("root")
+    time.sleep(after_s)
+    os.killpg(job.pid, signal.SIGINT)  # as a terminal does: to every process of the job
+    _, messages = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert messages.splitlines() == ["interrupted; nothing half-written was left"]
+    assert list(temporary.iterdir()) == []
+    assert [path.name for path in folder.parent.iterdir()] == ["cohort"]
+    deadline = time.monotonic() + 10  # Python's own resource tracker ends after the job
+    while living_group(job.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert living_group(job.pid) == []
 
 
 def test_a_cohort_that_is_missing_or_edited_is_refused(

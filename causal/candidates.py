@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from causal.compiled import Reference, kernel, reference
 from causal.gains import (
+    MAX_CLIQUES,
     MIN_GAIN,
     PIVOT,
     Floats,
@@ -275,7 +276,7 @@ def score_insertions(g: Graph, problem: Problem, w: Work, pool: Pool, y: int) ->
     for i in range(k):
         add_row(matrix, row, residual, i, w.parents[i], p)
     size, start, index = 0, 0, 0
-    while size >= 0 and k + size < len(row) - 2:
+    while size >= 0 and k + size < len(row) - 2 and index < MAX_CLIQUES:
         r = k + size
         if size > 0:
             add_row(matrix, row, residual, r - 1, w.neighbours[w.chosen[size - 1]], p)
@@ -285,6 +286,8 @@ def score_insertions(g: Graph, problem: Problem, w: Work, pool: Pool, y: int) ->
         if size > 0:
             start = w.chosen[size - 1] + 1
         index += 1
+    if size >= 0:
+        w.limited[0] = 1
     return _finish(pool, y, True)
 
 
@@ -413,7 +416,7 @@ def score_turns(g: Graph, problem: Problem, w: Work, pool: Pool, v: int, loss: F
     for i in range(k):
         add_row(small, row, residual, i, _position(g.near, v, n, w.parents[i]), n + 1)
     size, start, index = 0, 0, 0
-    while size >= 0 and k + size < len(row) - 3:
+    while size >= 0 and k + size < len(row) - 3 and index < MAX_CLIQUES:
         if size > 0:
             at = _position(g.near, v, n, w.neighbours[w.chosen[size - 1]])
             add_row(small, row, residual, k + size - 1, at, n + 1)
@@ -423,6 +426,8 @@ def score_turns(g: Graph, problem: Problem, w: Work, pool: Pool, v: int, loss: F
         if size > 0:
             start = w.chosen[size - 1] + 1
         index += 1
+    if size >= 0:
+        w.limited[0] = 1
     return _finish(pool, v, True)
 
 

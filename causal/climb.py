@@ -85,6 +85,7 @@ class Climber:
         steps = _STEPS_PER_CALL if math.isinf(self._deadline) else _STEPS_PER_CLOCK
         while True:
             status = kernels.run(self._problem, state, order, steps, -1, -1)
+            self.truncated |= bool(state.work.limited[0])
             if status == kernels.DONE:
                 return state
             if status == kernels.POOL_FULL:
@@ -93,9 +94,9 @@ class Climber:
                 return state
 
     def _late(self) -> bool:
-        if time.monotonic() > self._deadline:
-            self.truncated = True
-        return self.truncated
+        late = time.monotonic() > self._deadline
+        self.truncated |= late
+        return late
 
     def _found(self, state: kernels.State) -> Found:
         adjacency = state.graph.edge.copy()

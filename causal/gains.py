@@ -64,7 +64,8 @@ class Work(NamedTuple):
         small, small_row, small_residual: the same over a node and its neighbourhood.
         other, other_row, other_residual: once more, for the second node of a turned edge.
         parents, neighbours, children: int32 (p,).
-        clique, chosen, members: int32 (p + 2,), the clique being enumerated.
+        chosen, members: int32 (p + 2,), the clique being enumerated.
+        limited: int64 (1,), 1 if a bound on parents or cliques left moves out.
     """
 
     row: NDArray[Any]
@@ -79,9 +80,9 @@ class Work(NamedTuple):
     parents: NDArray[Any]
     neighbours: NDArray[Any]
     children: NDArray[Any]
-    clique: NDArray[Any]
     chosen: NDArray[Any]
     members: NDArray[Any]
+    limited: NDArray[Any]
 
 
 class _WorkType(Reference):
@@ -93,6 +94,8 @@ WorkRef = reference(Work, _WorkType)
 
 #: More parents than this a node never gets; it bounds the scratch memory.
 MAX_PARENTS = 256
+#: More cliques than this among one node's neighbours are not looked at: 2^n of them would hang.
+MAX_CLIQUES = 1 << 16
 
 
 def make_work(p: int) -> Work:
@@ -111,9 +114,9 @@ def make_work(p: int) -> Work:
         parents=np.empty(p, np.int32),
         neighbours=np.empty(p, np.int32),
         children=np.empty(p, np.int32),
-        clique=np.empty(p + 2, np.int32),
         chosen=np.empty(p + 2, np.int32),
         members=np.empty(p + 2, np.int32),
+        limited=np.zeros(1, np.int64),
     )
 
 
@@ -266,7 +269,7 @@ def score_deletions(
     for i in range(g.degree[y]):
         gains[y, g.near[y, i]], cliques[y, g.near[y, i]] = -np.inf, 0
     best, size, start, index = 0.0, 0, 0, 0
-    while size >= 0:
+    while size >= 0 and index < MAX_CLIQUES:
         for i in range(k):
             w.members[i] = w.parents[i]
         for j in range(size):
@@ -290,6 +293,8 @@ def score_deletions(
         if size > 0:
             start = w.chosen[size - 1] + 1
         index += 1
+    if size >= 0:
+        w.limited[0] = 1
     return best if best > MIN_GAIN else 0.0
 
 

@@ -36,7 +36,8 @@ class GiesResult:
         score: of any member, higher is better; pcalg's convention (`causal.scores`), over the
             columns that took part.
         dag: int8 (p, p), one member.
-        truncated: True if the time budget ended the search.
+        truncated: True if the time budget ended the search, or a bound on one node's parents (256)
+            or cliques of neighbours (65,536) left moves out.
         dropped: columns that took no part, and why ("constant", "missing values", "same as 3");
             they have no edges.
         steps: moves made by the search that gave the result.

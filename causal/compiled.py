@@ -23,6 +23,8 @@ from cafemed import paths
 Function = TypeVar("Function", bound=Callable[..., Any])
 Record = TypeVar("Record")
 
+_OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+
 #: Modules whose functions are compiled together; each may call into the ones before it.
 KERNEL_MODULES = ("pdag", "gains", "candidates", "search")
 
@@ -113,9 +115,15 @@ def _plain(kind: Any) -> Any:
     return types.int64 if isinstance(kind, types.Integer) else kind
 
 
+def inlined(function: Function) -> Function:
+    """A kernel with one caller, compiled as part of it rather than once more by itself."""
+    result: Function = numba.njit(inline="always", **_OPTIONS)(function)
+    return result
+
+
 def kernel(function: Function) -> Function:
     """Compiles a function when it is first called; kernels call each other without Python."""
-    compiled: Any = numba.njit(function, fastmath={"contract"}, error_model="numpy")
+    compiled: Any = numba.njit(**_OPTIONS)(function)
     find = compiled.get_call_template
     compiled.get_call_template = lambda args, kws: find(tuple(map(_plain, args)), kws)
     result: Function = compiled

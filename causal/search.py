@@ -21,7 +21,7 @@ from causal.candidates import (
     valid_clique,
     wake,
 )
-from causal.compiled import Reference, cached_kernel, kernel, reference
+from causal.compiled import Reference, cached_kernel, inlined, kernel, reference
 from causal.gains import (
     Problem,
     ProblemRef,
@@ -107,7 +107,7 @@ def make_state(graph: Graph) -> State:
     )
 
 
-@kernel
+@inlined
 def _refresh(problem: Problem, s: State, move: int) -> bool:
     """Scores what is stale for one kind of move; False if a pool has no room."""
     g, w, p = s.graph, s.work, len(s.deletion)
@@ -291,7 +291,7 @@ def _pick(s: State, move: int) -> tuple[int, int, int, float]:
             return pool.source[at], v, size, pool.gain[at]
 
 
-@kernel
+@inlined
 def _attempt(problem: Problem, s: State, move: int) -> tuple[bool, bool]:
     """Makes the best move of a kind; returns (the pool had room, a move was made)."""
     if not _refresh(problem, s, move):
@@ -327,7 +327,7 @@ def _next_phase(progress: NDArray[Any]) -> bool:
     return bool(again)
 
 
-@kernel
+@inlined
 def _end_restart(s: State, keep: bool) -> None:
     """Ends the journal; if the restart is not kept, every pair becomes what it was."""
     n = s.progress[_JOURNAL]
@@ -339,7 +339,7 @@ def _end_restart(s: State, keep: bool) -> None:
             pdag.set_pair(s.graph, a, b, code & 1, code >> 1)
 
 
-@kernel
+@inlined
 def _next_move(progress: NDArray[Any], order: int, move: int, moved: bool) -> int:
     """The kind of move to try next, -1 if the search is done."""
     if order == TEXTBOOK:
@@ -354,7 +354,7 @@ def _next_move(progress: NDArray[Any], order: int, move: int, moved: bool) -> in
     return TURN if move == DELETE else INSERT
 
 
-@kernel
+@inlined
 def _referenced(state: State) -> State:
     return StateRef(
         pdag.GraphRef(*state.graph),

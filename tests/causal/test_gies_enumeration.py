@@ -213,6 +213,24 @@ def test_textbook_makes_the_steps_of_the_definition(family_index, intercept):
         assert found.score == pytest.approx(scores[members[expected][0]], abs=1e-8)
 
 
+@pytest.mark.parametrize("family_index", [0, 5])
+def test_textbook_makes_the_steps_of_the_definition_on_five_nodes(family_index):
+    """Five nodes are the fewest on which every condition on a turn can matter."""
+    family = FAMILIES[family_index]
+    members = classes(5, family_index)[1]
+    for seed in range(150):
+        rows = random_rows(7000 + seed, 5, 80)
+        environment = np.arange(80) % len(family)
+        for e, target in enumerate(family):
+            rows[np.ix_(environment == e, target)] = np.random.default_rng(seed).normal(
+                2, 1, ((environment == e).sum(), len(target))
+            )
+        scores = dag_scores(5, local_scores(rows, environment, family))
+        expected = greedy_by_definition(5, scores, family_index)
+        found = fit_gies(rows, environments=environment, targets=family, search="textbook")
+        assert (found.adjacency == union(5, members[expected])).all(), seed
+
+
 def test_scores_against_the_best_of_all_dags_of_five_nodes():
     reached = {"fast": 0, "textbook": 0, "best": 0}
     for seed in range(200):

@@ -81,6 +81,8 @@ def invent_patients(
 
     def draw(kind: str) -> list[str]:
         vocabulary = vocabularies[kind]
+        if not vocabulary:  # a cohort without procedures
+            return []
         most = min(_MAX_CODES, len(vocabulary))
         chosen = random.choice(len(vocabulary), int(random.integers(1, most + 1)), replace=False)
         return [vocabulary[i] for i in chosen]

@@ -27,7 +27,7 @@ from causal.tasks import Problem, Task, Workers
 MakeCohort = Callable[..., Cohort]
 
 #: Blocks so small that the small cohort falls into several, whose edges have to be merged.
-SMALL = BlocksConfig(max_size=2, max_boundary=2)
+SMALL = BlocksConfig(max_size=2, max_boundary=1)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,7 @@ def test_planted_dependences_are_found_and_nothing_else(
     expected = {frozenset(pair) for pair in [*planted, (m[0], m[1])]}
     assert skeleton(found) == expected
     assert (m[2], d[2], True) in edges(found)  # time orders these two
+    assert {(d[1], d[0], False), (d[1], p[0], False)} <= edges(found)  # nothing orders this chain
     assert found.nodes == tuple(sorted([*d, *p, *m]))
     assert np.isnan(found.stability).all()
     dense = columns.of_cohort(people).present.toarray().astype(bool)
@@ -101,6 +102,60 @@ def test_the_merged_graph_scores_at_least_as_the_union(
         assert scores["merged"]["score"] >= scores["union"]["score"] - 1e-9
         assert abs(scores["merged"]["score"] - scores["direct"]["score"]) < 100
         assert set(scores) == {"union", "merged", "direct"}
+
+
+def test_the_merging_search_starts_at_the_union_and_may_join_blocks(
+    make_cohort: MakeCohort, in_process: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_out: dict[str, tuple[list[Task], list[Any]]] = {}
+
+    class Watched(Workers):
+        def run(self, tasks: Any, what: str, **_: Any) -> list[Any]:
+            results = super().run(tasks, what)
+            handed_out[what] = (tasks, results)
+            return results
+
+    monkeypatch.setattr(discovery, "Workers", Watched)
+    people = make_cohort(num_patients=600, sizes=(25, 15, 10), seed=0)
+    config = CausalConfig(score="gaussian_bic", min_support=1, blocks=SMALL)
+    report = discovery.discover(people, config, in_process).report
+    block_tasks, block_results = handed_out["blocks"]
+    (merge_task,), _ = handed_out["merge"]
+    (direct_task,), _ = handed_out["direct"]
+    screened = set(zip(direct_task.first.tolist(), direct_task.second.tolist(), strict=True))
+    assert len(screened) == report["screened_pairs"]
+    learned = {
+        (int(found.columns[i]), int(found.columns[j]))
+        for found in block_results
+        for i, j in zip(*np.nonzero(found.dag), strict=True)
+    }
+    assert len(block_tasks) == report["blocks"]
+    start = set(
+        zip(merge_task.start.source.tolist(), merge_task.start.target.tolist(), strict=True)
+    )
+    assert len(start) > 10
+    assert start <= learned
+    assert nx.is_directed_acyclic_graph(nx.DiGraph(sorted(start)))
+    allowed = {
+        (min(a, b), max(a, b))
+        for a, b in zip(merge_task.first.tolist(), merge_task.second.tolist(), strict=True)
+    }
+    assert {(min(e), max(e)) for e in start} <= allowed <= screened
+    # Some edge joins a member to a code of its boundary.
+    config = dataclasses.replace(config, blocks=BlocksConfig(max_size=2, max_boundary=0))
+    alone = discovery.discover(people, config, in_process).report["scores"]["union"]
+    assert report["scores"]["union"]["edges"] > alone["edges"]
+    # Without boundaries, a pair that no block learned lies between blocks.
+    together = {
+        (a, b)
+        for task in handed_out["blocks"][0]
+        for a in task.columns.tolist()
+        for b in task.columns.tolist()
+    }
+    (merge_task,), _ = handed_out["merge"]
+    allowed = set(zip(merge_task.first.tolist(), merge_task.second.tolist(), strict=True))
+    assert screened - together
+    assert screened - together <= allowed
 
 
 def test_one_block_gives_the_direct_runs_graph(make_cohort: MakeCohort, in_process: Client) -> None:

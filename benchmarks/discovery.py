@@ -9,6 +9,7 @@ columns, after one run that loads the compiled kernels. One thread.
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import os
@@ -170,16 +171,21 @@ def cases(quick: bool) -> list[Case]:
 UNITS = {"cpu_s": "s", "statistics_cpu_s": "s", "peak_mb": "MB", "score": "nats"}
 
 
-def header() -> str:
-    """The machine and its load, versions, threads."""
+def versions() -> str:
+    """What the figures were measured with."""
     import numba
     import scipy
 
-    load = " ".join(f"{x:.2f}" for x in os.getloadavg())
     return (
-        f"load {load} on {os.cpu_count()} cores; 1 thread; Python {platform.python_version()}, "
-        f"numpy {np.__version__}, scipy {scipy.__version__}, numba {numba.__version__}"
+        f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, "
+        f"numba {numba.__version__}"
     )
+
+
+def header() -> str:
+    """The machine and its load, versions, threads."""
+    load = " ".join(f"{x:.2f}" for x in os.getloadavg())
+    return f"load {load} on {os.cpu_count()} cores; 1 thread; {versions()}"
 
 
 def main() -> None:
@@ -192,6 +198,7 @@ def main() -> None:
     print(header(), flush=True)
     print(f"{'case':58s} {'cpu s':>8s} {'MB':>6s} {'score':>14s} {'edges':>6s} prec  rec   shd")
     rows: list[dict[str, object]] = []
+    measured = {"date": datetime.date.today().isoformat(), "versions": versions()}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as process:
         for case in cases(given.quick):
@@ -203,7 +210,13 @@ def main() -> None:
                 flush=True,
             )
             rows += [
-                {"case": case.name, "metric": key, "value": value, "unit": UNITS.get(key, "")}
+                {
+                    "case": case.name,
+                    "metric": key,
+                    "value": value,
+                    "unit": UNITS.get(key, ""),
+                    **measured,
+                }
                 for key, value in found.items()
             ]
     if given.json:

@@ -10,6 +10,10 @@ import pytest
 
 from cafemed import paths
 
+# As `make test` sets it, for those who call pytest: small products on many threads mostly wait for
+# each other, and one thread gives the same bits as the processes under test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # One cache of compiled kernels for all tests and the processes they start, whatever root a test
 # gives them: it is named after the kernels' text, so it can only hit the same code.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(paths.resolve_root(None) / "cache" / "numba"))

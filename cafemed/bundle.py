@@ -207,8 +207,10 @@ def restore_model(bundle: Bundle, build: Callable[..., nn.Module]) -> nn.Module:
 def _require_vocabularies(vocabularies: Mapping[str, tuple[str, ...]]) -> None:
     for kind in KINDS:
         codes = vocabularies[kind]
-        if not codes or not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
-            raise ArtifactError(f"vocabulary.json: {kind}: expected distinct codes, at least one")
+        if not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
+            raise ArtifactError(f"vocabulary.json: {kind}: expected distinct codes")
+    if not vocabularies["medication"]:  # there may be cohorts without procedures
+        raise ArtifactError("vocabulary.json: medication: expected at least one code")
 
 
 def _require_consistent(bundle: Bundle) -> None:

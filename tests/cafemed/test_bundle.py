@@ -20,7 +20,7 @@ from torch import nn
 
 from cafemed import artifacts, bundle, reference
 from cafemed.batches import Batch, ModelInputs
-from cafemed.codes import node_name
+from cafemed.codes import KINDS, node_name
 from cafemed.errors import ArtifactError
 from cafemed.graphs import CausalGraph, EffectTable, write_effects, write_graph
 
@@ -76,27 +76,31 @@ def graph_of(*edges: tuple[str, str]) -> CausalGraph:
 
 @pytest.fixture(scope="module")
 def made() -> bundle.Bundle:
+    return made_of(VOCABULARIES)
+
+
+def made_of(vocabularies: Mapping[str, tuple[str, ...]]) -> bundle.Bundle:
     graph = graph_of(
         ("diagnosis/icd9:0", "diagnosis/icd9:1"),
         ("diagnosis/icd9:1", "diagnosis/icd9:2"),
         ("previous_medication/atc:M0", "previous_medication/atc:M1"),
     )
-    effects = effects_of(VOCABULARIES)
-    model = Sums((7, 5, 4), torch.tensor(effects.effect))
+    effects = effects_of(vocabularies)
+    model = Sums(tuple(len(vocabularies[kind]) for kind in KINDS), torch.tensor(effects.effect))
     ddi = np.zeros((4, 4), np.bool_)
     ddi[0, 1] = ddi[1, 0] = True
     return bundle.Bundle(
         model_name="sums",
         model_options={"depth": 1},
         weights=model.state_dict(),
-        vocabularies=VOCABULARIES,
+        vocabularies=vocabularies,
         graph=graph,
         effects=effects,
         ddi=ddi,
         preprocessing=bundle.Preprocessing(inputs="history", target_window_h=24.0),
         reference=reference.Reference(
             reference.score_histogram(np.array([0.0, 0.04, 0.5, 1.0])),
-            reference.make_self_check(model, graph, VOCABULARIES),
+            reference.make_self_check(model, graph, vocabularies),
         ),
         metrics={"validation": {"jaccard": 0.5}},
         sources={"cohort": "c0", "graph": "a0"},
@@ -162,6 +166,15 @@ def test_what_was_written_comes_back(made: bundle.Bundle, folder: Path):
     for name, tensor in made.weights.items():
         assert torch.equal(loaded.weights[name], tensor)
     assert bundle.self_check(loaded, bundle.restore_model(loaded, build)) < 1e-6
+
+
+def test_a_cohort_may_have_no_procedures_but_needs_medications(tmp_path: Path):
+    bundle.write(tmp_path / "bundle", made_of(VOCABULARIES | {"procedure": ()}))
+    loaded = bundle.load(tmp_path / "bundle")
+    assert loaded.vocabularies["procedure"] == ()
+    bundle.restore_model(loaded, build)
+    with pytest.raises(ArtifactError, match=r"medication: expected at least one code"):
+        bundle.write(tmp_path / "none", made_of(VOCABULARIES | {"medication": ()}))
 
 
 def test_the_files_are_those_of_the_layout_and_no_others(folder: Path):

@@ -10,6 +10,7 @@ from cafemed.config import from_mapping
 from cafemed.errors import ConfigError, DataError
 from cafemed.preparation import DataConfig
 from cafemed.protocols import CohortConfig
+from cafemed.sources.tables import Systems
 from cafemed.synthetic import SyntheticConfig
 
 SMALL = SyntheticConfig(
@@ -174,6 +175,25 @@ def test_a_users_table_is_prepared(tmp_path, hospitals):
 def test_bad_settings_are_refused(values, message, tmp_path):
     with pytest.raises((ConfigError, DataError), match=message):
         preparation.locate(from_mapping(DataConfig, values, "data"), tmp_path)
+
+
+def test_other_code_systems_of_a_users_table_make_the_cohort_anew(hospitals, tmp_path, capsys):
+    rows = [
+        f"{p},{p}-{v},2020-0{v + 1}-01,{kind},{code}"
+        for p in range(6)
+        for v in range(3)
+        for kind, code in (("diagnosis", "I10"), ("medication", "A02BC01"))
+    ]
+    events = tmp_path / "events.csv"
+    events.write_text("\n".join(["patient,visit,time,kind,code", *rows]) + "\n")
+    drugs = hospitals.write_drugs(tmp_path / "drugs")
+    given = DataConfig(source="tables", root=str(events), drugs=str(drugs))
+    changed = dataclasses.replace(given, systems=Systems(diagnosis="icd9"))
+    for config, code in ((given, "icd10:I10"), (changed, "icd9:I10")):
+        prepare(config, tmp_path / "exp")
+        assert "skipped" not in capsys.readouterr().out
+        made = cohort.load(tmp_path / "exp" / "cohort")
+        assert made.vocabularies["diagnosis"] == (code,)
 
 
 def test_medications_in_ndc_need_a_table_of_them(config, tmp_path):

@@ -41,7 +41,7 @@ def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
     settings = config.from_mapping(EvaluationConfig, values["evaluation"], "evaluation")
     device = training.choose_device(values["device"])
     made_from = artifacts.read_manifest(folder / "cohort", "cohort")
-    bundled = artifacts.read_manifest(bundle_folder, bundle_files.STAGE)
+    bundled = artifacts.verify(bundle_folder, bundle_files.STAGE)
     artifacts.require_match(
         str(bundle_folder), made_from.fingerprint, bundled.inputs.get("cohort", "none")
     )

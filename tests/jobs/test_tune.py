@@ -115,6 +115,14 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     assert 0 < report["model"]["test"]["metrics"]["prauc"] < ceiling
     assert set(report["baselines"]) == {"most frequent", "last visit"}
     assert "last visit" in out
+
+    metrics = registry.resolve(home, "production") / "metrics.json"
+    metrics.write_bytes(metrics.read_bytes().replace(b"0", b"9", 1))
+    status, out, err = run(root, "evaluate", "name=small")
+    assert status == 2
+    assert "metrics.json: expected SHA-256" in err
+    assert err.count("\n") == 1
+    assert "unchanged" not in out
     assert_nothing_runs_in(root / "tmp")
 
 

@@ -422,7 +422,7 @@ def living_group(group: int) -> list[str]:
 def test_ctrl_c_ends_in_one_line_and_leaves_nothing(
     make_cohort: MakeCohort, tmp_path: Path, after_s: float
 ) -> None:
-    folder = save(make_cohort(num_patients=4000, sizes=(400, 200, 60), seed=9), tmp_path)
+    folder = save(make_cohort(num_patients=6000, sizes=(900, 500, 60), seed=9), tmp_path)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     job = subprocess.Popen(

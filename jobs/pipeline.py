@@ -13,7 +13,6 @@ Each stage is its own job in its own process, with its configuration written to
 import contextlib
 import dataclasses
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -88,7 +87,7 @@ def run_job(job: str, conf_dir: Path) -> None:
     try:
         status = process.wait()
     except BaseException:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # as Ctrl-C to the job, and heard also where SIGINT is ignored (nohup)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
         if process.poll() is None:

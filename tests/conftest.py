@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,9 @@ from cafemed import paths
 # As `make test` sets it, for those who call pytest: small products on many threads mostly wait for
 # each other, and one thread gives the same bits as the processes under test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One cache of compiled kernels for all tests and the processes they start, whatever root a test
 # gives them: it is named after the kernels' text, so it can only hit the same code.

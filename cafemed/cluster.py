@@ -58,7 +58,7 @@ def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     temp = None if address else _temp_folder()
     try:
-        with _own_signals():
+        with _own_signals(), console.waiting("starting Ray" if temp else "connecting to Ray"):
             if temp is None:
                 _connect(str(address))
             else:

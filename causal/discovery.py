@@ -17,6 +17,7 @@ import numpy as np
 from distributed import Client
 from numpy.typing import NDArray
 
+from cafemed import console
 from cafemed.cohort import Cohort
 from cafemed.config import Range
 from cafemed.errors import DataError
@@ -114,7 +115,8 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
         config.search,
         columns.take(active) if config.engine == "cdt" else None,
     )
-    tasks.load_engine(config.search)
+    with console.waiting("loading the search, compiling it if it is new here"):
+        tasks.load_engine(config.search)
     learned, report = _learn(problem, pairs, config, Workers(client, problem))
     graph = _graph(columns.names, counts, active, learned)
     report = {

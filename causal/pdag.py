@@ -97,16 +97,19 @@ def empty_graph(kind: NDArray[np.int32]) -> Graph:
 
 @kernel
 def adjacent(edge: Edges, a: int, b: int) -> bool:
+    """Says whether there is an edge between a and b, directed or not."""
     return bool(edge[a, b] != 0 or edge[b, a] != 0)
 
 
 @kernel
 def is_arrow(edge: Edges, a: int, b: int) -> bool:
+    """Says whether a → b."""
     return bool(edge[a, b] != 0 and edge[b, a] == 0)
 
 
 @kernel
 def is_line(edge: Edges, a: int, b: int) -> bool:
+    """Says whether a - b, undirected."""
     return bool(edge[a, b] != 0 and edge[b, a] != 0)
 
 
@@ -156,6 +159,7 @@ def set_pair(g: Graph, a: int, b: int, forth: int, back: int) -> None:
 
 @kernel
 def clear_log(g: Graph) -> None:
+    """Forgets the logged changes, which stay made."""
     log, logged = g.log, g.logged
     for i in range(g.size[LOGGED]):
         logged[log[i, 0], log[i, 1]] = 0
@@ -173,6 +177,7 @@ def undo(g: Graph) -> None:
 
 @kernel
 def new_stamp(g: Graph) -> int:
+    """Gives a mark that no earlier walk over the graph has left on a node."""
     g.size[STAMP] += 1
     return int(g.size[STAMP])
 

@@ -66,8 +66,11 @@ def deploy(application: Any, name: str, http: HttpConfig) -> str:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     # Every node that has a replica; on a Ray of our own that is one.
     try:
-        serve.start(proxy_location="EveryNode", http_options={"host": http.host, "port": http.port})
-        serve.run(application, name=name, route_prefix="/")
+        with console.waiting("starting the endpoint"):
+            serve.start(
+                proxy_location="EveryNode", http_options={"host": http.host, "port": http.port}
+            )
+            serve.run(application, name=name, route_prefix="/")
     except RuntimeError as err:
         reason = str(err).strip().splitlines()[-1]
         raise EndpointError(f"the application {name!r} did not start: {reason}") from err

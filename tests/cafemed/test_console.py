@@ -87,3 +87,9 @@ def test_a_stage_that_is_done_is_skipped_aloud_unless_forced(tmp_path, capsys):
 def test_progress_gives_every_item_and_is_silent_without_a_terminal(capsys):
     assert list(console.progress([3, 1, 2], "counting")) == [3, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_waiting_is_silent_without_a_terminal(capsys):
+    with console.waiting("starting"):
+        pass
+    assert capsys.readouterr() == ("", "")

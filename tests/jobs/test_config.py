@@ -40,7 +40,8 @@ def test_root_file_composes(name: str):
 @pytest.mark.parametrize(("group", "option"), GROUP_FILES)
 def test_group_file_composes_in_the_pipeline(group: str, option: str):
     with initialize_config_dir(version_base="1.3", config_dir=str(paths.CONF_DIR)):
-        compose(config_name="pipeline", overrides=[f"{group}={option}"])
+        chosen = compose(config_name="pipeline", overrides=[f"{group}={option}"])
+        assert chosen[group]
 
 
 @pytest.mark.parametrize(

@@ -242,9 +242,9 @@ def _seal(
             path.chmod(0o700 if private else 0o755)
         else:
             path.chmod(0o600 if private else 0o644)
-            _fsync(path)
+            sync(path)
     folder.chmod(0o700 if private else 0o755)
-    _fsync(folder)
+    sync(folder)
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -253,7 +253,7 @@ def _replace(partial: Path, target: Path) -> None:
     if target.exists():
         target.rename(aside)
     partial.rename(target)
-    _fsync(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -265,7 +265,8 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -82,6 +83,20 @@ def refuse(err: UserError) -> NoReturn:
     """Prints a user's error as one line and ends the program with its status."""
     print(f"error: {err}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_USER_ERROR) from None
+
+
+@contextlib.contextmanager
+def silenced(*loggers: str) -> Iterator[None]:
+    """Keeps the log lines of libraries out of a job's output while the block runs."""
+    chosen = [logging.getLogger(name) for name in loggers]
+    before = [logger.level for logger in chosen]
+    for logger in chosen:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(chosen, before, strict=True):
+            logger.setLevel(level)
 
 
 def is_done(folder: Path, stage: str, fingerprint: str, force: bool) -> bool:

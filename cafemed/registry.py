@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cafemed import bundle_files
+from cafemed import artifacts, bundle_files
 from cafemed.errors import ArtifactError
 
 #: Names that `promote` accepts: `candidate` is the newest that came out of a sweep, `production`
@@ -203,7 +203,7 @@ def _add(parent: Path, digits: int, fill: Callable[[Path], None]) -> int:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         else:
-            _sync_folder(parent)
+            artifacts.sync(parent)
             return number
 
 
@@ -276,14 +276,6 @@ def _write_synced(path: Path, content: Mapping[str, Any]) -> None:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove_stale(parent: Path) -> None:

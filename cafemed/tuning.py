@@ -4,16 +4,14 @@ Nothing here needs a cluster to be imported; Ray is loaded when a sweep runs, an
 (`cafemed/cluster.py`).
 """
 
-import contextlib
 import datetime
 import functools
-import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cafemed import cluster, sweep
+from cafemed import cluster, console, sweep
 from cafemed.sweep import Status, SweepResult, TrialRecord
 from cafemed.sweep_plan import SweepPlan
 from cafemed.training import FitConfig
@@ -57,7 +55,11 @@ def run(
             error = trial.get_pickled_error() or trial.get_error()
             on_trial(record(trial.config, trial.last_result, error, trial.checkpoint))
 
-    with _quiet():
+    import optuna  # sets its logger's level when it is first imported
+
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    # What goes wrong in a trial is in its record.
+    with console.silenced("ray", "ray.tune", "ray.train"):
         results = _tuner(plan, data, storage, ended).fit()
     found = [
         record(result.config or {}, result.metrics or {}, result.error, result.checkpoint)
@@ -162,20 +164,3 @@ def _first_line(error: Exception) -> str:
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines() or [""]
     return f"{type(cause).__name__}: {lines[0]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Ray's and Optuna's log lines out of the job's output; errors are in the records."""
-    import optuna  # sets its logger's level when it is first imported
-
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    loggers = [logging.getLogger(name) for name in ("ray", "ray.tune", "ray.train")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

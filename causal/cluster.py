@@ -18,6 +18,7 @@ import dask
 from distributed import Client, LocalCluster
 from distributed.gc import disable_gc_diagnosis
 
+from cafemed import console
 from cafemed.cluster import ray_cluster
 from cafemed.errors import ConfigError
 
@@ -66,22 +67,9 @@ def connect(where: str, workers: int | None = None) -> Iterator[Client]:
         opened = _ray(workers)
     else:
         opened = _running(where)
-    with _quiet(), opened as client:
+    # Discovery itself reports, in one line, what a user can act on.
+    with console.silenced("distributed", "distributed.client"), opened as client:
         yield client
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Dask's log: discovery itself reports, in one line, what a user can act on."""
-    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager

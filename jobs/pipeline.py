@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Runs prepare, discover, tune, evaluate and deploy in order, and ends with a summary.
 
-    python jobs/pipeline.py --config-name demo          # small synthetic cohort, two minutes
+    python jobs/pipeline.py --config-name demo          # small synthetic cohort, a minute or two
     python jobs/pipeline.py data=mimic3 data.root=/tables data.drugs=/drugs
     ray job submit --working-dir . -- python jobs/pipeline.py --config-name demo
 
 Each stage is its own job in its own process, with its configuration written to
 `<root>/experiments/<name>/pipeline/<job>.yaml`: run one again with
-`python jobs/<job>.py --config-dir <that folder> --config-name <job>`.
+`python jobs/<job>.py --config-path <that folder> --config-name <job>`.
 """
 
 import contextlib

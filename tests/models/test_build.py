@@ -86,7 +86,8 @@ def test_all_wrong_options_are_named_together(world):
 
 
 def test_charm_options_are_free_where_charm_is_off(world):
-    models.build("cafemed", world.inputs, {"use_charm": False, "reduction_ratio": 7})
+    model = models.build("cafemed", world.inputs, {"use_charm": False, "reduction_ratio": 7})
+    assert not any("charm" in name for name, _ in model.named_parameters())
 
 
 def test_unknown_name_is_refused(world):
@@ -102,4 +103,6 @@ def test_the_configuration_file_spells_out_the_defaults():
 
 def test_importing_models_imports_no_model():
     code = "import sys, models; sys.exit(any(m.startswith('models.') for m in sys.modules))"
-    subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=True)
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=False).returncode == 0
+    )

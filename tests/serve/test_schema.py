@@ -23,8 +23,10 @@ def problems(body: Any) -> dict[str, str]:
 
 
 def test_the_documented_example_is_a_request() -> None:
-    for example in RecommendRequest.model_json_schema()["examples"]:
-        RecommendRequest.model_validate_json(json.dumps(example))
+    examples = RecommendRequest.model_json_schema()["examples"]
+    parsed = [RecommendRequest.model_validate_json(json.dumps(example)) for example in examples]
+    assert parsed
+    assert all(request.patients for request in parsed)
 
 
 def test_dots_blanks_and_case_do_not_matter() -> None:

@@ -26,12 +26,17 @@ CAUSE, ORPHAN, MIDDLE, EFFECT = 0, 1, 2, 3
 class CausalGraph:
     """An essential graph over codes.
 
+    This visit's medications ("medication/…") are sinks: edges lead to them, none between them and
+    none away. They explain; what a model sees of a visit (`node_classes`) is among its inputs.
+
     Attributes:
         nodes: names, "diagnosis/icd9:4019" (`codes.node_name`), sorted.
         source, target: int32 (edges,), indices into nodes; source → target if directed.
         directed: bool (edges,); an undirected edge is listed once, source < target.
         stability: float32 (edges,), share of bootstraps that have the edge; NaN if none were run.
         support: int64 (edges,), visits in which both ends are present.
+        strength: float32 (edges,), what the edge adds to the graph's score, in nats (an undirected
+            edge: in one graph of the class); NaN where unknown.
     """
 
     nodes: tuple[str, ...]
@@ -40,11 +45,27 @@ class CausalGraph:
     directed: NDArray[np.bool_]
     stability: NDArray[np.float32]
     support: NDArray[np.int64]
+    strength: NDArray[np.float32]
 
     @property
     def num_edges(self) -> int:
         """Edges, directed and undirected."""
         return len(self.source)
+
+    def without_sinks(self) -> "CausalGraph":
+        """The graph over what is known at a visit: no "medication/…" nodes, nor their edges."""
+        known = np.array([not name.startswith("medication/") for name in self.nodes], np.bool_)
+        number = np.cumsum(known, dtype=np.int32) - 1
+        kept = known[self.source] & known[self.target]
+        return CausalGraph(
+            nodes=tuple(name for name in self.nodes if not name.startswith("medication/")),
+            source=number[self.source[kept]].astype(np.int32),
+            target=number[self.target[kept]].astype(np.int32),
+            directed=self.directed[kept],
+            stability=self.stability[kept],
+            support=self.support[kept],
+            strength=self.strength[kept],
+        )
 
     def directed_adjacency(self, nodes: list[str]) -> sparse.csr_array:
         """Directed edges among the named nodes, float32 CSR (n, n); [i, j] = 1 means i → j.
@@ -134,6 +155,7 @@ def write_graph(graph: CausalGraph, path: Path) -> None:
             "directed": pa.array(graph.directed),
             "stability": pa.array(graph.stability),
             "support": pa.array(graph.support),
+            "strength": pa.array(graph.strength),
         }
     )
     table = table.replace_schema_metadata({"nodes": json.dumps(graph.nodes)})
@@ -157,9 +179,17 @@ def read_graph(path: Path) -> CausalGraph:
             directed=np.array(table["directed"].to_numpy(), np.bool_),
             stability=np.array(table["stability"].to_numpy(), np.float32),
             support=np.array(table["support"].to_numpy(), np.int64),
+            strength=_strength(table),
         )
     except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as err:
         raise ArtifactError(f"{path}: not a causal graph ({type(err).__name__})") from err
+
+
+def _strength(table: pa.Table) -> NDArray[np.float32]:
+    """The column of that name; files of bundles published before there was one have none."""
+    if "strength" not in table.column_names:
+        return np.full(table.num_rows, np.nan, np.float32)
+    return np.array(table["strength"].to_numpy(), np.float32)
 
 
 def write_effects(effects: EffectTable, path: Path) -> None:

@@ -117,8 +117,12 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
     )
     with console.waiting("loading the search, compiling it if it is new here"):
         tasks.load_engine(config.search)
-    learned, report = _learn(problem, pairs, config, Workers(client, problem))
-    graph = _graph(columns.names, counts, active, learned)
+    everything = np.arange(len(active))
+    score = gaussian_score(
+        problem.counts.statistics(everything), problem.penalty, "per_environment"
+    )
+    learned, report = _learn(problem, pairs, config, Workers(client, problem), score)
+    graph = _graph(columns.names, counts, active, learned, score)
     report = {
         "visits": counts.num_rows,
         "columns": len(columns.names),
@@ -132,7 +136,7 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
 
 
 def _learn(
-    problem: Problem, pairs: Pairs, config: CausalConfig, workers: Workers
+    problem: Problem, pairs: Pairs, config: CausalConfig, workers: Workers, score: GaussianScore
 ) -> tuple[Learned, dict[str, Any]]:
     """Blocks, union, merge, and the direct run to compare with."""
     everything = np.arange(len(problem.tiers))
@@ -141,9 +145,6 @@ def _learn(
         Task(block.columns, pairs.first, pairs.second, engine=config.engine) for block in blocks
     ]
     learned: list[Learned] = workers.run(block_tasks, "blocks")
-    score = gaussian_score(
-        problem.counts.statistics(everything), problem.penalty, "per_environment"
-    )
     graphs = [_touching(found, block) for found, block in zip(learned, blocks, strict=True)]
     union, dropped = merge.acyclic_union(graphs, score)
     allowed = _merge_pairs(graphs, blocks, pairs)
@@ -195,12 +196,19 @@ def _scored(score: GaussianScore, arrows: Arrows, cpu_s: float) -> dict[str, flo
 
 
 def _graph(
-    names: tuple[str, ...], counts: Cooccurrence, active: NDArray[np.int64], found: Learned
+    names: tuple[str, ...],
+    counts: Cooccurrence,
+    active: NDArray[np.int64],
+    found: Learned,
+    score: GaussianScore,
 ) -> CausalGraph:
     edge = found.adjacency.astype(np.bool_)
     directed = edge & ~edge.T
     source, target = np.nonzero(directed | np.triu(edge & edge.T))
     a, b = active[source], active[target]
+    # An undirected edge counts in the direction that it has in the member that was found.
+    forward = found.dag[source, target] != 0
+    arrows = Arrows(np.where(forward, source, target), np.where(forward, target, source))
     return CausalGraph(
         nodes=names,
         source=a.astype(np.int32),
@@ -208,4 +216,5 @@ def _graph(
         directed=directed[source, target],
         stability=np.full(len(a), np.nan, np.float32),
         support=columns_of.values_at(counts.total, a, b),
+        strength=merge.strengths(score, arrows).astype(np.float32),
     )

@@ -123,6 +123,7 @@ def graph_of(population: Population) -> CausalGraph:
         directed=np.ones(len(source), np.bool_),
         stability=np.full(len(source), np.nan, np.float32),
         support=support,
+        strength=np.full(len(source), np.nan, np.float32),
     )
 
 

@@ -78,6 +78,7 @@ def graph():
         directed=rng.random(len(a)) < 0.8,
         stability=np.full(len(a), np.nan, np.float32),
         support=np.ones(len(a), np.int64),
+        strength=np.full(len(a), np.nan, np.float32),
     )
 
 

@@ -71,6 +71,7 @@ def graph_of(*edges: tuple[str, str]) -> CausalGraph:
         np.ones(len(edges), np.bool_),
         np.full(len(edges), np.nan, np.float32),
         np.full(len(edges), 9),
+        np.full(len(edges), np.nan, np.float32),
     )
 
 

@@ -47,6 +47,7 @@ GRAPH = graphs.CausalGraph(
     directed=np.array([True]),
     stability=np.array([np.nan], np.float32),
     support=np.array([1], np.int64),
+    strength=np.array([np.nan], np.float32),
 )
 
 

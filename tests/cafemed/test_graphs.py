@@ -28,6 +28,7 @@ def random_graph(p: int, seed: int, density: float = 0.3) -> CausalGraph:
         directed=directed,
         stability=rng.random(len(ends)).astype(np.float32),
         support=rng.integers(5, 100, len(ends)),
+        strength=rng.random(len(ends)).astype(np.float32),
     )
 
 
@@ -75,6 +76,7 @@ def test_an_undirected_edge_makes_no_class() -> None:
         directed=np.array([False]),
         stability=np.ones(1, np.float32),
         support=np.ones(1, np.int64),
+        strength=np.ones(1, np.float32),
     )
     adjacency = graph.directed_adjacency(["a", "b"])
     classes = graphs.node_classes(CodeLists.of([[0, 1], [1]]), adjacency)
@@ -105,13 +107,57 @@ def test_empty_vocabulary_and_empty_graph() -> None:
     assert graphs.node_classes(CodeLists.of([[0], []]), adjacency).tolist() == [graphs.ORPHAN]
 
 
+def test_without_sinks_leaves_the_other_nodes_and_their_edges() -> None:
+    nodes = ("diagnosis/a", "medication/m", "medication/n", "previous_medication/m", "procedure/p")
+    edges = [(0, 1), (0, 4), (3, 0), (3, 2), (4, 1)]
+    graph = CausalGraph(
+        nodes=nodes,
+        source=np.array([a for a, _ in edges], np.int32),
+        target=np.array([b for _, b in edges], np.int32),
+        directed=np.array([True, False, True, True, True]),
+        stability=np.arange(5, dtype=np.float32),
+        support=np.arange(5) + 10,
+        strength=np.arange(5, dtype=np.float32) + 20,
+    )
+    inner = graph.without_sinks()
+    assert inner.nodes == ("diagnosis/a", "previous_medication/m", "procedure/p")
+    named = [
+        (inner.nodes[a], inner.nodes[b], *rest)
+        for a, b, *rest in zip(
+            *(inner.source.tolist(), inner.target.tolist(), inner.directed.tolist()),
+            *(inner.stability.tolist(), inner.support.tolist(), inner.strength.tolist()),
+            strict=True,
+        )
+    ]
+    assert named == [
+        ("diagnosis/a", "procedure/p", False, 1, 11, 21),
+        ("previous_medication/m", "diagnosis/a", True, 2, 12, 22),
+    ]
+    # Classes are the same whether or not the graph has its sinks.
+    lists = random_lists(40, 3, 0)
+    adjacencies = [g.directed_adjacency(list(inner.nodes)).toarray() for g in (graph, inner)]
+    np.testing.assert_array_equal(*adjacencies)
+    for each in (graph, inner):
+        classes = graphs.node_classes(lists, each.directed_adjacency(list(inner.nodes)))
+        assert set(classes.tolist()) > {graphs.CAUSE}
+
+
+def test_a_graph_file_of_before_there_were_strengths_is_read(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "graph.parquet"
+    graphs.write_graph(random_graph(9, 3), path)
+    pq.write_table(pq.read_table(path).drop_columns(["strength"]), path)
+    assert np.isnan(graphs.read_graph(path).strength).all()
+
+
 @pytest.mark.parametrize("p", [0, 1, 9])
 def test_graph_file_there_and_back(tmp_path: Path, p: int) -> None:
     graph = random_graph(p, 3)
     graphs.write_graph(graph, tmp_path / "graph.parquet")
     found = graphs.read_graph(tmp_path / "graph.parquet")
     assert found.nodes == graph.nodes
-    for name in ("source", "target", "directed", "stability", "support"):
+    for name in ("source", "target", "directed", "stability", "support", "strength"):
         a, b = getattr(found, name), getattr(graph, name)
         np.testing.assert_array_equal(a, b)
         assert a.dtype == b.dtype

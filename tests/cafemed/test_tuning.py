@@ -98,7 +98,8 @@ def given() -> Experiment:
     effect = random.normal(size=(18, 8)).astype(np.float32) / 10
     effects = EffectTable(rows, columns, effect, np.zeros_like(effect), "raw")
     none = np.zeros(0, np.int32)
-    graph = CausalGraph((), none, none, none > 0, none.astype(np.float32), none.astype(np.int64))
+    floats = none.astype(np.float32)
+    graph = CausalGraph((), none, none, none > 0, floats, none.astype(np.int64), floats)
     return Experiment(
         cohort=cohort,
         graph=graph,

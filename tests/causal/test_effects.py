@@ -27,6 +27,7 @@ def graph_of(edges: list[tuple[str, str]], undirected: list[tuple[str, str]] | N
         directed=np.array([True] * len(edges) + [False] * len(undirected or []), np.bool_),
         stability=np.full(len(every), np.nan, np.float32),
         support=np.ones(len(every), np.int64),
+        strength=np.full(len(every), np.nan, np.float32),
     )
 
 

@@ -61,8 +61,9 @@ def write_graph(experiment):
     medications = tuple(node_name("medication", c) for c in patients.vocabularies["medication"])
     effect = np.zeros((len(codes), len(medications)), np.float32)
     none = np.zeros(0, np.int32)
+    floats = none.astype(np.float32)
     graph = graphs.CausalGraph(
-        codes, none, none, none.astype(bool), none.astype(np.float32), none.astype(np.int64)
+        codes, none, none, none.astype(bool), floats, none.astype(np.int64), floats
     )
     sources = {"cohort": patients.fingerprint}
     with artifacts.new_folder(experiment / "graph", "graph", sources, {}) as (folder, _):

@@ -75,9 +75,8 @@ def write_graph(experiment: Path) -> None:
     medications = tuple(node_name("medication", c) for c in patients.vocabularies["medication"])
     effect = np.zeros((len(codes), len(medications)), np.float32)
     none = np.zeros(0, np.int32)
-    graph = graphs.CausalGraph(
-        codes, none, none, none > 0, none.astype(np.float32), none.astype(np.int64)
-    )
+    floats = none.astype(np.float32)
+    graph = graphs.CausalGraph(codes, none, none, none > 0, floats, none.astype(np.int64), floats)
     sources = {"cohort": patients.fingerprint}
     with artifacts.new_folder(experiment / "graph", "graph", sources, {}) as (folder, _):
         graphs.write_graph(graph, folder / "graph.parquet")

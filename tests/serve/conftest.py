@@ -47,6 +47,7 @@ def make_bundle(preprocessing: Preprocessing | None = None, seed: int = 0) -> Bu
         directed=np.ones(len(source), np.bool_),
         stability=np.full(len(source), np.nan, np.float32),
         support=np.ones(len(source), np.int64),
+        strength=np.full(len(source), np.nan, np.float32),
     )
     rows = tuple(node_name(kind, c) for kind in KINDS[:2] for c in VOCABULARIES[kind])
     columns = tuple(node_name("medication", c) for c in VOCABULARIES["medication"])

@@ -13,7 +13,7 @@ DRUGS ?=
 SETTINGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format lock clean
+.PHONY: help install demo test test-slow lint format lock bench-env clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,16 @@ format: $(STAMP) ## let ruff format the code
 lock: ## write requirements.lock anew from pyproject.toml, in a fresh environment
 	@platform/lock.sh
 
+# The pins are complete, so pip looks for nothing else: xges would refuse newer numpy and numba.
+BENCH := .bench
+bench-env: $(patsubst platform/bench-env/%.txt,$(BENCH)/%/.installed,$(wildcard platform/bench-env/*.txt)) ## other packages that benchmarks/discovery.py compares with, each in an environment of its own
+
+$(BENCH)/%/.installed: platform/bench-env/%.txt | $(STAMP)
+	@echo "installing $* into $(BENCH)/$*"
+	@$(BIN)/python -m venv --clear $(BENCH)/$*
+	@$(BENCH)/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
 clean: ## remove caches (not .venv, not the data)
 	@rm -rf build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv/*' -not -path './.bench/*' -prune -exec rm -rf {} +

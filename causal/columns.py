@@ -1,9 +1,9 @@
 """The columns of a causal graph: a cohort's codes as one sparse 0/1 table, and its statistics.
 
 Only training patients' visits are read. The columns of visit t are its diagnoses and procedures and
-the medications of visit t - 1; this visit's medications are no columns, since a model that has to
+the medications of visit t - 1; this visit's medications are none of them, since a model that has to
 predict them must not see a graph that was found with their help (models.md 1.9 tells how the
-published graphs leak them).
+published graphs leak them). They are columns of their own, `sinks_of`.
 """
 
 import dataclasses
@@ -18,6 +18,10 @@ from causal.statistics import Statistics, from_cooccurrence
 
 #: The kind of node that each of a visit's three input lists becomes.
 INPUT_KINDS = ("diagnosis", "procedure", "previous_medication")
+
+#: The kind of node that the medications of the visit itself become, and their place in time.
+SINK_KIND = "medication"
+_SINK_TIER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,22 @@ def of_cohort(cohort: Cohort) -> Columns:
         names=tuple(names[i] for i in order),
         present=sparse.csr_array(sparse.hstack(parts, format="csc")[:, order].tocsr()),
         tiers=np.array(tiers, np.int64)[order],
+        strata=np.where(cohort.is_first_visit()[visits], 0, 1).astype(np.int8),
+    )
+
+
+def sinks_of(cohort: Cohort) -> Columns:
+    """Builds the sorted columns of what is to be recommended at the same visits.
+
+    A tier of their own, after all that `of_cohort` gives; see `causal.sinks`.
+    """
+    visits = training_visits(cohort)
+    names = [node_name(SINK_KIND, code) for code in cohort.vocabularies[SINK_KIND]]
+    order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
+    return Columns(
+        names=tuple(names[i] for i in order),
+        present=presence(cohort.targets, visits, len(names))[:, order],
+        tiers=np.full(len(names), _SINK_TIER, np.int64),
         strata=np.where(cohort.is_first_visit()[visits], 0, 1).astype(np.int8),
     )
 

@@ -45,6 +45,8 @@ class CausalConfig:
         penalty: factor on the BIC penalty of an edge.
         gamma: weight of log(number of columns) in the extended BIC.
         min_support: visits that must have both codes of an edge.
+        sinks: also give this visit's medications their causes, when the rest is done
+            (`causal.sinks`).
         compare_direct: also search once without blocks, to report what the blocks change.
         blocks: see BlocksConfig.
         effects: see EffectsConfig.
@@ -59,6 +61,7 @@ class CausalConfig:
     penalty: Annotated[float, Range(0, 1000, open_low=True)] = 1.0
     gamma: Annotated[float, Range(0, 1000)] = 2.0
     min_support: Annotated[int, Range(1)] = 5
+    sinks: bool = True
     compare_direct: bool = True
     blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
     effects: EffectsConfig = dataclasses.field(default_factory=EffectsConfig)

@@ -85,6 +85,7 @@ def made_of(vocabularies: Mapping[str, tuple[str, ...]]) -> bundle.Bundle:
         ("diagnosis/icd9:0", "diagnosis/icd9:1"),
         ("diagnosis/icd9:1", "diagnosis/icd9:2"),
         ("previous_medication/atc:M0", "previous_medication/atc:M1"),
+        ("diagnosis/icd9:1", "medication/atc:M1"),  # a sink
     )
     effects = effects_of(vocabularies)
     model = Sums(tuple(len(vocabularies[kind]) for kind in KINDS), torch.tensor(effects.effect))

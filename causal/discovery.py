@@ -53,6 +53,8 @@ class CausalConfig:
         cluster: "local", "ray" or a Dask scheduler's address; changes no result.
         workers: processes or actors to start, None for one a core; changes no result.
         seed: of the communities.
+        truth: a true graph's graph.parquet, or the folder that holds it (and true effects), to
+            compare the result with; changes no result.
     """
 
     engine: Literal["native", "cdt"] = "native"
@@ -68,14 +70,15 @@ class CausalConfig:
     cluster: str = "local"
     workers: Annotated[int, Range(1, 10_000)] | None = None
     seed: Annotated[int, Range(0, 2**31)] = 0
+    truth: str | None = None
 
     def __post_init__(self) -> None:
         cluster.check(self.cluster)
 
     def content(self) -> dict[str, Any]:
-        """What decides the result: all but where it runs."""
+        """What decides the result: all but where it runs and what it is compared with."""
         values = dataclasses.asdict(self)
-        del values["cluster"], values["workers"]
+        del values["cluster"], values["workers"], values["truth"]
         return values
 
 

@@ -3,15 +3,19 @@
 import dataclasses
 import math
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from causal import candidates, gains, pdag
+from causal import pdag, pool
 from causal import search as kernels
 from causal.essential import extend_to_dag
-from causal.gains import MIN_GAIN, Problem
-from causal.scores import GaussianScore
+from causal.gaussian import make_gaussian
+from causal.problem import MIN_GAIN, Problem, make_work
+from causal.restrictions import close_orientations
+from causal.scores import GaussianScore, Score
+from causal.tables import make_tables
 
 _STEPS_PER_CALL = 1_000_000
 _STEPS_PER_CLOCK = 50
@@ -39,7 +43,7 @@ class Climber:
 
     def __init__(
         self,
-        score: GaussianScore,
+        score: Score,
         allowed: NDArray[np.bool_],
         required: NDArray[np.bool_],
         kinds: NDArray[np.int32],
@@ -51,14 +55,8 @@ class Climber:
         self._deadline = deadline
         same = kinds[:, None] == kinds[None, :]
         one_way = same & (allowed != allowed.T)
-        with np.errstate(divide="ignore"):
-            threshold = -np.expm1(-2.0 * (score.penalty + MIN_GAIN) / score.rows)
         self._problem = Problem(
-            correlation=score.correlation,
-            pattern=score.pattern,
-            rows=score.rows,
-            threshold=threshold,
-            penalty=np.array([score.penalty]),
+            local=_kernel_score(score),
             allowed=allowed.astype(np.uint8),
             required=required.astype(np.uint8),
             restricted=np.array([one_way.any() or required.any()], np.uint8),
@@ -102,9 +100,7 @@ class Climber:
         adjacency = state.graph.edge.copy()
         if self._problem.restricted[0]:
             closed = np.empty_like(adjacency)
-            kernels.close_orientations(
-                adjacency, self._problem.allowed, self._problem.required, closed
-            )
+            close_orientations(adjacency, self._problem.allowed, self._problem.required, closed)
             adjacency = closed
             member = extend_to_dag(closed)
             assert member is not None
@@ -123,11 +119,10 @@ class Climber:
 
     def score(self, dag: NDArray[np.integer]) -> float:
         """The score of a DAG, (p, p)."""
-        fit = np.zeros(len(dag))
+        gain = np.zeros(len(dag))
         arrows = (np.asarray(dag) != 0).astype(np.uint8)
-        kernels.fit_of_dag(self._problem, gains.make_work(len(dag)), arrows, fit)
-        paid = self._score.penalty * int(arrows.sum())
-        return float(self._score.empty.sum() + fit.sum() - paid)
+        kernels.gain_of_dag(self._problem, make_work(len(dag)), arrows, gain)
+        return float(self._score.empty.sum() + gain.sum())
 
     def _improve(self, state: kernels.State, max_restarts: int | None) -> kernels.State:
         """Deletes and forbids one edge at a time and searches on; keeps what scores higher.
@@ -152,10 +147,34 @@ class Climber:
         return state
 
 
+def _kernel_score(score: Score) -> Any:
+    """The score as the kernels take it."""
+    if not isinstance(score, GaussianScore):
+        patterns, groups = len(score.group_of), np.arange(len(score.size))
+        uses = (score.group_of[:, :, None] == groups).any(axis=1).reshape(patterns, len(groups))
+        return make_tables(
+            row_start=score.present.indptr.astype(np.int64),
+            row_columns=score.present.indices.astype(np.int32),
+            column_start=score.by_column.indptr.astype(np.int64),
+            column_rows=score.by_column.indices.astype(np.int32),
+            environment=score.environment,
+            group_of=score.group_of,
+            uses=uses.astype(np.uint8),
+            pattern=score.pattern,
+            joint=score.joint,
+            size=score.size,
+            ones=score.ones,
+            both=score.both,
+            cost=score.cost,
+            edge=np.array([score.penalty]),
+        )
+    with np.errstate(divide="ignore"):
+        threshold = -np.expm1(-2.0 * (score.penalty + MIN_GAIN) / score.rows)
+    return make_gaussian(score.correlation, score.pattern, score.rows, threshold, score.penalty)
+
+
 def _with_room(state: kernels.State) -> kernels.State:
-    return state._replace(
-        insertions=candidates.grown(state.insertions), turns=candidates.grown(state.turns)
-    )
+    return state._replace(insertions=pool.grown(state.insertions), turns=pool.grown(state.turns))
 
 
 def _edges_by_cost(state: kernels.State) -> list[tuple[int, int]]:

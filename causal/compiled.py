@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+from numba import extending
 from numba.core import caching, types
 from numba.experimental import structref
 
@@ -26,7 +27,17 @@ Record = TypeVar("Record")
 _OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 
 #: Modules whose functions are compiled together; each may call into the ones before it.
-KERNEL_MODULES = ("pdag", "gains", "candidates", "search")
+KERNEL_MODULES = (
+    "pdag",
+    "problem",
+    "gaussian",
+    "tables",
+    "scoring",
+    "pool",
+    "candidates",
+    "restrictions",
+    "search",
+)
 
 
 def cache_dir() -> Path:
@@ -122,8 +133,27 @@ def inlined(function: Function) -> Function:
 
 
 def kernel(function: Function) -> Function:
-    """Compiles a function when it is first called; kernels call each other without Python."""
-    compiled: Any = numba.njit(**_OPTIONS)(function)
+    """Compiles a function when it is first called; kernels call each other, Python none of them."""
+    return _compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+
+def one_of(stub: Function, choices: dict[type[Reference], Any]) -> None:
+    """Has kernels that call `stub` call the choice that fits the type of its first argument.
+
+    Args:
+        stub: a function with the choices' arguments, whose body is never used.
+        choices: kernels by the type of record that they take first.
+    """
+    options: Any = {**_OPTIONS, "no_cpython_wrapper": True}
+    extending.overload(stub, jit_options=options, strict=False)(
+        lambda record, *_: next(
+            kernel.py_func for kind, kernel in choices.items() if isinstance(record, kind)
+        )
+    )
+
+
+def _compiled(function: Function, **options: Any) -> Function:
+    compiled: Any = numba.njit(**_OPTIONS, **options)(function)
     find = compiled.get_call_template
     compiled.get_call_template = lambda args, kws: find(tuple(map(_plain, args)), kws)
     result: Function = compiled
@@ -132,7 +162,7 @@ def kernel(function: Function) -> Function:
 
 def cached_kernel(function: Function) -> Function:
     """A kernel that Python calls: its machine code is read from `cache_dir()` if it is there."""
-    compiled: Any = kernel(function)
+    compiled: Any = _compiled(function, no_cfunc_wrapper=True)
     if _writable(cache_dir() / _code_digest()):
         compiled._cache = _Cache(function)  # type: ignore[no-untyped-call]
     result: Function = compiled

@@ -4,8 +4,8 @@
 bootstraps share one pass over the data:
 
     fit_statistics(statistics, *, score="gaussian_bic", penalty=1.0, intercept="pooled",
-                   search="best", gamma=1.0, forbidden=None, required=None, tiers=None, start=None,
-                   min_support=0, max_restarts=None, time_budget_s=None) -> GiesResult
+                   search="best", gamma=1.0, num_columns=None, forbidden=None, required=None,
+                   tiers=None, start=None, min_support=0, max_restarts=None, time_budget_s=None)
 
 with `statistics` a `causal.statistics.Statistics`, of which `statistics.take(columns)` is a block.
 Hauser and Bühlmann, JMLR 13 (2012) 2409-2464; Chickering, JMLR 3 (2002) 507-554; Nazaret and Blei,
@@ -59,6 +59,7 @@ def fit_statistics(
     intercept: str = "pooled",
     search: str = "best",
     gamma: float = 1.0,
+    num_columns: int | None = None,
     forbidden: NDArray[np.bool_] | None = None,
     required: NDArray[np.bool_] | None = None,
     tiers: NDArray[np.int64] | None = None,
@@ -71,13 +72,17 @@ def fit_statistics(
 
     Args:
         statistics: of p columns, with their environments and targets.
-        score: "gaussian_bic" or "extended_bic" (`scores.parent_penalty`).
+        score: "gaussian_bic" or "extended_bic"; of columns of 0 and 1 also "discrete_bic" or
+            "bdeu" (`causal.scores`).
         penalty: multiplies the BIC's penalty; 1 is pcalg's.
-        intercept: "pooled" (pcalg), or "per_environment" (the gies package).
+        intercept: "pooled" (pcalg), or "per_environment" (the gies package); of scores on counts,
+            one table for all environments or one each.
         search: "textbook", pcalg's order: all insertions, all deletions, all turns, repeated;
             "fast", XGES's order: a deletion if one gains, else a turn, else an insertion; "best",
             the better of both, then improved by forbidding one edge at a time (XGES).
-        gamma: weight of log(columns) in "extended_bic".
+        gamma: weight of log(columns) in "extended_bic" and "bdeu".
+        num_columns: the number of columns in that; None for those that take part. A block of a
+            larger problem has the larger number.
         forbidden: bool (p, p), [i, j] forbids i → j.
         required: bool (p, p), [i, j] keeps i → j; acyclic.
         tiers: int (p,); no edge from a later tier to an earlier one.
@@ -95,8 +100,14 @@ def fit_statistics(
     limits = _limits(statistics, forbidden, required, tiers, min_support)
     dropped = dropped_columns(statistics)
     keep = np.array([j for j in range(statistics.num_columns) if j not in dropped], np.int64)
-    cost = scores.parent_penalty(score, statistics.num_rows, len(keep), penalty, gamma)
-    local = scores.gaussian_score(statistics.take(keep), cost, intercept)
+    local = scores.make_score(
+        statistics.take(keep),
+        score,
+        penalty=penalty,
+        gamma=gamma,
+        intercept=intercept,
+        num_columns=len(keep) if num_columns is None else num_columns,
+    )
     square = np.ix_(keep, keep)
     limits = _Limits(
         limits.allowed[square], limits.required[square], limits.kinds[keep], limits.tiers[keep]
@@ -175,8 +186,9 @@ def score_dag(
     from causal.climb import Climber
 
     p = statistics.num_columns
-    cost = scores.parent_penalty(score, statistics.num_rows, p, penalty, gamma)
-    local = scores.gaussian_score(statistics, cost, intercept)
+    local = scores.make_score(
+        statistics, score, penalty=penalty, gamma=gamma, intercept=intercept, num_columns=p
+    )
     free = np.ones((p, p), np.bool_)
     return Climber(local, free, ~free, np.zeros(p, np.int32), math.inf).score(dag)
 

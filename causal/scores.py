@@ -1,27 +1,48 @@
-"""Scores of a graph as the search kernels see them: correlations, rows and a penalty per parent.
+"""Scores of a graph as the search kernels see them; all are sums of local scores, higher is better.
 
-The local score of a column j with parents S is pcalg's (README of the golden cases):
+Gaussian scores (`GaussianScore`): the local score of a column j with parents S is pcalg's (README
+of the golden cases):
 
     -0.5 n_j (1 + log(rss_j(S) / n_j)) - penalty * (1 + |S|)
 
 with n_j the rows in which j is not an intervention target, and rss_j(S) of the regression on S with
-an intercept over those rows. Higher is better.
+an intercept over those rows.
+
+Scores on counts of 0/1 columns (`TablesScore`): the rows in which j is not a target are split by
+the configurations c of S, and the local score is
+
+- "discrete_bic": the log-likelihood sum over c of n_c1 log(n_c1/n_c) + n_c0 log(n_c0/n_c), less
+  penalty * 0.5 log(rows) * 2^|S|;
+- "bdeu": the log marginal likelihood under a Dirichlet prior of equivalent sample size 1 (Heckerman
+  et al., Machine Learning 20, 1995, eq. 28 with N'_ijk = 1 / (2 * 2^|S|)), less gamma log(columns)
+  for each parent. A configuration that no row has costs nothing.
+
+Both give all graphs of a class the same score. In a table where a column never changes, it is left
+out of the configurations.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
+from scipy.special import gammaln, xlogy
 
 from cafemed.errors import ConfigError
-from causal.statistics import Statistics
+from causal.statistics import Statistics, cooccurrences
 
-SCORES = ("gaussian_bic", "extended_bic")
+GAUSSIAN_SCORES = ("gaussian_bic", "extended_bic")
+SCORES = (*GAUSSIAN_SCORES, "discrete_bic", "bdeu")
 INTERCEPTS = ("pooled", "per_environment")
 
 #: Below this share of a column's scatter, what is left of it is taken to be rounding noise.
 _NOISE = 1e-13
+#: A parent that leaves less than this share of a variance explains it wholly; cut off there.
+_MIN_SHARE = 1e-12
+#: Configurations of more parents than this are not told apart.
+_MAX_TABLE_PARENTS = 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +63,120 @@ class GaussianScore:
     penalty: float
     empty: NDArray[np.float64]
 
+    def local(self, column: int, parents: Sequence[int] | NDArray[np.int64]) -> float:
+        """Score of one column given its parents."""
+        empty = float(self.empty[column])
+        if len(parents) == 0:
+            return empty
+        correlation = self.correlation[self.pattern[column]]
+        chosen = np.asarray(parents, np.int64)
+        with_column = correlation[chosen, column]
+        slopes = np.linalg.lstsq(correlation[np.ix_(chosen, chosen)], with_column, _MIN_SHARE)[0]
+        share = max(1.0 - float(slopes @ with_column), _MIN_SHARE)
+        return empty - 0.5 * float(self.rows[column] * np.log(share)) - self.penalty * len(parents)
+
+
+@dataclasses.dataclass(frozen=True)
+class TablesScore:
+    """A score on counts over p columns of 0 and 1; G groups of rows have a table each.
+
+    Attributes:
+        present: CSR (n, p), 1 where a column is 1; `by_column`, the same as CSC.
+        environment: int32 (n,), of each row.
+        pattern: int64 (p,), which of the patterns of intervention targets a column has.
+        group_of: int32 (patterns, environments), the group that an environment's rows belong to in
+            the score of a column; -1 if none.
+        joint: int32 (G, p, p), rows in which two columns are both 1.
+        size: int64 (G,), rows.
+        ones, both: float64 (K, n + 1), what counts n_c1 (or n_c0) and n_c add, by the number of
+            parents; the last row holds for all larger ones.
+        cost: float64, of a table by the number of parents.
+        penalty: score paid for each parent beside that.
+        empty: float64 (p,), local scores without parents.
+    """
+
+    present: sparse.csr_array
+    by_column: sparse.csc_array
+    environment: NDArray[np.int32]
+    pattern: NDArray[np.int64]
+    group_of: NDArray[np.int32]
+    joint: NDArray[np.int32]
+    size: NDArray[np.int64]
+    ones: NDArray[np.float64]
+    both: NDArray[np.float64]
+    cost: NDArray[np.float64]
+    penalty: float
+    empty: NDArray[np.float64]
+
+    def local(self, column: int, parents: Sequence[int] | NDArray[np.int64]) -> float:
+        """Score of one column given its parents, counted anew."""
+        chosen = np.asarray(parents, np.int64)
+        if len(chosen) > _MAX_TABLE_PARENTS:
+            return -math.inf
+        child = self.by_column[:, [column]].toarray().ravel()
+        codes = self.by_column[:, chosen].toarray().astype(np.int64) @ (1 << np.arange(len(chosen)))
+        of_row = self.group_of[self.pattern[column]][self.environment]
+        total = -self.penalty * len(chosen)
+        for group in np.unique(of_row[of_row >= 0]):
+            often = self.joint[group].diagonal()
+            varies = (often > 0) & (often < self.size[group])
+            if varies[column]:
+                inside = of_row == group
+                k = int(varies[chosen].sum())
+                total += self.table(k, codes[inside], child[inside])
+        return float(total)
+
+    def table(self, k: int, codes: NDArray[np.int64], child: NDArray[np.integer]) -> float:
+        """One group's part: configurations and values of the column by row; k parents vary."""
+        rows = np.bincount(codes)
+        ones = np.bincount(codes, child, len(rows)).astype(np.int64)
+        i = min(k, len(self.ones) - 1)
+        fit = self.ones[i, ones] + self.ones[i, rows - ones] - self.both[i, rows]
+        return float(fit.sum() - self.cost[k])
+
+
+Score = GaussianScore | TablesScore
+
+
+def make_score(
+    statistics: Statistics,
+    name: str,
+    *,
+    penalty: float,
+    gamma: float,
+    intercept: str,
+    num_columns: int,
+) -> Score:
+    """Prepares a score of all columns of the statistics.
+
+    Args:
+        name: one of SCORES.
+        penalty: factor on the BIC's penalty.
+        gamma: weight of log(num_columns) in "extended_bic" and "bdeu".
+        intercept: "pooled" or "per_environment": one mean, or one table, for all environments in
+            which the column is not a target, or one each.
+        num_columns: among how many columns parents were chosen.
+
+    Raises:
+        ConfigError: if an option is unknown or has no meaning, or a score on counts is asked of
+            columns that are not 0 and 1.
+    """
+    cost = parent_penalty(name, statistics.num_rows, num_columns, penalty, gamma)
+    if intercept not in INTERCEPTS:
+        raise ConfigError(f"intercept: expected one of {', '.join(INTERCEPTS)}, got {intercept!r}")
+    if name in GAUSSIAN_SCORES:
+        return gaussian_score(statistics, cost, intercept)
+    if name == "bdeu" and penalty != 1:
+        raise ConfigError(f"penalty: has no meaning for bdeu, which has gamma; got {penalty!r}")
+    return _tables_score(statistics, name, penalty, cost, intercept)
+
 
 def parent_penalty(score: str, rows: int, columns: int, multiplier: float, gamma: float) -> float:
     """What one more parent costs.
 
     "gaussian_bic": multiplier * 0.5 log(rows). "extended_bic" adds gamma * log(columns) (Chen and
-    Chen 2008, Biometrika 95(3), on the log-likelihood's scale).
+    Chen 2008, Biometrika 95(3), on the log-likelihood's scale). "bdeu": gamma * log(columns), a
+    prior on graphs. "discrete_bic": nothing, beside the cost of the tables.
 
     Raises:
         ConfigError: if the score is unknown or the multiplier or gamma is negative.
@@ -58,8 +187,9 @@ def parent_penalty(score: str, rows: int, columns: int, multiplier: float, gamma
         raise ConfigError(f"penalty: expected a number of at least 0, got {multiplier!r}")
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise ConfigError(f"gamma: expected a number of at least 0, got {gamma!r}")
-    bic = multiplier * 0.5 * math.log(max(rows, 1))
-    return bic + gamma * math.log(max(columns, 1)) if score == "extended_bic" else bic
+    bic = multiplier * 0.5 * math.log(max(rows, 1)) if score in GAUSSIAN_SCORES else 0.0
+    prior = gamma * math.log(max(columns, 1)) if score in ("extended_bic", "bdeu") else 0.0
+    return bic + prior
 
 
 def gaussian_score(statistics: Statistics, penalty: float, intercept: str) -> GaussianScore:
@@ -69,18 +199,9 @@ def gaussian_score(statistics: Statistics, penalty: float, intercept: str) -> Ga
         statistics: of the columns to be searched.
         penalty: `parent_penalty`.
         intercept: "pooled" (pcalg) or "per_environment" (the gies package).
-
-    Raises:
-        ConfigError: if the intercept rule is unknown.
     """
-    if intercept not in INTERCEPTS:
-        raise ConfigError(f"intercept: expected one of {', '.join(INTERCEPTS)}, got {intercept!r}")
     p = statistics.num_columns
-    hit = np.zeros((p, len(statistics.counts)), np.bool_)
-    for e, columns in enumerate(statistics.targets):
-        hit[list(columns), e] = True
-    patterns, pattern = np.unique(hit, axis=0, return_inverse=True) if p else (hit, np.zeros(0))
-    pattern = np.asarray(pattern, np.int64).reshape(-1)
+    patterns, pattern = _patterns(statistics)
     correlation = np.zeros((len(patterns), p, p))
     rows, spread = np.zeros(p), np.zeros(p)
     everywhere = statistics.pooled(np.arange(len(statistics.counts)), "pooled")[1].diagonal()
@@ -98,6 +219,16 @@ def gaussian_score(statistics: Statistics, penalty: float, intercept: str) -> Ga
     return GaussianScore(correlation, pattern, rows, penalty, empty)
 
 
+def _patterns(statistics: Statistics) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """The patterns of environments that target a column, bool (patterns, E), and each column's."""
+    p = statistics.num_columns
+    hit = np.zeros((p, len(statistics.counts)), np.bool_)
+    for e, columns in enumerate(statistics.targets):
+        hit[list(columns), e] = True
+    patterns, pattern = np.unique(hit, axis=0, return_inverse=True) if p else (hit, np.zeros(0))
+    return patterns, np.asarray(pattern, np.int64).reshape(-1)
+
+
 def _correlation(
     scatter: NDArray[np.float64], reference: NDArray[np.float64]
 ) -> NDArray[np.float64]:
@@ -107,3 +238,65 @@ def _correlation(
     result: NDArray[np.float64] = scatter * scale[:, None] * scale[None, :]
     np.fill_diagonal(result, usable.astype(np.float64))
     return result
+
+
+def _tables_score(
+    statistics: Statistics, name: str, multiplier: float, penalty: float, intercept: str
+) -> TablesScore:
+    rows = statistics.rows
+    if rows is None:
+        raise ConfigError(
+            f"score: {name} needs rows of columns that are 0 and 1 only; "
+            "gaussian_bic and extended_bic take any numbers"
+        )
+    patterns, pattern = _patterns(statistics)
+    environments = np.arange(patterns.shape[1])
+    if intercept == "pooled":
+        group_of = np.where(patterns, -1, np.arange(len(patterns))[:, None])
+        members = ~patterns
+    else:
+        group_of = np.where(patterns, -1, environments)
+        members = np.eye(len(environments), dtype=np.bool_)
+    joint = [cooccurrences(rows.present[member[rows.environment]]) for member in members]
+    size = members.astype(np.int64) @ statistics.counts
+    ones, both, cost = _term_tables(name, statistics.num_rows, multiplier)
+    p = statistics.num_columns
+    score = TablesScore(
+        present=rows.present,
+        by_column=rows.present.tocsc(),
+        environment=rows.environment,
+        pattern=pattern,
+        group_of=group_of.astype(np.int32),
+        joint=np.array(joint, np.int32).reshape(len(members), p, p),
+        size=size,
+        ones=ones,
+        both=both,
+        cost=cost,
+        penalty=penalty,
+        empty=np.zeros(p),
+    )
+    return dataclasses.replace(score, empty=_empty_local(score))
+
+
+def _empty_local(score: TablesScore) -> NDArray[np.float64]:
+    """Local scores without parents, float64 (p,)."""
+    empty = np.zeros(len(score.pattern))
+    for group, rows in enumerate(score.size.tolist()):
+        ones = score.joint[group].diagonal()
+        uses = (score.group_of == group).any(axis=1)[score.pattern]
+        fit = score.ones[0, ones] + score.ones[0, rows - ones] - score.both[0, rows] - score.cost[0]
+        empty += np.where(uses & (ones > 0) & (ones < rows), fit, 0.0)
+    return empty
+
+
+def _term_tables(
+    name: str, rows: int, multiplier: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """`ones`, `both` and `cost` of a TablesScore."""
+    counts, parents = np.arange(rows + 1.0), np.arange(_MAX_TABLE_PARENTS + 1.0)
+    if name == "discrete_bic":
+        fit = xlogy(counts, counts)[None]
+        return fit, fit, multiplier * 0.5 * math.log(max(rows, 1)) * 2.0**parents
+    prior = 0.5 ** parents[:, None]  # of a configuration; half of it for each value
+    ones = gammaln(counts + prior / 2) - gammaln(prior / 2)
+    return ones, gammaln(counts + prior) - gammaln(prior), np.zeros(len(parents))

@@ -9,30 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from causal import pdag
-from causal.candidates import (
-    Pool,
-    PoolRef,
-    best_target,
-    drop,
-    make_pool,
-    score_insertions,
-    score_turns,
-    valid_clique,
-    wake,
-)
+from causal import pdag, scoring
+from causal.candidates import score_deletions, score_insertions, score_turns, valid_clique
 from causal.compiled import Reference, cached_kernel, inlined, kernel, reference
-from causal.gains import (
-    Problem,
-    ProblemRef,
-    Work,
-    WorkRef,
-    clique_at,
-    factorise,
-    make_work,
-    score_deletions,
-)
 from causal.pdag import DELETE, INSERT, TURN, Edges, Graph, is_line
+from causal.pool import Pool, PoolRef, best_target, drop, make_pool, wake
+from causal.problem import Problem, ProblemRef, Work, WorkRef, clique_at, make_work
+from causal.restrictions import close_orientations
 
 #: Orders of moves: the best deletion, else the best turn, else the best insertion; or all
 #: insertions, then all deletions, then all turns, until a round changes nothing.
@@ -48,7 +31,7 @@ class State(NamedTuple):
     """A search under way; all arrays are changed in place.
 
     Attributes:
-        graph, work: see `pdag.Graph` and `gains.Work`.
+        graph, work: see `pdag.Graph` and `problem.Work`.
         insertions, turns: candidate moves of each target.
         deletion: float64 (p,), gain of the best deletion of each target, 0 if none gains.
         deletion_gain, deletion_clique: (p, p), [y, x] the best deletion of the edge x → y or x - y.
@@ -193,63 +176,6 @@ def _absorb(s: State) -> None:
     pdag.clear_log(g)
 
 
-@cached_kernel
-def close_orientations(edge: Edges, allowed: Edges, required: Edges, closed: Edges) -> bool:
-    """Orients lines as `allowed` and `required` ask, with Meek's rules, in a copy `closed`.
-
-    Returns False if no member of the class obeys: an arrow that is not allowed is forced, a
-    required edge points the other way, or two rules contradict each other.
-    """
-    p = edge.shape[0]
-    for a in range(p):
-        for b in range(p):
-            closed[a, b] = edge[a, b]
-    changed = True
-    while changed:
-        changed = False
-        for a in range(p):
-            for b in range(p):
-                if closed[a, b] == 0:
-                    continue
-                if closed[b, a] == 0:
-                    if allowed[a, b] == 0 or required[b, a]:
-                        return False
-                elif required[a, b] or allowed[b, a] == 0 or _forced(closed, a, b):
-                    closed[b, a] = 0
-                    changed = True
-    return True
-
-
-@kernel
-def _forced(edge: Edges, a: int, b: int) -> bool:
-    """Do Meek's rules 1 to 4 orient the line a - b as a → b?"""
-    for c in range(edge.shape[0]):
-        if c == b:
-            continue
-        if pdag.is_arrow(edge, c, a) and not pdag.adjacent(edge, c, b):
-            return True
-        if c == a or not pdag.is_arrow(edge, c, b):
-            continue
-        if pdag.is_arrow(edge, a, c):
-            return True
-        if is_line(edge, a, c) and _forced_by_two(edge, a, b, c):
-            return True
-    return False
-
-
-@kernel
-def _forced_by_two(edge: Edges, a: int, b: int, c: int) -> bool:
-    """Rules 3 and 4, for a - c → b: does a d with a - d, and d → b or d → c, force a → b?"""
-    for d in range(edge.shape[0]):
-        if d in (b, c) or not is_line(edge, a, d):
-            continue
-        if pdag.is_arrow(edge, d, b) and not pdag.adjacent(edge, c, d):
-            return True
-        if pdag.is_arrow(edge, d, c) and not pdag.adjacent(edge, d, b):
-            return True
-    return False
-
-
 @kernel
 def _deletion_clique(s: State, u: int, v: int) -> int:
     """Writes the clique of the best deletion of u → v to `work.members`; returns its size."""
@@ -374,6 +300,13 @@ def _referenced(state: State) -> State:
     )
 
 
+@inlined
+def _problem(given: Problem) -> Problem:
+    return ProblemRef(
+        scoring.reference_to(given.local), given.allowed, given.required, given.restricted
+    )
+
+
 @cached_kernel
 def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int) -> int:
     """Makes up to `max_steps` moves; returns DONE, POOL_FULL or PAUSED.
@@ -381,7 +314,7 @@ def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int
     With x >= 0 it is a restart: the edge between x and y is deleted and forbidden first, and in the
     end everything is taken back unless the score rose (then it returns IMPROVED).
     """
-    problem = ProblemRef(*given)
+    problem = _problem(given)
     s = _referenced(state)
     allowed, before, forth, back = problem.allowed, s.total[0], 0, 0
     move = DELETE if order == FAST else s.progress[_PHASE]
@@ -416,15 +349,14 @@ def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int
 
 
 @cached_kernel
-def fit_of_dag(given: Problem, scratch: Work, dag: Edges, fit: NDArray[np.float64]) -> None:
-    """Fills fit, float64 (p,), with the log-likelihood that each node's parents gain it."""
-    problem, w = ProblemRef(*given), WorkRef(*scratch)
-    for y in range(len(fit)):
+def gain_of_dag(given: Problem, scratch: Work, dag: Edges, gain: NDArray[np.float64]) -> None:
+    """Fills gain, float64 (p,), with what each node's parents add to its local score."""
+    problem, w = _problem(given), WorkRef(*scratch)
+    most = scoring.most_parents(problem.local)
+    for y in range(len(gain)):
         count = 0
-        for x in range(len(fit)):
-            if dag[x, y] and count < len(w.other_row) - 2:
+        for x in range(len(gain)):
+            if dag[x, y] and count < most:
                 w.members[count] = x
                 count += 1
-        factorise(problem, w, y, w.members, count)
-        rest = w.other_residual[count, count]
-        fit[y] = -0.5 * problem.rows[y] * np.log(rest) if rest > 0.0 else 0.0
+        gain[y] = scoring.family_gain(problem.local, y, w.members, count)

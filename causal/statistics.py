@@ -16,8 +16,21 @@ from cafemed.errors import ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of columns that are 0 and 1 only: what scores on counts count in.
+
+    Attributes:
+        present: CSR int32 (n, p), 1 where a column is 1.
+        environment: int32 (n,), of each row.
+    """
+
+    present: sparse.csr_array
+    environment: NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What the Gaussian scores need of a data set with p columns and E environments.
+    """What the scores need of a data set with p columns and E environments.
 
     Attributes:
         counts: int64 (E,), rows of each environment.
@@ -29,6 +42,7 @@ class Statistics:
         duplicate_of: int64 (p,), the first column with exactly the same values (itself if none).
         cooccurrence: int32 (p, p), rows in which both columns are 1, over all environments; None
             unless every column holds 0 and 1 only.
+        rows: for scores on counts; None unless rows of 0 and 1 were given.
     """
 
     counts: NDArray[np.int64]
@@ -38,6 +52,7 @@ class Statistics:
     unusable: NDArray[np.int8]
     duplicate_of: NDArray[np.int64]
     cooccurrence: NDArray[np.int32] | None
+    rows: Rows | None = None
 
     @property
     def num_columns(self) -> int:
@@ -70,6 +85,9 @@ class Statistics:
             unusable=self.unusable[index],
             duplicate_of=duplicate_of,
             cooccurrence=None if self.cooccurrence is None else self.cooccurrence[square],
+            rows=None
+            if self.rows is None
+            else Rows(self.rows.present[:, index], self.rows.environment),
         )
 
     def pooled(
@@ -141,6 +159,7 @@ def from_dense(
         unusable=np.where(broken, 2, np.where(constant, 1, 0)).astype(np.int8),
         duplicate_of=_first_equal(table),
         cooccurrence=np.rint(table.T @ table).astype(np.int32) if binary else None,
+        rows=_rows(table, of_row) if binary else None,
     )
 
 
@@ -170,7 +189,8 @@ def from_sparse(
         parts = [cooccurrences(matrix)]
     else:
         parts = [cooccurrences(matrix[np.flatnonzero(of_row == e)]) for e in range(len(checked))]
-    return from_cooccurrence(rows, parts, checked)
+    counted = from_cooccurrence(rows, parts, checked)
+    return dataclasses.replace(counted, rows=_rows(matrix, of_row))
 
 
 def cooccurrences(matrix: Any) -> NDArray[np.int32]:
@@ -250,6 +270,12 @@ def check_environments(
                     f"targets[{e}]: column {column} does not exist; there are {p} columns"
                 )
     return of_row, tuple(tuple(sorted({int(c) for c in columns})) for columns in lists)
+
+
+def _rows(table: Any, of_row: NDArray[np.int64]) -> Rows:
+    present = sparse.csr_array(table).astype(np.int32)
+    present.sum_duplicates()
+    return Rows(present, of_row.astype(np.int32))
 
 
 def _table(data: NDArray[Any]) -> NDArray[np.float64]:

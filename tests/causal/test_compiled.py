@@ -51,7 +51,7 @@ def test_a_copy_of_the_project_finds_the_code_that_another_compiled(tmp_path):
         hits.append(run_from(tmp_path / name, root))
         assert not list((tmp_path / name).rglob("*.nbc"))
     assert hits == [0, 1]
-    kernel = tmp_path / "second" / "causal" / "gains.py"
+    kernel = tmp_path / "second" / "causal" / "gaussian.py"
     kernel.write_text(kernel.read_text() + "\n# changed\n")
     assert run_from(tmp_path / "second", root) == 0
 

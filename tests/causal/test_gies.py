@@ -134,15 +134,15 @@ def test_what_is_kept_between_steps_changes_nothing(kind, search):
     order = kernels.FAST if search == "fast" else kernels.TEXTBOOK
     found, _ = climber._climb(np.zeros((p, p), np.int8), order)
 
-    from causal import candidates, pdag
+    from causal import pdag, pool
 
     graph = pdag.empty_graph(climber._kinds)
     state = kernels.make_state(graph)
     status = kernels.PAUSED
     while status != kernels.DONE:
         state = state._replace(
-            insertions=candidates.make_pool(p, 64 * p + 1024),
-            turns=candidates.make_pool(p, 64 * p + 1024),
+            insertions=pool.make_pool(p, 64 * p + 1024),
+            turns=pool.make_pool(p, 64 * p + 1024),
         )
         state.deletion_stale[:] = 1
         status = kernels.run(climber._problem, state, order, 1, -1, -1)

@@ -1,0 +1,221 @@
+"""The candidate moves of each target, best first, and the blocked ones that wait.
+
+A candidate that reached the top but is blocked by a path is set aside with that path's edges; it
+comes back when one of them is lost. So each step looks at few candidates, and the best valid one
+is always found.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from causal.compiled import Reference, kernel, reference
+from causal.pdag import Graph
+from causal.problem import Floats
+
+#: Positions in `Pool.size`.
+USED, LIVE, PATHS = 0, 1, 2
+
+
+class Pool(NamedTuple):
+    """Candidates (source, clique, gain) of p targets, in one array.
+
+    Attributes:
+        gain: float64 (capacity,); negative if blocked by a path, 0 if it can no longer be valid.
+        source, clique: int32 (capacity,).
+        start, length: int64 (p,), where a target's candidates are.
+        best: float64 (p,), the largest gain of a target, 0 if it has none.
+        best_at: int64 (p,), its position.
+        generation: int64 (p,), counts how often a target was scored.
+        stale: uint8 (p,), 1 if a target has to be scored again.
+        path: int64 (entries, 6), (from, to, target, position, generation, next entry).
+        head: int32 (a power of two,), the first entry of each hash value.
+        size: int64 (3,), candidates written, candidates alive, path entries.
+    """
+
+    gain: NDArray[Any]
+    source: NDArray[Any]
+    clique: NDArray[Any]
+    start: NDArray[Any]
+    length: NDArray[Any]
+    best: NDArray[Any]
+    best_at: NDArray[Any]
+    generation: NDArray[Any]
+    stale: NDArray[Any]
+    path: NDArray[Any]
+    head: NDArray[Any]
+    size: NDArray[Any]
+
+
+class _PoolType(Reference):
+    pass
+
+
+PoolRef = reference(Pool, _PoolType)
+
+
+def make_pool(p: int, capacity: int) -> Pool:
+    """An empty pool in which every target is stale."""
+    return Pool(
+        gain=np.empty(capacity),
+        source=np.empty(capacity, np.int32),
+        clique=np.empty(capacity, np.int32),
+        start=np.zeros(p, np.int64),
+        length=np.zeros(p, np.int64),
+        best=np.zeros(p),
+        best_at=np.zeros(p, np.int64),
+        generation=np.zeros(p, np.int64),
+        stale=np.ones(p, np.uint8),
+        path=np.empty((1 << 18, 6), np.int64),
+        head=np.full(1 << 14, -1, np.int32),
+        size=np.zeros(3, np.int64),
+    )
+
+
+def grown(pool: Pool) -> Pool:
+    """The same pool with at least twice the room for what is alive, and without gaps."""
+    capacity = max(2 * int(pool.size[LIVE]), len(pool.gain)) + 4 * len(pool.length) + 1024
+    gain, source = np.empty(capacity), np.empty(capacity, np.int32)
+    clique, start = np.empty(capacity, np.int32), np.zeros_like(pool.start)
+    best_at, used = pool.best_at.copy(), 0
+    for y, (a, n) in enumerate(zip(pool.start.tolist(), pool.length.tolist(), strict=True)):
+        gain[used : used + n] = pool.gain[a : a + n]
+        source[used : used + n] = pool.source[a : a + n]
+        clique[used : used + n] = pool.clique[a : a + n]
+        best_at[y] += used - a
+        start[y] = used
+        used += n
+    size = pool.size.copy()
+    size[USED] = used
+    return pool._replace(
+        gain=gain, source=source, clique=clique, start=start, best_at=best_at, size=size
+    )
+
+
+@kernel
+def best_target(best: Floats) -> int:
+    """The first target with the largest gain, -1 if none gains."""
+    largest, target = 0.0, -1
+    for y in range(len(best)):
+        if best[y] > largest:
+            largest, target = best[y], y
+    return target
+
+
+@kernel
+def _find_best(pool: Pool, y: int) -> None:
+    """Largest gain; ties go to the smaller source, then to the candidate found first."""
+    gain, source = pool.gain, pool.source
+    best, at = 0.0, -1
+    for i in range(pool.start[y], pool.start[y] + pool.length[y]):
+        if gain[i] > best or (gain[i] == best and at >= 0 and source[i] < source[at]):
+            best, at = gain[i], i
+    pool.best[y] = best
+    pool.best_at[y] = at
+
+
+@kernel
+def drop(pool: Pool, y: int) -> None:
+    """Takes the best candidate out until its target is scored again."""
+    pool.gain[pool.best_at[y]] = 0.0
+    _find_best(pool, y)
+
+
+@kernel
+def _slot(a: int, b: int, slots: int) -> int:
+    return (a * 40503 + b * 9973) & (slots - 1)
+
+
+@kernel
+def set_aside(pool: Pool, g: Graph, y: int, end: int) -> None:
+    """Sets the best candidate aside, blocked by the path just found from y to `end`."""
+    at = pool.best_at[y]
+    pool.gain[at] = -pool.gain[at]
+    _find_best(pool, y)
+    path, head = pool.path, pool.head
+    b = end
+    while b != y:
+        a = g.previous[b]
+        n = pool.size[PATHS]
+        if n == len(path):
+            _forget_paths(pool)
+            return
+        slot = _slot(a, b, len(head))
+        path[n, 0], path[n, 1], path[n, 2] = a, b, y
+        path[n, 3], path[n, 4], path[n, 5] = at - pool.start[y], pool.generation[y], head[slot]
+        head[slot] = n
+        pool.size[PATHS] = n + 1
+        b = a
+
+
+@kernel
+def _forget_paths(pool: Pool) -> None:
+    """Empties the full table of paths: all blocked candidates will be looked at again."""
+    pool.size[PATHS] = 0
+    for i in range(len(pool.head)):
+        pool.head[i] = -1
+    for y in range(len(pool.best)):
+        for i in range(pool.start[y], pool.start[y] + pool.length[y]):
+            pool.gain[i] = abs(pool.gain[i])
+        _find_best(pool, y)
+
+
+@kernel
+def wake(pool: Pool, a: int, b: int) -> None:
+    """The way a → b was lost: candidates that it blocked come back."""
+    path, head = pool.path, pool.head
+    slot = _slot(a, b, len(head))
+    last, n = -1, head[slot]
+    while n >= 0:
+        following, y = path[n, 5], path[n, 2]
+        current = path[n, 4] == pool.generation[y]
+        hit = path[n, 0] == a and path[n, 1] == b
+        if hit and current and pool.stale[y] == 0:
+            at = pool.start[y] + path[n, 3]
+            if pool.gain[at] < 0.0:
+                pool.gain[at] = -pool.gain[at]
+                _find_best(pool, y)
+        if current and not hit:
+            last = n
+        elif last < 0:
+            head[slot] = following
+        else:
+            path[last, 5] = following
+        n = following
+
+
+@kernel
+def begin(pool: Pool, y: int) -> None:
+    """Empties the list of a target, to fill it anew."""
+    pool.size[LIVE] -= pool.length[y]
+    pool.length[y] = 0
+    pool.start[y] = pool.size[USED]
+    pool.generation[y] += 1
+
+
+@kernel
+def append(pool: Pool, y: int, gain: float, source: int, clique: int) -> bool:
+    """Adds a candidate to the list being filled; False if there is no room."""
+    at = pool.start[y] + pool.length[y]
+    if at >= len(pool.gain):
+        return False
+    pool.gain[at] = gain
+    pool.source[at] = source
+    pool.clique[at] = clique
+    pool.length[y] += 1
+    return True
+
+
+@kernel
+def finish(pool: Pool, y: int, complete: bool) -> bool:
+    """Ends the list being filled; without room for all of it the target stays stale."""
+    if not complete:
+        pool.length[y] = 0
+        pool.best[y] = 0.0
+        return False
+    pool.size[USED] += pool.length[y]
+    pool.size[LIVE] += pool.length[y]
+    pool.stale[y] = 0
+    _find_best(pool, y)
+    return True

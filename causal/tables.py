@@ -1,0 +1,384 @@
+"""Kernels of the scores on counts of 0/1 rows: what a new or a lost parent is worth.
+
+The local score of a column y with parents S is a sum over tables, one for each group of rows
+(`scores.TablesScore`), and there over the configurations c of S:
+
+    sum over c of ones[k, n_c1] + ones[k, n_c0] - both[k, n_c],  less cost[k], less edge * |S|
+
+with n_c the rows of configuration c, n_c1 and n_c0 those with y = 1 and 0, and k the parents that
+vary in the group. Codes are rare: only rows in which some parent is 1 are looked at, and of them
+only the codes that they have; the configuration "no parent" is what is left of the totals. So one
+pass over those rows gives the gain of every source at once. `causal.scoring` says what each of the
+functions is for.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from causal.compiled import Reference, kernel, reference
+from causal.pdag import Edges, Nodes
+from causal.problem import Floats
+
+#: More parents than this a node never gets: there are 2^12 configurations.
+MAX_PARENTS = 12
+
+_STAMP, _CHILD, _CHILD_STAMP = 0, 1, 2
+
+
+class Tables(NamedTuple):
+    """The score of p columns over n rows, and scratch.
+
+    Attributes:
+        row_start, row_columns: int64 (n + 1,), int32; the columns that are 1 in each row.
+        column_start, column_rows: int64 (p + 1,), int32; the rows in which each column is 1.
+        environment: int32 (n,), of each row.
+        group_of: int32 (patterns, environments), the group of an environment's rows for targets of
+            a pattern; -1 if they take no part.
+        uses: uint8 (patterns, groups), whether a pattern's score has a table for a group.
+        pattern: int64 (p,), of each target.
+        joint: int32 (groups, p, p), rows in which two columns are both 1.
+        size: int64 (groups,), rows.
+        ones, both: float64 (K, n + 1), see above; the last row holds for all larger k.
+        cost: float64 (MAX_PARENTS + 2,).
+        edge: float64 (1,).
+        code, code_stamp: int64 (n,), configuration of a row; valid where the stamp is current.
+        child_stamp: int64 (n,), marks the rows in which the current target is 1.
+        parent: int64 (MAX_PARENTS + 1,), the parents added.
+        head: int32 (2^MAX_PARENTS,), first row of a configuration, -1 if none; `following`, int32
+            (n,), the next one; `found`, int64, the configurations that occur.
+        with_source, with_both: int32 (p,), rows of a configuration in which a column, and the
+            target too, is 1; `touched`, int64 (p,), the columns for which they are not 0.
+        sum_source, sum_both: int64 (p,), the same over all configurations.
+        delta: float64 (p,), what the tables gain by each source.
+        family, family_ones: int64 (2^MAX_PARENTS,), rows of each configuration, and with y = 1.
+        lost: float64 (MAX_PARENTS + 1,).
+        state: int64 (3,), last stamp, current target and its stamp.
+    """
+
+    row_start: NDArray[Any]
+    row_columns: NDArray[Any]
+    column_start: NDArray[Any]
+    column_rows: NDArray[Any]
+    environment: NDArray[Any]
+    group_of: NDArray[Any]
+    uses: NDArray[Any]
+    pattern: NDArray[Any]
+    joint: NDArray[Any]
+    size: NDArray[Any]
+    ones: NDArray[Any]
+    both: NDArray[Any]
+    cost: NDArray[Any]
+    edge: NDArray[Any]
+    code: NDArray[Any]
+    code_stamp: NDArray[Any]
+    child_stamp: NDArray[Any]
+    parent: NDArray[Any]
+    head: NDArray[Any]
+    following: NDArray[Any]
+    found: NDArray[Any]
+    with_source: NDArray[Any]
+    with_both: NDArray[Any]
+    touched: NDArray[Any]
+    sum_source: NDArray[Any]
+    sum_both: NDArray[Any]
+    delta: NDArray[Any]
+    family: NDArray[Any]
+    family_ones: NDArray[Any]
+    lost: NDArray[Any]
+    state: NDArray[Any]
+
+
+class TablesType(Reference):
+    """Numba's type of `TablesRef`."""
+
+
+TablesRef = reference(Tables, TablesType)
+
+
+def make_tables(**given: NDArray[Any]) -> Tables:
+    """The score, given all of `Tables` up to `edge`, with its scratch."""
+    n, p, most = len(given["environment"]), len(given["pattern"]), 1 << MAX_PARENTS
+    return Tables(
+        **given,
+        code=np.zeros(n, np.int64),
+        code_stamp=np.zeros(n, np.int64),
+        child_stamp=np.zeros(n, np.int64),
+        parent=np.zeros(MAX_PARENTS + 1, np.int64),
+        head=np.full(most, -1, np.int32),
+        following=np.zeros(n, np.int32),
+        found=np.zeros(most, np.int64),
+        with_source=np.zeros(p, np.int32),
+        with_both=np.zeros(p, np.int32),
+        touched=np.zeros(p, np.int64),
+        sum_source=np.zeros(p, np.int64),
+        sum_both=np.zeros(p, np.int64),
+        delta=np.zeros(p),
+        family=np.zeros(most, np.int64),
+        family_ones=np.zeros(most, np.int64),
+        lost=np.zeros(MAX_PARENTS + 1),
+        state=np.array([0, -1, 0]),
+    )
+
+
+@kernel
+def _varies(t: Tables, group: int, x: int) -> bool:
+    return bool(0 < t.joint[group, x, x] < t.size[group])
+
+
+@kernel
+def _varying(t: Tables, group: int, nodes: Nodes, count: int) -> int:
+    """How many of the nodes are not the same in all rows of a group."""
+    number = 0
+    for i in range(count):
+        if _varies(t, group, nodes[i]):
+            number += 1
+    return number
+
+
+@kernel
+def _term(t: Tables, k: int, ones: int, rows: int) -> float:
+    """What one configuration adds."""
+    last = len(t.ones) - 1
+    i = min(k, last)
+    return float(t.ones[i, ones] + t.ones[i, rows - ones] - t.both[i, rows])
+
+
+@kernel
+def _mark_child(t: Tables, y: int) -> int:
+    """Marks the rows in which y is 1; returns the mark."""
+    if t.state[_CHILD] != y:
+        t.state[_STAMP] += 1
+        t.state[_CHILD], t.state[_CHILD_STAMP] = y, t.state[_STAMP]
+        for i in range(t.column_start[y], t.column_start[y + 1]):
+            t.child_stamp[t.column_rows[i]] = t.state[_STAMP]
+    return int(t.state[_CHILD_STAMP])
+
+
+@kernel
+def _configure(t: Tables, nodes: Nodes, count: int) -> None:
+    """Sets the configuration of every row in which a node is 1."""
+    t.state[_STAMP] += 1
+    stamp = t.state[_STAMP]
+    code, code_stamp, rows = t.code, t.code_stamp, t.column_rows
+    for q in range(count):
+        s = nodes[q]
+        for i in range(t.column_start[s], t.column_start[s + 1]):
+            row = rows[i]
+            if code_stamp[row] != stamp:
+                code_stamp[row] = stamp
+                code[row] = 0
+            code[row] |= 1 << q
+
+
+@kernel
+def _collect(t: Tables, y: int, group: int, count: int) -> int:
+    """Lists the configured rows of a group by configuration; returns how many occur."""
+    group_of, number = t.group_of[t.pattern[y]], 0
+    for q in range(count):
+        s = t.parent[q]
+        for i in range(t.column_start[s], t.column_start[s + 1]):
+            row = t.column_rows[i]
+            code = t.code[row]
+            # A row is listed once, at the first of its parents.
+            if code & ((1 << q) - 1) or group_of[t.environment[row]] != group:
+                continue
+            if t.head[code] < 0:
+                t.found[number] = code
+                number += 1
+            t.following[row] = t.head[code]
+            t.head[code] = row
+    return number
+
+
+@kernel
+def _count_configuration(t: Tables, code: int, child: int) -> tuple[int, int, int]:
+    """Counts sources over a configuration's rows; returns rows, those with the child, touched."""
+    rows, ones, touched = 0, 0, 0
+    row = t.head[code]
+    while row >= 0:
+        rows += 1
+        has_child = t.child_stamp[row] == child
+        if has_child:
+            ones += 1
+        for i in range(t.row_start[row], t.row_start[row + 1]):
+            x = t.row_columns[i]
+            if t.with_source[x] == 0:
+                t.touched[touched] = x
+                touched += 1
+            t.with_source[x] += 1
+            if has_child:
+                t.with_both[x] += 1
+        row = t.following[row]
+    t.head[code] = -1
+    return rows, ones, touched
+
+
+@kernel
+def _add_group(t: Tables, allowed: Edges, y: int, group: int, count: int, gain: Floats) -> None:
+    """Adds to `gain` what one group's table gains by each source."""
+    k, p = _varying(t, group, t.parent, count), len(t.pattern)
+    child = _mark_child(t, y)
+    rows_left, ones_left = int(t.size[group]), int(t.joint[group, y, y])
+    # What a source that is 0 in all rows of a configuration gains there: the prior of k + 1.
+    flat = 0.0
+    for c in range(_collect(t, y, group, count)):
+        rows, ones, touched = _count_configuration(t, t.found[c], child)
+        rows_left -= rows
+        ones_left -= ones
+        flat += _term(t, k + 1, ones, rows) - _term(t, k, ones, rows)
+        for i in range(touched):
+            x = t.touched[i]
+            n, n1 = t.with_source[x], t.with_both[x]
+            t.with_source[x], t.with_both[x] = 0, 0
+            t.sum_source[x] += n
+            t.sum_both[x] += n1
+            if allowed[x, y]:
+                split = _term(t, k + 1, n1, n) + _term(t, k + 1, ones - n1, rows - n)
+                t.delta[x] += split - _term(t, k + 1, ones, rows)
+    flat -= t.cost[k + 1] - t.cost[k]
+    whole = _term(t, k, ones_left, rows_left)
+    for x in range(p):
+        if allowed[x, y] and x != y and _varies(t, group, x):
+            n = t.joint[group, x, x] - t.sum_source[x]
+            n1 = t.joint[group, x, y] - t.sum_both[x]
+            split = _term(t, k + 1, n1, n) + _term(t, k + 1, ones_left - n1, rows_left - n)
+            gain[x] += flat + t.delta[x] + split - whole
+        t.sum_source[x], t.sum_both[x], t.delta[x] = 0, 0, 0.0
+
+
+@kernel
+def most_parents(t: Tables) -> int:  # noqa: ARG001
+    """See `causal.scoring`."""
+    return MAX_PARENTS
+
+
+@kernel
+def open_target(t: Tables, y: int) -> None:
+    """See `causal.scoring`; nothing is kept between sets of parents."""
+
+
+@kernel
+def add_parent(t: Tables, y: int, r: int, x: int) -> None:  # noqa: ARG001
+    """See `causal.scoring`."""
+    t.parent[r] = x
+
+
+@kernel
+def source_gains(t: Tables, allowed: Edges, y: int, r: int, gain: Floats) -> None:
+    """See `causal.scoring`."""
+    for x in range(len(t.pattern)):
+        gain[x] = -t.edge[0]
+    _configure(t, t.parent, r)
+    for group in range(len(t.size)):
+        if t.uses[t.pattern[y], group] and _varies(t, group, y):
+            _add_group(t, allowed, y, group, r, gain)
+
+
+@kernel
+def _count_family(t: Tables, y: int, nodes: Nodes, count: int, group: int) -> None:
+    """Fills `family` and `family_ones` for configurations of the given nodes in a group."""
+    child, group_of = _mark_child(t, y), t.group_of[t.pattern[y]]
+    family, ones = t.family, t.family_ones
+    for c in range(1 << count):
+        family[c], ones[c] = 0, 0
+    family[0], ones[0] = t.size[group], t.joint[group, y, y]
+    for q in range(count):
+        s = nodes[q]
+        for i in range(t.column_start[s], t.column_start[s + 1]):
+            row = t.column_rows[i]
+            code = t.code[row]
+            if code & ((1 << q) - 1) or group_of[t.environment[row]] != group:
+                continue
+            family[code] += 1
+            family[0] -= 1
+            if t.child_stamp[row] == child:
+                ones[code] += 1
+                ones[0] -= 1
+
+
+@kernel
+def _whole(t: Tables, k: int, count: int) -> float:
+    """Score of the counted family with all its parents."""
+    total = -t.cost[k]
+    for c in range(1 << count):
+        if t.family[c]:
+            total += _term(t, k, t.family_ones[c], t.family[c])
+    return float(total)
+
+
+@kernel
+def _without(t: Tables, k: int, count: int, i: int) -> float:
+    """Score of the counted family without its parent i; k of the others vary."""
+    bit, total = 1 << i, -t.cost[k]
+    for c in range(1 << count):
+        if c & bit == 0:
+            rows = t.family[c] + t.family[c | bit]
+            if rows:
+                total += _term(t, k, t.family_ones[c] + t.family_ones[c | bit], rows)
+    return float(total)
+
+
+@kernel
+def _losses(t: Tables, y: int, nodes: Nodes, first: int, count: int, lost: Floats) -> None:
+    """Fills lost[first:count]."""
+    for i in range(first, count):
+        lost[i] = -t.edge[0]
+    _configure(t, nodes, count)
+    for group in range(len(t.size)):
+        if not t.uses[t.pattern[y], group] or not _varies(t, group, y):
+            continue
+        k = _varying(t, group, nodes, count)
+        _count_family(t, y, nodes, count, group)
+        whole = _whole(t, k, count)
+        for i in range(first, count):
+            if _varies(t, group, nodes[i]):
+                lost[i] += whole - _without(t, k - 1, count, i)
+
+
+@kernel
+def parent_losses(t: Tables, y: int, nodes: Nodes, count: int, lost: Floats) -> None:
+    """See `causal.scoring`."""
+    _losses(t, y, nodes, 0, count, lost)
+
+
+@kernel
+def open_near(t: Tables, v: int, near: Nodes, n: int) -> None:
+    """See `causal.scoring`; nothing is kept between sets of parents."""
+
+
+@kernel
+def add_near(t: Tables, v: int, r: int, at: int, near: Nodes, n: int) -> None:  # noqa: ARG001
+    """See `causal.scoring`."""
+    t.parent[r] = near[at]
+
+
+@kernel
+def near_gain(t: Tables, v: int, r: int, at: int, near: Nodes, n: int) -> float:  # noqa: ARG001
+    """See `causal.scoring`."""
+    t.parent[r] = near[at]
+    return float(last_loss(t, v, t.parent, r + 1))
+
+
+@kernel
+def last_loss(t: Tables, y: int, nodes: Nodes, count: int) -> float:
+    """See `causal.scoring`."""
+    if count > MAX_PARENTS:
+        return np.inf
+    _losses(t, y, nodes, count - 1, count, t.lost)
+    return float(t.lost[count - 1])
+
+
+@kernel
+def family_gain(t: Tables, y: int, nodes: Nodes, count: int) -> float:
+    """See `causal.scoring`."""
+    total = -t.edge[0] * count
+    _configure(t, nodes, count)
+    for group in range(len(t.size)):
+        if t.uses[t.pattern[y], group] and _varies(t, group, y):
+            k = _varying(t, group, nodes, count)
+            _count_family(t, y, nodes, count, group)
+            alone = _term(t, 0, t.joint[group, y, y], t.size[group]) - t.cost[0]
+            total += _whole(t, k, count) - alone
+    return float(total)

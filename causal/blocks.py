@@ -1,19 +1,24 @@
-"""Blocks: communities of codes that occur together, each with its boundary.
+"""Blocks: communities of codes that occur together, each with its boundary, or the visits' codes.
 
 Two codes may be joined by an edge only if they co-occur often enough and depend on each other
 beyond what the score's penalty asks (the "superstructure"). Its communities are learned apart, each
 together with its strongest outside neighbours, so that a common cause in another block is not
 mistaken for an edge (the boundary of an expansive partition: Shah et al., TMLR 2025,
 arXiv 2406.06348).
+
+CausalMed's way is the other one: a block per visit, of the codes that the visit has. Every two
+codes that ever met are then learned together somewhere, but seldom with all that matters to them.
 """
 
 import dataclasses
+import itertools
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from cafemed.config import Range
 from causal.columns import Cooccurrence
@@ -27,15 +32,22 @@ class BlocksConfig:
     """How codes are split into blocks.
 
     Attributes:
+        by: "communities", or "visits": the codes of each visit are a block, equal ones once; then
+            the next three are not read.
         max_size: codes of a block without its boundary; a larger community is split again.
         max_boundary: neighbours in other blocks that a block is learned together with, the
             strongest ones.
         resolution: of the modularity; higher gives more and smaller communities.
+        max_search: codes that one search may hold; it takes about 150 bytes for every two of them.
+            More that are joined by allowed pairs are merged by hill climbing over pairs, and not
+            searched directly.
     """
 
+    by: Literal["communities", "visits"] = "communities"
     max_size: Annotated[int, Range(2, 5000)] = 300
     max_boundary: Annotated[int, Range(0, 5000)] = 100
     resolution: Annotated[float, Range(0, 100, open_low=True)] = 1.0
+    max_search: Annotated[int, Range(2, 100_000)] = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +72,17 @@ class Pairs:
         first, second = np.searchsorted(columns, self.first), np.searchsorted(columns, self.second)
         return columns, Pairs(first.astype(np.int64), second.astype(np.int64), self.gain)
 
+    def matrix(self, num_columns: int) -> sparse.csr_array:
+        """The pairs as a symmetric matrix, CSR bool (p, p)."""
+        return symmetric(self.first, self.second, num_columns)
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Columns that are learned together.
 
     Attributes:
-        members: int64, ascending; every column with a screened pair is a member of one block.
+        members: int64, ascending. Every column with a screened pair is a member of one community.
         boundary: int64, ascending; members of other blocks.
     """
 
@@ -121,6 +137,60 @@ def split(pairs: Pairs, config: BlocksConfig, seed: int) -> list[Block]:
     communities = _communities(graph, config, config.resolution, seed)
     members = sorted((np.array(sorted(c), np.int64) for c in communities), key=lambda m: int(m[0]))
     return [Block(m, _boundary(m, pairs, config.max_boundary)) for m in members]
+
+
+def of_visits(present: sparse.csr_array, pairs: Pairs, rows_at_once: int = 1000) -> list[Block]:
+    """The codes of each visit that have a screened pair in it; equal sets once, ascending.
+
+    A code without one gets no edge, whatever else the block holds.
+
+    Args:
+        present: CSR (n, p), 0 or 1.
+        pairs: of the p columns.
+        rows_at_once: bounds the memory.
+    """
+    joined = pairs.matrix(present.shape[1]).astype(np.int64)
+    found: set[bytes] = set()
+    for start in range(0, present.shape[0], rows_at_once):
+        part = sparse.csr_array(present[start : start + rows_at_once])
+        partners = sparse.csr_array(part.multiply(part @ joined))
+        partners.eliminate_zeros()
+        partners.sort_indices()
+        columns = partners.indices.astype(">i8")  # big-endian: bytes sort as the numbers do
+        ends = partners.indptr
+        found |= {columns[a:b].tobytes() for a, b in itertools.pairwise(ends) if b > a}
+    none = np.zeros(0, np.int64)
+    return [Block(np.frombuffer(key, ">i8").astype(np.int64), none) for key in sorted(found)]
+
+
+def symmetric(
+    first: NDArray[np.int64], second: NDArray[np.int64], num_columns: int
+) -> sparse.csr_array:
+    """Pairs, in any order and repeated or not, as CSR bool (p, p)."""
+    ends = np.concatenate([first, second]), np.concatenate([second, first])
+    matrix = sparse.csr_array(
+        (np.ones(len(ends[0]), np.bool_), ends), shape=(num_columns, num_columns)
+    )
+    matrix.sum_duplicates()
+    matrix.sort_indices()
+    return matrix
+
+
+def components(
+    first: NDArray[np.int64], second: NDArray[np.int64], num_columns: int
+) -> list[NDArray[np.int64]]:
+    """Columns that pairs join, directly or not: ascending, int64, ordered by their smallest.
+
+    A search that may join no others falls apart into one for each. Columns without a pair are in
+    none.
+    """
+    matrix = symmetric(first, second, num_columns)
+    _, label = sparse.csgraph.connected_components(matrix, directed=False)
+    columns = np.flatnonzero(np.diff(matrix.indptr))
+    order = np.argsort(label[columns], kind="stable")
+    starts = np.flatnonzero(np.diff(label[columns][order])) + 1
+    parts = np.split(columns[order].astype(np.int64), starts) if len(columns) else []
+    return sorted(parts, key=lambda part: int(part[0]))
 
 
 def _communities(

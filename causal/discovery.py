@@ -1,17 +1,11 @@
-"""Discovery of a causal graph over a cohort's codes: blocks learned on Dask, then merged.
+"""Discovery of a causal graph over a cohort's codes: learned in blocks on Dask, then merged.
 
-1. Co-occurrences are counted, once.
-2. Pairs of codes are screened, and the codes split into blocks (`causal.blocks`).
-3. An engine learns every block, on whatever cluster the client leads to (`causal.tasks`).
-4. The acyclic union of the block graphs (`causal.merge`) starts one more search over all codes,
-   which may use the edges of the blocks and the screened pairs between blocks.
-
-That is one round of ring-distributed GES (Laborda et al. 2024, arXiv 2409.13314); the result is an
-essential graph.
+`causal.learning` says how; here are what decides it, the comparison with one direct search, the
+stability of edges, and the graph that comes of it.
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from distributed import Client
@@ -20,60 +14,56 @@ from numpy.typing import NDArray
 from cafemed import console
 from cafemed.cohort import Cohort
 from cafemed.config import Range
-from cafemed.errors import DataError
+from cafemed.errors import ConfigError, DataError
 from cafemed.graphs import CausalGraph
-from causal import blocks as blocks_of
-from causal import cluster, merge, tasks
+from causal import cluster, learning, merge, stability, tasks
 from causal import columns as columns_of
-from causal.blocks import Block, BlocksConfig, Pairs
-from causal.columns import Cooccurrence
+from causal.columns import Columns, Cooccurrence
 from causal.effects import EffectsConfig
-from causal.merge import Arrows
-from causal.scores import GaussianScore, gaussian_score, parent_penalty
-from causal.tasks import Learned, Problem, Task, Workers
+from causal.learning import Found, LearningConfig, Screened
+from causal.local_scores import LocalScores
+from causal.stability import Frequencies, Resampling
+from causal.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)
-class CausalConfig:
-    """How the graph and the effects are learned.
+class CausalConfig(LearningConfig):
+    """How the graph and the effects are learned; see LearningConfig for the rest.
 
     Attributes:
-        engine: of the blocks: "native", or "cdt" (R's pcalg through the package cdt, with the plain
-            BIC). The merging and the direct search are native in either case.
-        search: how far the native engine looks: "fast", "textbook" or "best" (`causal.fit_gies`).
-        score: "gaussian_bic" or "extended_bic".
-        penalty: factor on the BIC penalty of an edge.
-        gamma: weight of log(number of columns) in the extended BIC.
-        min_support: visits that must have both codes of an edge.
         sinks: also give this visit's medications their causes, when the rest is done
             (`causal.sinks`).
-        compare_direct: also search once without blocks, to report what the blocks change.
-        blocks: see BlocksConfig.
+        compare_direct: also search once without blocks, to report what the blocks change; left out
+            where more than `blocks.max_search` codes have a screened pair.
+        bootstraps: how often patients are drawn anew to see how stable edges are (0: not).
+        false_edge_share: keep only edges so stable that at most this share of them is expected to
+            be chance (`causal.stability`); None: keep all.
+        permutations: how often columns are shuffled to learn what chance does, each time with as
+            many bootstraps again; more make the threshold less a matter of luck.
         effects: see EffectsConfig.
         cluster: "local", "ray" or a Dask scheduler's address; changes no result.
         workers: processes or actors to start, None for one a core; changes no result.
-        seed: of the communities.
         truth: a true graph's graph.parquet, or the folder that holds it (and true effects), to
             compare the result with; changes no result.
     """
 
-    engine: Literal["native", "cdt"] = "native"
-    search: Literal["fast", "textbook", "best"] = "fast"
-    score: Literal["gaussian_bic", "extended_bic"] = "extended_bic"
-    penalty: Annotated[float, Range(0, 1000, open_low=True)] = 1.0
-    gamma: Annotated[float, Range(0, 1000)] = 2.0
-    min_support: Annotated[int, Range(1)] = 5
     sinks: bool = True
     compare_direct: bool = True
-    blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
+    bootstraps: Annotated[int, Range(0, 100_000)] = 0
+    false_edge_share: Annotated[float, Range(0, 1, open_low=True)] | None = None
+    permutations: Annotated[int, Range(1, 1000)] = 1
     effects: EffectsConfig = dataclasses.field(default_factory=EffectsConfig)
     cluster: str = "local"
     workers: Annotated[int, Range(1, 10_000)] | None = None
-    seed: Annotated[int, Range(0, 2**31)] = 0
     truth: str | None = None
 
     def __post_init__(self) -> None:
         cluster.check(self.cluster)
+        if self.false_edge_share is not None and self.bootstraps == 0:
+            raise ConfigError(
+                f"false_edge_share: {self.false_edge_share:g} needs causal.bootstraps, got 0; "
+                "100 is a good number"
+            )
 
     def content(self) -> dict[str, Any]:
         """What decides the result: all but where it runs and what it is compared with."""
@@ -108,119 +98,138 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
     if columns.present.shape[0] == 0:
         raise DataError("cohort: no visit of a training patient to learn from; check its split")
     counts = columns_of.count(columns)
-    penalty = parent_penalty(
-        config.score, counts.num_rows, len(columns.names), config.penalty, config.gamma
-    )
-    screened = blocks_of.screen(counts, penalty, config.min_support)
-    # From here on columns are numbered among those with a screened pair; the others stay alone.
-    active, pairs = screened.compact()
-    problem = Problem(
-        counts.take(active),
-        columns.tiers[active],
-        penalty,
-        config.search,
-        columns.take(active) if config.engine == "cdt" else None,
-    )
+    screened = learning.screen(columns, counts, config)
+    problem = screened.problem
     with console.waiting("loading the search, compiling it if it is new here"):
         tasks.load_engine(config.search)
-    everything = np.arange(len(active))
-    score = gaussian_score(
-        problem.counts.statistics(everything), problem.penalty, "per_environment"
-    )
-    learned, report = _learn(problem, pairs, config, Workers(client, problem), score)
-    graph = _graph(columns.names, counts, active, learned, score)
+    score = LocalScores.of(problem.counts, problem.penalty)
+    workers = Workers(client, problem)
+    found, report = learning.learn(screened, score, config, workers)
+    if config.compare_direct:
+        report |= _compare_direct(screened, score, config, workers, report["scores"])
+    frequencies = None
+    if config.bootstraps:
+        resampling = Resampling(columns, _patients(cohort), config)
+        found, frequencies, told = _stable(found, screened, score, resampling, config, client)
+        report["stability"] = told
+    graph = _graph(columns, counts, screened.active, found, score, frequencies)
     report = {
         "visits": counts.num_rows,
         "columns": len(columns.names),
-        "edge_penalty": penalty,
-        "screened_pairs": len(pairs),
+        "edge_penalty": problem.penalty,
+        "screened_pairs": len(screened.pairs),
         "edges": graph.num_edges,
         "directed_edges": int(graph.directed.sum()),
         **report,
     }
+    if frequencies is not None:
+        middle = float(np.median(graph.stability)) if graph.num_edges else 0.0
+        report["stability"]["median"] = middle
     return Discovery(graph, report)
 
 
-def _learn(
-    problem: Problem, pairs: Pairs, config: CausalConfig, workers: Workers, score: GaussianScore
-) -> tuple[Learned, dict[str, Any]]:
-    """Blocks, union, merge, and the direct run to compare with."""
-    everything = np.arange(len(problem.tiers))
-    blocks = blocks_of.split(pairs, config.blocks, config.seed)
-    block_tasks = [
-        Task(block.columns, pairs.first, pairs.second, engine=config.engine) for block in blocks
+def _compare_direct(
+    screened: Screened,
+    score: LocalScores,
+    config: CausalConfig,
+    workers: Workers,
+    scores: dict[str, Any],
+) -> dict[str, Any]:
+    """Adds the direct search to the report's scores, or a line about why it was left out."""
+    size, most = len(screened.active), config.blocks.max_search
+    if size > most:
+        return {
+            "direct_left_out": f"one search over all {size:,} codes that have a screened pair was "
+            f"left out: causal.blocks.max_search is {most:,} (it would take about "
+            f"{150e-9 * size**2:.0f} GB)"
+        }
+    direct = learning.search_directly(screened, workers)
+    return {"scores": {**scores, "direct": learning.scored(score, direct.dag, direct.cpu_s)}}
+
+
+def _patients(cohort: Cohort) -> NDArray[np.int64]:
+    """Whose visit each training visit is, int64 (n,)."""
+    of_visit = np.repeat(np.arange(cohort.num_patients), np.diff(cohort.patient_offsets))
+    return of_visit[columns_of.training_visits(cohort)].astype(np.int64)
+
+
+def _stable(
+    found: Found,
+    screened: Screened,
+    score: LocalScores,
+    resampling: Resampling,
+    config: CausalConfig,
+    client: Client,
+) -> tuple[Found, Frequencies, dict[str, Any]]:
+    """Bootstraps; if asked, the threshold and the search over what passes it."""
+    real = stability.run(resampling, config.bootstraps, client, "bootstraps")
+    told: dict[str, Any] = {"bootstraps": config.bootstraps, "pairs": len(real.times)}
+    if config.false_edge_share is None:
+        return found, real, told
+    chance = [
+        stability.run(
+            dataclasses.replace(
+                resampling, columns=stability.shuffled(resampling.columns, config.seed, number)
+            ),
+            config.bootstraps,
+            client,
+            "bootstraps of shuffled columns",
+        )
+        for number in range(config.permutations)
     ]
-    learned: list[Learned] = workers.run(block_tasks, "blocks")
-    graphs = [_touching(found, block) for found, block in zip(learned, blocks, strict=True)]
-    union, dropped = merge.acyclic_union(graphs, score)
-    allowed = _merge_pairs(graphs, blocks, pairs)
-    merged: Learned
-    (merged,) = workers.run([Task(everything, *allowed, start=union)], "merge")
-    scores = {
-        "union": _scored(score, union, sum(found.cpu_s for found in learned)),
-        "merged": _scored(score, merge.arrows_of(merged.dag), merged.cpu_s),
-    }
-    if config.compare_direct:
-        task = Task(everything, pairs.first, pairs.second)
-        (direct,) = workers.run([task], "direct")
-        scores["direct"] = _scored(score, merge.arrows_of(direct.dag), direct.cpu_s)
-    return merged, {
-        "blocks": len(blocks),
-        "largest_block": max((len(block.columns) for block in blocks), default=0),
-        "cycle_edges_dropped": dropped,
-        "scores": scores,
-    }
-
-
-def _touching(found: Learned, block: Block) -> Arrows:
-    """A block's graph, directed, without edges whose ends are both in the boundary."""
-    arrows = merge.arrows_of(found.dag)
-    source, target = found.columns[arrows.source], found.columns[arrows.target]
-    own = np.isin(source, block.members) | np.isin(target, block.members)
-    return Arrows(source[own], target[own])
-
-
-def _merge_pairs(
-    graphs: list[Arrows], blocks: list[Block], pairs: Pairs
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs that the merging search may join: edges of blocks, screened pairs between blocks."""
-    owner = np.zeros(1 + max(pairs.second.max(initial=0), pairs.first.max(initial=0)), np.int64)
-    for number, block in enumerate(blocks):
-        owner[block.members] = number
-    between = owner[pairs.first] != owner[pairs.second]
-    first = [pairs.first[between], *(g.source for g in graphs)]
-    second = [pairs.second[between], *(g.target for g in graphs)]
-    return np.concatenate(first), np.concatenate(second)
-
-
-def _scored(score: GaussianScore, arrows: Arrows, cpu_s: float) -> dict[str, float]:
-    return {
-        "score": merge.total_score(score, arrows),
-        "edges": len(arrows),
-        "cpu_s": round(cpu_s, 3),
-    }
+    least = stability.threshold(real, chance, config.false_edge_share)
+    active, pairs = screened.active, screened.pairs
+    often = real.of(active[pairs.first], active[pairs.second])
+    kept = often >= np.float32(least.times / config.bootstraps)
+    stable = learning.search_pairs(
+        screened.problem,
+        score,
+        pairs.first[kept],
+        pairs.second[kept],
+        None,
+        config,
+        Workers(client, screened.problem),
+        "stable edges",
+    )
+    return (
+        stable,
+        real,
+        {
+            **told,
+            "permutations": config.permutations,
+            "false_edge_share": config.false_edge_share,
+            "threshold": least.times / config.bootstraps,
+            "kept_pairs": int(kept.sum()),
+            "expected_false": least.expected_false,
+            "edges_before": len(found.dag),
+        },
+    )
 
 
 def _graph(
-    names: tuple[str, ...],
+    columns: Columns,
     counts: Cooccurrence,
     active: NDArray[np.int64],
-    found: Learned,
-    score: GaussianScore,
+    found: Found,
+    score: LocalScores,
+    frequencies: Frequencies | None,
 ) -> CausalGraph:
-    edge = found.adjacency.astype(np.bool_)
-    directed = edge & ~edge.T
-    source, target = np.nonzero(directed | np.triu(edge & edge.T))
-    a, b = active[source], active[target]
-    # An undirected edge counts in the direction that it has in the member that was found.
-    forward = found.dag[source, target] != 0
-    arrows = Arrows(np.where(forward, source, target), np.where(forward, target, source))
+    edges = set(zip(found.edges.source.tolist(), found.edges.target.tolist(), strict=True))
+    # A line counts once, and its strength is that in the member that was found.
+    pairs = [(a, b) for a, b in sorted(edges) if a < b or (b, a) not in edges]
+    strength: dict[tuple[int, int], float] = {}
+    added = merge.strengths(score, found.dag).tolist()
+    for a, b, nats in zip(found.dag.source.tolist(), found.dag.target.tolist(), added, strict=True):
+        strength[a, b] = strength[b, a] = nats
+    arrows = merge.arrows_from(pairs)
+    a, b = active[arrows.source], active[arrows.target]
+    unknown = np.full(len(pairs), np.nan, np.float32)
     return CausalGraph(
-        nodes=names,
+        nodes=columns.names,
         source=a.astype(np.int32),
         target=b.astype(np.int32),
-        directed=directed[source, target],
-        stability=np.full(len(a), np.nan, np.float32),
+        directed=np.array([(j, i) not in edges for i, j in pairs], np.bool_),
+        stability=unknown if frequencies is None else frequencies.of(a, b),
         support=columns_of.values_at(counts.total, a, b),
-        strength=merge.strengths(score, arrows).astype(np.float32),
+        strength=np.array([strength[pair] for pair in pairs], np.float32),
     )

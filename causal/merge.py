@@ -12,10 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from causal.scores import GaussianScore
-
-#: A parent that leaves less than this share of a variance explains it wholly; cut off there.
-_MIN_SHARE = 1e-12
+from causal.local_scores import LocalScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,46 +42,25 @@ def arrows_of(dag: NDArray[np.int8]) -> Arrows:
     return Arrows(source.astype(np.int64), target.astype(np.int64))
 
 
-def local_score(
-    score: GaussianScore, column: int, parents: Sequence[int] | NDArray[np.int64]
-) -> float:
-    """Score of one column given its parents, in the engine's convention (`causal.scores`)."""
-    empty = float(score.empty[column])
-    if len(parents) == 0:
-        return empty
-    correlation = score.correlation[score.pattern[column]]
-    chosen = np.asarray(parents, np.int64)
-    among = correlation[np.ix_(chosen, chosen)]
-    with_column = correlation[chosen, column]
-    slopes = np.linalg.lstsq(among, with_column, rcond=_MIN_SHARE)[0]
-    share = max(1.0 - float(slopes @ with_column), _MIN_SHARE)
-    return (
-        empty
-        - 0.5 * float(score.rows[column]) * float(np.log(share))
-        - score.penalty * len(parents)
-    )
-
-
-def total_score(score: GaussianScore, arrows: Arrows) -> float:
+def total_score(score: LocalScores, arrows: Arrows) -> float:
     """Score of a directed acyclic graph."""
     parents = arrows.parents(len(score.empty))
-    return float(sum(local_score(score, j, parents[j]) for j in range(len(parents))))
+    joined = {int(j): score.local(int(j), parents[j]) for j in np.unique(arrows.target)}
+    alone = np.delete(score.empty, list(joined))
+    return float(alone.sum()) + sum(joined.values())
 
 
-def strengths(score: GaussianScore, arrows: Arrows) -> NDArray[np.float64]:
+def strengths(score: LocalScores, arrows: Arrows) -> NDArray[np.float64]:
     """What each arrow adds to the score, given the other arrows into the same column."""
-    parents = arrows.parents(len(score.empty))
-    whole = {int(j): local_score(score, int(j), parents[j]) for j in np.unique(arrows.target)}
-    return np.array(
-        [
-            whole[j] - local_score(score, j, parents[j][parents[j] != i])
-            for i, j in zip(arrows.source.tolist(), arrows.target.tolist(), strict=True)
-        ],
-        np.float64,
-    )
+    found = np.zeros(len(arrows))
+    order = np.lexsort((arrows.source, arrows.target))
+    targets, starts = np.unique(arrows.target[order], return_index=True)
+    for j, into in zip(targets.tolist(), np.split(order, starts[1:]), strict=False):
+        found[into] = score.losses(j, arrows.source[into])
+    return found
 
 
-def acyclic_union(graphs: Iterable[Arrows], score: GaussianScore) -> tuple[Arrows, int]:
+def acyclic_union(graphs: Iterable[Arrows], score: LocalScores) -> tuple[Arrows, int]:
     """Unites graphs; of each cycle the edge that adds least to the score is dropped.
 
     Args:
@@ -97,7 +73,7 @@ def acyclic_union(graphs: Iterable[Arrows], score: GaussianScore) -> tuple[Arrow
     pairs = sorted(
         {pair for g in graphs for pair in zip(g.source.tolist(), g.target.tolist(), strict=True)}
     )
-    every = _arrows(pairs)
+    every = arrows_from(pairs)
     strength = strengths(score, every)
     order = np.lexsort((every.target, every.source, -strength))
     children: dict[int, set[int]] = {}
@@ -107,7 +83,7 @@ def acyclic_union(graphs: Iterable[Arrows], score: GaussianScore) -> tuple[Arrow
         if not _reaches(children, b, a):
             children.setdefault(a, set()).add(b)
             kept.append((a, b))
-    return _arrows(sorted(kept)), len(every) - len(kept)
+    return arrows_from(sorted(kept)), len(every) - len(kept)
 
 
 def _reaches(children: dict[int, set[int]], start: int, end: int) -> bool:
@@ -123,6 +99,7 @@ def _reaches(children: dict[int, set[int]], start: int, end: int) -> bool:
     return False
 
 
-def _arrows(pairs: Sequence[tuple[int, int]]) -> Arrows:
+def arrows_from(pairs: Sequence[tuple[int, int]]) -> Arrows:
+    """Arrows of a list of (source, target)."""
     both = np.array(pairs, np.int64).reshape(-1, 2)
     return Arrows(both[:, 0].copy(), both[:, 1].copy())

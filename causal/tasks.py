@@ -1,27 +1,16 @@
-"""The searches of a discovery as Dask tasks that share one copy of the statistics."""
+"""The searches of a discovery: what all of them share, what each looks at, what each finds."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
-from distributed import Client, Future
-from distributed.client import FutureCancelledError
-from distributed.scheduler import KilledWorker
 from numpy.typing import NDArray
+from scipy import sparse
 
-from cafemed import console
-from cafemed.errors import DataError
 from causal.columns import Columns, Cooccurrence
-from causal.merge import Arrows
+from causal.merge import Arrows, arrows_of
 from causal.statistics import Statistics, from_cooccurrence
-
-#: How often tasks are handed out again after the workers that held the statistics are gone.
-_ROUNDS = 3
-_POLL_S = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +23,8 @@ class Problem:
         penalty: what an edge costs, on the scale of the log-likelihood.
         search: see `causal.fit_gies`.
         rows: the visits themselves, for cdt, which takes no statistics; else None.
+        allowed: bool (p, p), symmetric, the pairs that may get an edge unless a task has its own;
+            None: no pair.
     """
 
     counts: Cooccurrence
@@ -41,6 +32,7 @@ class Problem:
     penalty: float
     search: str
     rows: Columns | None = None
+    allowed: sparse.csr_array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +42,28 @@ class Task:
     Attributes:
         columns: int64 (b,), ascending.
         first, second: int64, the allowed pairs; those with an end outside `columns` are ignored.
-        start: a directed acyclic graph between columns; None: the empty graph.
+            None: the problem's.
+        start: a directed acyclic graph; arrows with an end outside `columns` are ignored. None: the
+            empty graph.
         engine: "native", or "cdt", which knows neither `start` nor tiers and has its own penalty.
     """
 
     columns: NDArray[np.int64]
-    first: NDArray[np.int64]
-    second: NDArray[np.int64]
+    first: NDArray[np.int64] | None = None
+    second: NDArray[np.int64] | None = None
     start: Arrows | None = None
     engine: str = "native"
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Many small searches in one task, so that handing them out costs less than running them.
+
+    Attributes:
+        tasks: run one after another.
+    """
+
+    tasks: tuple[Task, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +82,27 @@ class Learned:
     dag: NDArray[np.int8]
     cpu_s: float
 
+    def arrows(self) -> Arrows:
+        """The member of the class, in the problem's numbering."""
+        return self._numbered(arrows_of(self.dag))
+
+    def edges(self) -> Arrows:
+        """The essential graph, in the problem's numbering; a line is an arrow each way."""
+        return self._numbered(arrows_of(self.adjacency))
+
+    def _numbered(self, arrows: Arrows) -> Arrows:
+        return Arrows(self.columns[arrows.source], self.columns[arrows.target])
+
+
+def search_batch(problem: Problem, batch: Batch) -> list[Learned]:
+    """Runs the searches of a batch; the function that a worker executes."""
+    return [search(problem, task) for task in batch.tasks]
+
 
 def search(problem: Problem, task: Task) -> Learned:
-    """Runs one search; the function that a worker executes."""
+    """Runs one search."""
     size = len(task.columns)
-    forbidden = _forbidden(task, len(problem.tiers))
+    forbidden = _forbidden(problem, task)
     if forbidden.all():
         empty = np.zeros((size, size), np.int8)
         return Learned(task.columns, empty, empty, 0.0)
@@ -95,7 +116,7 @@ def search(problem: Problem, task: Task) -> Learned:
         problem.search,
         forbidden,
         problem.tiers[task.columns],
-        None if task.start is None else _dense(task.start, task.columns, size),
+        None if task.start is None else _dense(task.start, task.columns, len(problem.tiers)),
     )
     return Learned(task.columns, adjacency, dag, time.thread_time() - started)
 
@@ -154,97 +175,31 @@ def _fit(
     return result.adjacency, result.dag
 
 
-class Workers:
-    """A client's workers, each with a copy of one problem."""
-
-    def __init__(self, client: Client, problem: Problem) -> None:
-        self._client, self._problem = client, problem
-        self._shared: Future[Problem] | None = None
-
-    def run(
-        self,
-        tasks: Sequence[Task],
-        what: str,
-        function: Callable[[Problem, Task], Any] = search,
-    ) -> list[Any]:
-        """Runs tasks on the workers, with a progress bar.
-
-        When a worker dies, what it was running is run again by another; only if all copies of the
-        problem died with their workers is it sent again, and then only the tasks without a result
-        are handed out.
-
-        Returns:
-            The results in the order of the tasks, whatever order they came in.
-
-        Raises:
-            DataError: if a task killed its worker repeatedly (out of memory, most likely).
-        """
-        results: dict[int, Any] = {}
-        for _ in range(_ROUNDS):
-            shared = self._send()
-            missing = [i for i in range(len(tasks)) if i not in results]
-            number = {
-                self._client.submit(function, shared, tasks[i], pure=False): i for i in missing
-            }
-            for future in console.progress(_ended(number, shared), what, total=len(missing)):
-                with contextlib.suppress(FutureCancelledError):  # lost with its worker: next round
-                    results[number[future]] = _result(future, tasks[number[future]], what)
-                future.release()  # or Dask would compute it again if its worker dies later
-            if len(results) == len(tasks):
-                return [results[i] for i in range(len(tasks))]
-        raise DataError(
-            f"causal: {len(tasks) - len(results)} {what} tasks were lost with their workers "
-            f"{_ROUNDS} times; look at the memory and the log of the Dask workers"
-        )
-
-    def _send(self) -> "Future[Problem]":
-        if self._shared is None or self._shared.status != "finished":
-            try:
-                # A new key each time: Dask may still be forgetting an older copy of the same key.
-                self._shared = self._client.scatter(self._problem, broadcast=True, hash=False)
-            except TimeoutError as err:
-                raise DataError("causal: the Dask cluster has no workers left") from err
-        return self._shared
-
-
-def _result(future: "Future[Any]", task: Task, what: str) -> Any:
-    try:
-        return future.result()
-    except KilledWorker as err:
-        raise DataError(
-            f"causal: the {what} task with {len(task.columns)} columns killed its worker "
-            "repeatedly; give workers more memory or lower causal.blocks.max_size"
-        ) from err
-
-
-def _ended(
-    futures: "Collection[Future[Any]]", shared: "Future[Problem]"
-) -> "Iterator[Future[Any]]":
-    """Futures as they end; no more once the statistics that they wait for are gone.
-
-    Not `distributed.as_completed`, which may wait for ever for tasks whose input died with its
-    workers.
-    """
-    waiting = list(futures)
-    while waiting and shared.status == "finished":
-        ended = [future for future in waiting if future.status != "pending"]
-        waiting = [future for future in waiting if future not in ended]
-        yield from ended
-        time.sleep(_POLL_S)
-
-
-def _forbidden(task: Task, num_columns: int) -> NDArray[np.bool_]:
-    place = np.full(num_columns, -1, np.int64)
-    place[task.columns] = np.arange(len(task.columns))
-    a, b = place[task.first], place[task.second]
-    inside = (a >= 0) & (b >= 0)
-    forbidden = np.ones((len(task.columns),) * 2, np.bool_)
-    forbidden[a[inside], b[inside]] = forbidden[b[inside], a[inside]] = False
+def _forbidden(problem: Problem, task: Task) -> NDArray[np.bool_]:
+    columns = task.columns
+    if task.first is None or task.second is None:
+        if problem.allowed is None:
+            return np.ones((len(columns),) * 2, np.bool_)
+        inside: NDArray[np.bool_] = problem.allowed[columns][:, columns].toarray()
+        return ~inside
+    a, b = _inside(task.first, task.second, columns, len(problem.tiers))
+    forbidden = np.ones((len(columns),) * 2, np.bool_)
+    forbidden[a, b] = forbidden[b, a] = False
     return forbidden
 
 
-def _dense(arrows: Arrows, columns: NDArray[np.int64], size: int) -> NDArray[np.int8]:
-    place = np.searchsorted(columns, np.arange(columns[-1] + 1)) if size else columns
-    adjacency = np.zeros((size, size), np.int8)
-    adjacency[place[arrows.source], place[arrows.target]] = 1
+def _dense(arrows: Arrows, columns: NDArray[np.int64], num_columns: int) -> NDArray[np.int8]:
+    adjacency = np.zeros((len(columns),) * 2, np.int8)
+    adjacency[_inside(arrows.source, arrows.target, columns, num_columns)] = 1
     return adjacency
+
+
+def _inside(
+    a: NDArray[np.int64], b: NDArray[np.int64], columns: NDArray[np.int64], num_columns: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs with both ends among the columns, numbered among these."""
+    place = np.full(num_columns, -1, np.int64)
+    place[columns] = np.arange(len(columns))
+    a, b = place[a], place[b]
+    kept = (a >= 0) & (b >= 0)
+    return a[kept], b[kept]

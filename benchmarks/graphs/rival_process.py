@@ -1,8 +1,8 @@
-"""Runs one other package on one data set; started by `benchmarks.rivals` in that package's Python.
+"""Runs one other package on one data set; started by `rivals.run` in that package's Python.
 
-    .bench/xges/bin/python -P benchmarks/rival_process.py xges DATA.npz ANSWER.npz
+    .bench/xges/bin/python -P benchmarks/graphs/rival_process.py xges DATA.npz ANSWER.npz
 
-Of the project it knows the two files only: the data (`benchmarks.planted`) and the answer. CPU
+Of the project it knows the two files only: the data (`planted.Planted`) and the answer. CPU
 seconds are those of the search after the data are loaded and, where a package compiles itself,
 after a run on a few columns. It needs numpy and the package, nothing of the project.
 """
@@ -61,7 +61,7 @@ def xges_0(data: Any) -> Any:
 
 
 def dowhy(data: Any) -> Any:
-    """Effect of `pairs[:, 0]` on `pairs[:, 1]` without confounders, as pipelines ask DoWhy for it."""
+    """Effect of column pairs[k, 0] on pairs[k, 1] without confounders, as pipelines ask for it."""
     import warnings
 
     pandas = importlib.import_module("pandas")

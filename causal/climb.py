@@ -62,7 +62,7 @@ class Climber:
             restricted=np.array([one_way.any() or required.any()], np.uint8),
         )
 
-    def search(self, order: str, start: NDArray[np.int8], max_restarts: int | None) -> Found:
+    def search(self, order: str, start: NDArray[np.int8], max_restarts: int) -> Found:
         """Searches from a DAG, int8 (p, p); `order` as in `gies.fit_statistics`."""
         if len(self._kinds) == 0:
             return Found(start, start, 0.0, 0)
@@ -70,8 +70,12 @@ class Climber:
             return self._climb(start, kernels.FAST if order == "fast" else kernels.TEXTBOOK)[0]
         fast, fast_state = self._climb(start, kernels.FAST)
         slow, slow_state = self._climb(start, kernels.TEXTBOOK)
-        best = slow_state if slow.score > fast.score + MIN_GAIN else fast_state
-        return self._found(self._improve(best, max_restarts))
+        states = [fast_state]
+        if (fast.adjacency != slow.adjacency).any():
+            states.append(slow_state)
+        # The better of the two is not always the one from which restarts lead furthest.
+        ends = [self._found(self._improve(state, max_restarts)) for state in states]
+        return max(ends, key=lambda end: end.score)
 
     def _climb(self, start: NDArray[np.int8], order: int) -> tuple[Found, kernels.State]:
         graph = pdag.empty_graph(self._kinds)
@@ -124,17 +128,18 @@ class Climber:
         kernels.gain_of_dag(self._problem, make_work(len(dag)), arrows, gain)
         return float(self._score.empty.sum() + gain.sum())
 
-    def _improve(self, state: kernels.State, max_restarts: int | None) -> kernels.State:
-        """Deletes and forbids one edge at a time and searches on; keeps what scores higher.
+    def _improve(self, state: kernels.State, max_restarts: int) -> kernels.State:
+        """Deletes one edge at a time, forbids to insert it again, and searches on from there.
 
-        Goes through all edges, cheapest first, until a whole round of them brings nothing.
+        What scores higher is kept (XGES's extended search). Goes through all edges until a whole
+        round of them brings nothing.
         """
-        left = math.inf if max_restarts is None else max_restarts
-        improved = True
+        left, improved = max_restarts, True
         while improved:
             improved = False
-            for x, y in _edges_by_cost(state):
+            for x, y in _edges_by_worth(state):
                 if left <= 0 or self._late():
+                    self.truncated = True
                     return state
                 if not state.graph.edge[x, y]:
                     continue
@@ -163,9 +168,9 @@ def _kernel_score(score: Score) -> Any:
             pattern=score.pattern,
             joint=score.joint,
             size=score.size,
-            ones=score.ones,
-            both=score.both,
-            cost=score.cost,
+            ones=score.terms.ones,
+            both=score.terms.both,
+            cost=score.terms.cost,
             edge=np.array([score.penalty]),
         )
     with np.errstate(divide="ignore"):
@@ -177,12 +182,12 @@ def _with_room(state: kernels.State) -> kernels.State:
     return state._replace(insertions=pool.grown(state.insertions), turns=pool.grown(state.turns))
 
 
-def _edges_by_cost(state: kernels.State) -> list[tuple[int, int]]:
-    """Edges x → y or x - y that may be deleted, the cheapest first; a line once."""
-    edge = state.graph.edge != 0
-    gain = np.where(edge.T, state.deletion_gain, -np.inf)
-    other = np.where(edge & edge.T, gain.T, -np.inf)
-    gain[(gain < other) | ((gain == other) & np.tri(len(edge), dtype=np.bool_))] = -np.inf
+def _edges_by_worth(state: kernels.State) -> list[tuple[int, int]]:
+    """Edges x → y that may be deleted, a line in both its directions; what costs most comes first.
+
+    On planted graphs that order ended at higher scores than the cheapest first, or any fixed one.
+    """
+    gain = np.where(state.graph.edge.T != 0, state.deletion_gain, -np.inf)
     y, x = np.nonzero(gain > -np.inf)
-    order = np.lexsort((x, y, -gain[y, x]))
+    order = np.lexsort((x, y, gain[y, x]))
     return list(zip(x[order].tolist(), y[order].tolist(), strict=True))

@@ -46,6 +46,23 @@ def is_acyclic(directed: NDArray[Any]) -> bool:
     return True
 
 
+def find_cycle(directed: NDArray[Any]) -> list[int]:
+    """The nodes of a cycle of a directed graph that has one, the first again at the end."""
+    left = np.asarray(directed) != 0
+    on_cycles = np.ones(len(left), np.bool_)
+    while True:
+        inner = left & on_cycles & on_cycles[:, None]
+        kept = inner.any(axis=0) & inner.any(axis=1)
+        if (kept == on_cycles).all():
+            break
+        on_cycles = kept
+    # Every node that is left has a child that is left.
+    walk = [int(np.flatnonzero(on_cycles)[0])]
+    while walk.count(walk[-1]) == 1:
+        walk.append(int(np.flatnonzero(inner[walk[-1]])[0]))
+    return walk[walk.index(walk[-1]) :]
+
+
 def dag_to_essential(dag: NDArray[Any], kinds: NDArray[np.int32] | None = None) -> NDArray[np.int8]:
     """The essential graph of a DAG's (interventional) equivalence class.
 

@@ -5,7 +5,7 @@ bootstraps share one pass over the data:
 
     fit_statistics(statistics, *, score="gaussian_bic", penalty=1.0, intercept="pooled",
                    search="best", gamma=1.0, num_columns=None, forbidden=None, required=None,
-                   tiers=None, start=None, min_support=0, max_restarts=None, time_budget_s=None)
+                   tiers=None, start=None, min_support=0, max_restarts=100_000, time_budget_s=None)
 
 with `statistics` a `causal.statistics.Statistics`, of which `statistics.take(columns)` is a block.
 Hauser and Bühlmann, JMLR 13 (2012) 2409-2464; Chickering, JMLR 3 (2002) 507-554; Nazaret and Blei,
@@ -36,8 +36,9 @@ class GiesResult:
         score: of any member, higher is better; pcalg's convention (`causal.scores`), over the
             columns that took part.
         dag: int8 (p, p), one member.
-        truncated: True if the time budget ended the search, or a bound on one node's parents (256)
-            or cliques of neighbours (65,536) left moves out.
+        truncated: True if the time budget or max_restarts ended the search, or a bound on one
+            node's parents (256; 12 of scores on counts) or cliques of neighbours (65,536) left
+            moves out.
         dropped: columns that took no part, and why ("constant", "missing values", "same as 3");
             they have no edges.
         steps: moves made by the search that gave the result.
@@ -65,7 +66,7 @@ def fit_statistics(
     tiers: NDArray[np.int64] | None = None,
     start: NDArray[np.integer] | None = None,
     min_support: int = 0,
-    max_restarts: int | None = None,
+    max_restarts: int = 100_000,
     time_budget_s: float | None = None,
 ) -> GiesResult:
     """Searches the equivalence class with the best score, greedily.
@@ -79,7 +80,7 @@ def fit_statistics(
             one table for all environments or one each.
         search: "textbook", pcalg's order: all insertions, all deletions, all turns, repeated;
             "fast", XGES's order: a deletion if one gains, else a turn, else an insertion; "best",
-            the better of both, then improved by forbidding one edge at a time (XGES).
+            both, then improved by doing without one edge at a time (XGES), the better kept.
         gamma: weight of log(columns) in "extended_bic" and "bdeu".
         num_columns: the number of columns in that; None for those that take part. A block of a
             larger problem has the larger number.
@@ -88,7 +89,7 @@ def fit_statistics(
         tiers: int (p,); no edge from a later tier to an earlier one.
         start: (p, p), a graph to begin with; arrows, or arrows and lines of one class.
         min_support: edges only between 0/1 columns that are both 1 in at least as many rows.
-        max_restarts: bound on the edges that "best" tries to do without; None for all.
+        max_restarts: bound on the edges that "best" tries to do without, from each of the two.
         time_budget_s: seconds after which the search stops where it is; None for no bound. With a
             bound the result depends on the machine.
 
@@ -156,7 +157,8 @@ def _limits(
         i, j = clash[0]
         raise ConfigError(f"required: {i} → {j} is forbidden by forbidden, tiers or i = j")
     if not essential.is_acyclic(needed):
-        raise ConfigError("required: expected edges without a cycle")
+        cycle = " → ".join(map(str, essential.find_cycle(needed)))
+        raise ConfigError(f"required: {cycle} is a cycle; take out one of its edges")
     kinds = essential.node_kinds(p, statistics.targets, level)
     return _Limits(allowed, needed, kinds, level)
 

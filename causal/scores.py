@@ -23,7 +23,6 @@ out of the configurations.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,8 +38,6 @@ INTERCEPTS = ("pooled", "per_environment")
 
 #: Below this share of a column's scatter, what is left of it is taken to be rounding noise.
 _NOISE = 1e-13
-#: A parent that leaves less than this share of a variance explains it wholly; cut off there.
-_MIN_SHARE = 1e-12
 #: Configurations of more parents than this are not told apart.
 _MAX_TABLE_PARENTS = 14
 
@@ -63,17 +60,31 @@ class GaussianScore:
     penalty: float
     empty: NDArray[np.float64]
 
-    def local(self, column: int, parents: Sequence[int] | NDArray[np.int64]) -> float:
-        """Score of one column given its parents."""
-        empty = float(self.empty[column])
-        if len(parents) == 0:
-            return empty
-        correlation = self.correlation[self.pattern[column]]
-        chosen = np.asarray(parents, np.int64)
-        with_column = correlation[chosen, column]
-        slopes = np.linalg.lstsq(correlation[np.ix_(chosen, chosen)], with_column, _MIN_SHARE)[0]
-        share = max(1.0 - float(slopes @ with_column), _MIN_SHARE)
-        return empty - 0.5 * float(self.rows[column] * np.log(share)) - self.penalty * len(parents)
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """What a configuration of k parents with n rows, n1 of which have the child, adds to a score.
+
+    Attributes:
+        ones: float64 (K, rows + 1), by k what n1 adds, and what n - n1 adds; the last row holds for
+            all larger k.
+        both: float64 (K, rows + 1), what n takes away.
+        cost: float64, by k what the whole table costs.
+    """
+
+    ones: NDArray[np.float64]
+    both: NDArray[np.float64]
+    cost: NDArray[np.float64]
+
+    def of(
+        self, k: int, ones: NDArray[np.integer], rows: NDArray[np.integer]
+    ) -> NDArray[np.float64]:
+        """Terms of configurations, in the shape of the counts."""
+        i = min(k, len(self.ones) - 1)
+        found: NDArray[np.float64] = (
+            self.ones[i, ones] + self.ones[i, rows - ones] - self.both[i, rows]
+        )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +99,7 @@ class TablesScore:
             the score of a column; -1 if none.
         joint: int32 (G, p, p), rows in which two columns are both 1.
         size: int64 (G,), rows.
-        ones, both: float64 (K, n + 1), what counts n_c1 (or n_c0) and n_c add, by the number of
-            parents; the last row holds for all larger ones.
-        cost: float64, of a table by the number of parents.
+        terms: what configurations add, and what tables cost.
         penalty: score paid for each parent beside that.
         empty: float64 (p,), local scores without parents.
     """
@@ -102,37 +111,9 @@ class TablesScore:
     group_of: NDArray[np.int32]
     joint: NDArray[np.int32]
     size: NDArray[np.int64]
-    ones: NDArray[np.float64]
-    both: NDArray[np.float64]
-    cost: NDArray[np.float64]
+    terms: Terms
     penalty: float
     empty: NDArray[np.float64]
-
-    def local(self, column: int, parents: Sequence[int] | NDArray[np.int64]) -> float:
-        """Score of one column given its parents, counted anew."""
-        chosen = np.asarray(parents, np.int64)
-        if len(chosen) > _MAX_TABLE_PARENTS:
-            return -math.inf
-        child = self.by_column[:, [column]].toarray().ravel()
-        codes = self.by_column[:, chosen].toarray().astype(np.int64) @ (1 << np.arange(len(chosen)))
-        of_row = self.group_of[self.pattern[column]][self.environment]
-        total = -self.penalty * len(chosen)
-        for group in np.unique(of_row[of_row >= 0]):
-            often = self.joint[group].diagonal()
-            varies = (often > 0) & (often < self.size[group])
-            if varies[column]:
-                inside = of_row == group
-                k = int(varies[chosen].sum())
-                total += self.table(k, codes[inside], child[inside])
-        return float(total)
-
-    def table(self, k: int, codes: NDArray[np.int64], child: NDArray[np.integer]) -> float:
-        """One group's part: configurations and values of the column by row; k parents vary."""
-        rows = np.bincount(codes)
-        ones = np.bincount(codes, child, len(rows)).astype(np.int64)
-        i = min(k, len(self.ones) - 1)
-        fit = self.ones[i, ones] + self.ones[i, rows - ones] - self.both[i, rows]
-        return float(fit.sum() - self.cost[k])
 
 
 Score = GaussianScore | TablesScore
@@ -259,7 +240,7 @@ def _tables_score(
         members = np.eye(len(environments), dtype=np.bool_)
     joint = [cooccurrences(rows.present[member[rows.environment]]) for member in members]
     size = members.astype(np.int64) @ statistics.counts
-    ones, both, cost = _term_tables(name, statistics.num_rows, multiplier)
+    terms = term_tables(name, statistics.num_rows, multiplier)
     p = statistics.num_columns
     score = TablesScore(
         present=rows.present,
@@ -269,9 +250,7 @@ def _tables_score(
         group_of=group_of.astype(np.int32),
         joint=np.array(joint, np.int32).reshape(len(members), p, p),
         size=size,
-        ones=ones,
-        both=both,
-        cost=cost,
+        terms=terms,
         penalty=penalty,
         empty=np.zeros(p),
     )
@@ -284,19 +263,22 @@ def _empty_local(score: TablesScore) -> NDArray[np.float64]:
     for group, rows in enumerate(score.size.tolist()):
         ones = score.joint[group].diagonal()
         uses = (score.group_of == group).any(axis=1)[score.pattern]
-        fit = score.ones[0, ones] + score.ones[0, rows - ones] - score.both[0, rows] - score.cost[0]
+        fit = score.terms.of(0, ones, np.full_like(ones, rows)) - score.terms.cost[0]
         empty += np.where(uses & (ones > 0) & (ones < rows), fit, 0.0)
     return empty
 
 
-def _term_tables(
-    name: str, rows: int, multiplier: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """`ones`, `both` and `cost` of a TablesScore."""
+def term_tables(name: str, rows: int, multiplier: float) -> Terms:
+    """The terms of "discrete_bic" or "bdeu" for counts up to `rows`.
+
+    Args:
+        multiplier: of the BIC's penalty.
+    """
     counts, parents = np.arange(rows + 1.0), np.arange(_MAX_TABLE_PARENTS + 1.0)
     if name == "discrete_bic":
-        fit = xlogy(counts, counts)[None]
-        return fit, fit, multiplier * 0.5 * math.log(max(rows, 1)) * 2.0**parents
-    prior = 0.5 ** parents[:, None]  # of a configuration; half of it for each value
-    ones = gammaln(counts + prior / 2) - gammaln(prior / 2)
-    return ones, gammaln(counts + prior) - gammaln(prior), np.zeros(len(parents))
+        fit = np.asarray(xlogy(counts, counts)[None], np.float64)
+        return Terms(fit, fit, multiplier * 0.5 * math.log(max(rows, 1)) * np.exp2(parents))
+    prior = np.exp2(-parents)[:, None]  # of a configuration; half of it for each value
+    ones = np.asarray(gammaln(counts + prior / 2) - gammaln(prior / 2), np.float64)
+    both = np.asarray(gammaln(counts + prior) - gammaln(prior), np.float64)
+    return Terms(ones, both, np.zeros(len(parents)))

@@ -311,16 +311,17 @@ def _problem(given: Problem) -> Problem:
 def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int) -> int:
     """Makes up to `max_steps` moves; returns DONE, POOL_FULL or PAUSED.
 
-    With x >= 0 it is a restart: the edge between x and y is deleted and forbidden first, and in the
-    end everything is taken back unless the score rose (then it returns IMPROVED).
+    With x >= 0 it is a restart: the edge between x and y is deleted and the insertion of x → y
+    forbidden first, and in the end everything is taken back unless the score rose (then it returns
+    IMPROVED).
     """
     problem = _problem(given)
     s = _referenced(state)
-    allowed, before, forth, back = problem.allowed, s.total[0], 0, 0
+    allowed, before, was_allowed = problem.allowed, s.total[0], 0
     move = DELETE if order == FAST else s.progress[_PHASE]
     if x >= 0:
-        forth, back = allowed[x, y], allowed[y, x]
-        allowed[x, y], allowed[y, x] = 0, 0
+        was_allowed = allowed[x, y]
+        allowed[x, y] = 0
         s.progress[_JOURNAL], s.progress[_FORCED], s.progress[_FORCED + 1] = 0, x, y
     status, steps = -1, 0
     while status < 0:
@@ -335,7 +336,7 @@ def run(given: Problem, state: State, order: int, max_steps: int, x: int, y: int
             status = PAUSED
         if status >= 0 and x >= 0:
             improved = status == DONE and s.total[0] > before + _IMPROVEMENT
-            allowed[x, y], allowed[y, x] = forth, back
+            allowed[x, y] = was_allowed
             _end_restart(s, improved)
             _all_stale(s, x)
             _all_stale(s, y)

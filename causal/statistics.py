@@ -136,7 +136,9 @@ def from_dense(
     finite = np.isfinite(table)
     empty = np.flatnonzero(~finite.any(axis=1)) if p else np.zeros(0, np.int64)
     if len(empty):
-        raise DataError(f"data: {len(empty)} rows have no value at all (first: row {empty[0]})")
+        raise DataError(
+            f"data: {len(empty)} rows have no value at all (first: row {empty[0]}); remove them"
+        )
     broken = ~finite.all(axis=0)
     table = np.where(broken, 0.0, table)
     constant = (table.max(axis=0) == table.min(axis=0)) if n else np.ones(p, np.bool_)

@@ -347,7 +347,7 @@ def test_almost_no_data(p, n):
         ({"environments": np.arange(20), "targets": [[], [1]]}, "expected values 0 to 1"),
         ({"environments": np.zeros(3, int)}, "expected 20 whole numbers"),
         ({"forbidden": np.zeros((2, 2))}, r"forbidden: expected shape \(4, 4\)"),
-        ({"required": np.eye(4, k=1) + np.eye(4, k=-1)}, "without a cycle"),
+        ({"required": np.eye(4, k=1) + np.eye(4, k=-1)}, "required: 0 → 1 → 0 is a cycle"),
         ({"required": np.eye(4, k=1), "tiers": [3, 2, 1, 0]}, "0 → 1 is forbidden"),
         ({"tiers": [1, 2]}, "tiers: expected 4"),
         ({"start": np.eye(4, k=1), "forbidden": np.eye(4, k=1)}, "0 → 1 is not allowed"),

@@ -1,4 +1,5 @@
-"""`cdt.causality.graph.GIES`, which calls R's pcalg, behind the interface of our own engine.
+"""What cdt calls R for: `cdt.causality.graph.GIES` (pcalg) behind the interface of our own engine,
+and the structural intervention distance.
 
 What goes wrong when cdt is called as it is, and what is done here about it: it needs numeric
 columns (they are floats), misreads a skeleton unless columns are sorted (they are), fails on an
@@ -74,12 +75,69 @@ def fit_cdt(
 def _run(
     table: NDArray[np.float64], gaps: NDArray[np.bool_], time_limit_s: float
 ) -> NDArray[np.int8]:
-    """Runs `causal.cdt_process` on one table and reads its answer."""
+    """Runs cdt's GIES on one table and reads its answer."""
+    try:
+        answer: NDArray[np.int8] = _in_process({"table": table, "gaps": gaps}, time_limit_s)
+    except TimeoutError:
+        raise DataError(
+            f"causal.engine=cdt: R did not end within {time_limit_s:g} s and was stopped; "
+            "raise the limit, take smaller blocks, or set causal.engine=native"
+        ) from None
+    except _RFailedError as err:
+        if err.missing:
+            raise MissingProgramError(_INSTALL) from None
+        raise DataError(f"causal.engine=cdt: {err}") from None
+    return answer
+
+
+def intervention_distance(
+    true: NDArray[np.bool_], found: NDArray[np.bool_], *, time_limit_s: float = 600.0
+) -> tuple[float, float]:
+    """`cdt.metrics.SID_CPDAG`: smallest and largest distance over the found graph's members.
+
+    Peters and Bühlmann 2015 (Neural Computation 27(3)): ordered pairs of nodes for which parents
+    in the found graph are the wrong set to adjust for.
+
+    Args:
+        true: (p, p), a DAG.
+        found: (p, p), an essential graph.
+        time_limit_s: R is ended after this many seconds.
+
+    Raises:
+        MissingProgramError: if it cannot be had: no R, no package SID, no answer in time.
+    """
+    try:
+        both = {"target": true.astype(np.int8), "predicted": found.astype(np.int8)}
+        low, high = _in_process(both, time_limit_s)
+    except TimeoutError:
+        raise MissingProgramError(f"R did not end within {time_limit_s:g} s") from None
+    except _RFailedError as err:
+        raise MissingProgramError(
+            "needs R with the package SID (CRAN)" if err.missing else str(err)
+        ) from None
+    return float(low), float(high)
+
+
+class _RFailedError(Exception):
+    """R is missing, or a package of it is (`missing`), or it failed."""
+
+    def __init__(self, message: str, missing: bool) -> None:
+        super().__init__(message)
+        self.missing = missing
+
+
+def _in_process(given: dict[str, NDArray[Any]], time_limit_s: float) -> NDArray[Any]:
+    """Runs `causal.cdt_process` on some arrays and reads its answer.
+
+    Raises:
+        TimeoutError: if R did not end in time.
+        _RFailedError: if it is missing or failed.
+    """
     if shutil.which("Rscript") is None:
-        raise MissingProgramError(_INSTALL)
+        raise _RFailedError("R is not installed", missing=True)
     with tempfile.TemporaryDirectory(prefix="cafemed-cdt-") as name:
         folder = Path(name)
-        np.savez(folder / "input.npz", table=table, gaps=gaps)
+        np.savez(folder / "input.npz", **given)  # type: ignore[arg-type]
         environment = dict(os.environ, TMPDIR=name, OMP_NUM_THREADS="1")
         search_path = [str(paths.PROJECT_DIR), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, search_path))
@@ -95,17 +153,14 @@ def _run(
             try:
                 status = process.wait(timeout=time_limit_s)
             except subprocess.TimeoutExpired:
-                raise DataError(
-                    f"causal.engine=cdt: R did not end within {time_limit_s:g} s and was stopped; "
-                    "raise the limit, take smaller blocks, or set causal.engine=native"
-                ) from None
+                raise TimeoutError from None
             finally:
                 _end_group(process)
             if status != 0:
                 messages.seek(0)
                 _explain(messages.read())
-        answer: NDArray[np.int8] = np.load(folder / "answer.npy", allow_pickle=False)
-    return answer
+        result: NDArray[Any] = np.load(folder / "answer.npy", allow_pickle=False)
+    return result
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
@@ -118,8 +173,8 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def _explain(messages: str) -> None:
     """Raises the error that R's messages stand for, without the data that may be in them."""
     if "there is no package called" in messages:
-        raise MissingProgramError(_INSTALL)
+        raise _RFailedError("an R package is not installed", missing=True)
     errors = [line for line in messages.splitlines() if line.startswith("Error")]
-    raise DataError(
-        f"causal.engine=cdt: R failed{': ' + errors[0][:200] if errors else ' without a message'}"
+    raise _RFailedError(
+        f"R failed{': ' + errors[0][:200] if errors else ' without a message'}", missing=False
     )

@@ -1,20 +1,35 @@
-"""What a discovery leaves behind: two files, and a few lines for whoever ran it."""
+"""What a discovery leaves behind: two files and a page, and a few lines for whoever ran it."""
 
 from pathlib import Path
 
 import numpy as np
 
-from cafemed.graphs import EffectTable, write_effects, write_graph
+from cafemed.graphs import (
+    CausalGraph,
+    EffectTable,
+    read_effects,
+    read_graph,
+    write_effects,
+    write_graph,
+)
+from causal import page, stability
 from causal.discovery import Discovery
 
 GRAPH_FILE = "graph.parquet"
 EFFECTS_FILE = "effects.npz"
+PAGE_FILE = "graph.html"
 
 
 def write(folder: Path, found: Discovery, effects: EffectTable) -> None:
-    """Writes the graph and the effects into a folder that `artifacts.new_folder` gave."""
+    """Writes graph, effects and page into a folder that `artifacts.new_folder` gave."""
     write_graph(found.graph, folder / GRAPH_FILE)
     write_effects(effects, folder / EFFECTS_FILE)
+    (folder / PAGE_FILE).write_text(page.render(found.graph, effects, found.report))
+
+
+def read(folder: Path) -> tuple[CausalGraph, EffectTable]:
+    """Reads the graph and the effects again."""
+    return read_graph(folder / GRAPH_FILE), read_effects(folder / EFFECTS_FILE)
 
 
 def lines(found: Discovery, effects: EffectTable) -> list[str]:
@@ -28,13 +43,17 @@ def lines(found: Discovery, effects: EffectTable) -> list[str]:
         f"{facts['edges']:,} edges, {facts['directed_edges']:,} directed and "
         f"{undirected:,} undirected",
     ]
+    if "sink_edges" in facts:
+        told.append(f"{facts['sink_edges']:,} more edges lead to this visit's medications")
     best = max(entry["score"] for entry in facts["scores"].values())
     for name, entry in facts["scores"].items():
         told.append(
             f"{name:<7} score {entry['score']:.2f} ({entry['score'] - best:+.2f} to the best), "
             f"{entry['edges']:,} edges, {entry['cpu_s']:.2f} CPU-s"
         )
-    return [*told, _effects_line(effects)]
+    if "direct_left_out" in facts:
+        told.append(facts["direct_left_out"])
+    return [*told, *stability.lines(facts), _effects_line(effects)]
 
 
 def _effects_line(effects: EffectTable) -> str:

@@ -5,10 +5,12 @@
     python jobs/discover.py causal.workers=2 causal.effects.estimator=raw
     python jobs/discover.py causal.cluster=ray
     python jobs/discover.py causal.cluster=tcp://HOST:8786
+    python jobs/discover.py causal.truth=ROOT/experiments/NAME/tables/truth
     ray job submit --working-dir . -- python jobs/discover.py causal.cluster=ray
 
 Reads ROOT/experiments/NAME/cohort, writes ROOT/experiments/NAME/graph. Skipped when neither the
-cohort nor the configuration has changed.
+cohort nor the configuration has changed; with causal.truth it is compared with the truth all the
+same.
 """
 
 import os
@@ -25,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     """Runs the stage."""
     # Dask's worker processes import this file too; what is slow to import stays in here.
     from cafemed import artifacts, cohort
-    from causal import cluster, discovery, effects, report
+    from causal import cluster, discovery, effects, evaluation, report, sinks
     from causal.discovery import CausalConfig
 
     values: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -33,22 +35,28 @@ def main(cfg: DictConfig) -> None:
         # Compiled kernels are kept under the root; workers inherit where that is.
         os.environ["CAFEMED_HOME"] = str(told.root)
         causal = config.from_mapping(CausalConfig, values["causal"], "causal")
+        truth = None if causal.truth is None else evaluation.read_truth(causal.truth)
         people = cohort.load(told.experiment / "cohort")
         inputs = {"cohort": people.fingerprint}
         content = causal.content()
         target = told.experiment / "graph"
         wanted = artifacts.fingerprint("graph", inputs, content)
-        if console.is_done(target, "graph", wanted, told.force):
-            return
-        with cluster.connect(causal.cluster, causal.workers) as client:
-            found = discovery.discover(people, causal, client)
-        table = effects.estimate(people, found.graph, causal.effects)
-        with artifacts.new_folder(target, "graph", inputs, content) as (folder, written):
-            report.write(folder, found, table)
-            written |= found.report
-        for line in report.lines(found, table):
-            console.say("graph", line)
-        console.say("done", str(target))
+        if not console.is_done(target, "graph", wanted, told.force):
+            with cluster.connect(causal.cluster, causal.workers) as client:
+                found = discovery.discover(people, causal, client)
+            found = sinks.add_to(found, people, causal) if causal.sinks else found
+            table = effects.estimate(people, found.graph, causal.effects)
+            with artifacts.new_folder(target, "graph", inputs, content) as (folder, written):
+                report.write(folder, found, table)
+                written |= found.report
+            for line in report.lines(found, table):
+                console.say("graph", line)
+            console.say("done", str(target))
+        if truth is not None:
+            with console.waiting("comparing with the truth"):
+                compared = evaluation.lines(*report.read(target), truth)
+            for line in compared:
+                console.say("graph", line)
 
 
 if __name__ == "__main__":

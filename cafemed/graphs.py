@@ -8,6 +8,7 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pyarrow as pa
@@ -89,9 +90,16 @@ class EffectTable:
     Attributes:
         codes: row names, "diagnosis/…" then "procedure/…", in vocabulary order.
         medications: column names, "medication/…", in vocabulary order.
-        effect: float32 (codes, medications), difference of probabilities.
+        effect: float32 (codes, medications), difference of probabilities; finite, 0 where there is
+            nothing to tell it by.
         standard_error: float32 (codes, medications); NaN where it has no meaning.
-        estimator: "raw" or "adjusted".
+        estimator: "raw", "adjusted" or "doubly_robust"; "true" for a synthetic truth.
+        minimum, maximum: float32 (codes, medications), range of the effect over the members of the
+            graph's Markov class; `effect` itself where one adjustment set was used.
+        support: int32 (codes, medications), visits with code and medication.
+        supported: bool (codes, medications), there are visits enough to tell the effect by.
+        visits: float32 (codes,), how many visits the comparison with and without the code is worth
+            after adjustment; NaN if nothing was estimated.
     """
 
     codes: tuple[str, ...]
@@ -99,6 +107,43 @@ class EffectTable:
     effect: NDArray[np.float32]
     standard_error: NDArray[np.float32]
     estimator: str
+    minimum: NDArray[np.float32]
+    maximum: NDArray[np.float32]
+    support: NDArray[np.int32]
+    supported: NDArray[np.bool_]
+    visits: NDArray[np.float32]
+
+    @classmethod
+    def known(
+        cls,
+        codes: tuple[str, ...],
+        medications: tuple[str, ...],
+        effect: NDArray[np.float32],
+        standard_error: NDArray[np.float32],
+        estimator: str,
+    ) -> "EffectTable":
+        """A table of effects that no visits were counted for: all supported, without a range."""
+        return cls(
+            codes=codes,
+            medications=medications,
+            effect=effect,
+            standard_error=standard_error,
+            estimator=estimator,
+            minimum=effect,
+            maximum=effect,
+            support=np.zeros(effect.shape, np.int32),
+            supported=np.ones(effect.shape, np.bool_),
+            visits=np.full(len(codes), np.nan, np.float32),
+        )
+
+    def interval(self, level: float = 0.95) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Confidence interval of each effect, two float32 (codes, medications).
+
+        NaN where there is no standard error. It tells of the chance that is in the visits, not of
+        which member of the Markov class is true: for that see `minimum` and `maximum`.
+        """
+        half = np.float32(NormalDist().inv_cdf((1 + level) / 2)) * self.standard_error
+        return self.effect - half, self.effect + half
 
 
 def node_classes(lists: CodeLists, adjacency: sparse.csr_array) -> NDArray[np.int8]:
@@ -192,15 +237,26 @@ def _strength(table: pa.Table) -> NDArray[np.float32]:
     return np.array(table["strength"].to_numpy(), np.float32)
 
 
+#: The arrays of an effect table: name, type, whether one value a pair (else one a code).
+_EFFECT_ARRAYS: dict[str, tuple[type[np.generic], bool]] = {
+    "effect": (np.float32, True),
+    "standard_error": (np.float32, True),
+    "minimum": (np.float32, True),
+    "maximum": (np.float32, True),
+    "support": (np.int32, True),
+    "supported": (np.bool_, True),
+    "visits": (np.float32, False),
+}
+
+
 def write_effects(effects: EffectTable, path: Path) -> None:
     """Writes `effects.npz` (no pickled objects)."""
     np.savez_compressed(
         path,
         codes=np.array(effects.codes, dtype=np.str_),
         medications=np.array(effects.medications, dtype=np.str_),
-        effect=effects.effect,
-        standard_error=effects.standard_error,
         estimator=np.array(effects.estimator, dtype=np.str_),
+        **{name: getattr(effects, name) for name in _EFFECT_ARRAYS},
     )
 
 
@@ -212,23 +268,30 @@ def read_effects(path: Path) -> EffectTable:
     """Reads `effects.npz`.
 
     Raises:
-        ArtifactError: if it is not such a file.
+        ArtifactError: if it is not such a file, or one that an earlier version wrote.
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
-            table = EffectTable(
-                codes=tuple(content["codes"].tolist()),
-                medications=tuple(content["medications"].tolist()),
-                effect=content["effect"].astype(np.float32),
-                standard_error=content["standard_error"].astype(np.float32),
-                estimator=str(content["estimator"]),
-            )
+            lacking = [name for name in _EFFECT_ARRAYS if name not in content]
+            if lacking and "effect" in content:
+                raise ArtifactError(
+                    f"{path}: an effect table of an earlier version, without {', '.join(lacking)}; "
+                    "run jobs/discover.py again"
+                )
+            codes = tuple(content["codes"].tolist())
+            medications = tuple(content["medications"].tolist())
+            estimator = str(content["estimator"])
+            arrays = {
+                name: content[name].astype(dtype) for name, (dtype, _) in _EFFECT_ARRAYS.items()
+            }
     except _DAMAGED as err:
         raise ArtifactError(f"{path}: not an effect table ({type(err).__name__})") from err
-    shape = (len(table.codes), len(table.medications))
-    if table.effect.shape != shape or table.standard_error.shape != shape:
-        raise ArtifactError(
-            f"{path}: expected shape {shape} (codes, medications), got effects of shape "
-            f"{table.effect.shape} and standard errors of shape {table.standard_error.shape}"
-        )
-    return table
+    shape = (len(codes), len(medications))
+    for name, (_, of_pairs) in _EFFECT_ARRAYS.items():
+        wanted = shape if of_pairs else shape[:1]
+        if arrays[name].shape != wanted:
+            raise ArtifactError(
+                f"{path}: expected {name} of shape {wanted} for {shape} codes and medications, "
+                f"got {arrays[name].shape}"
+            )
+    return EffectTable(codes=codes, medications=medications, estimator=estimator, **arrays)

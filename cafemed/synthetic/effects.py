@@ -41,7 +41,7 @@ def true_effects(population: Population) -> EffectTable:
         before[: len(model.diagnoses)] = diagnoses.multi_hot(len(model.diagnoses)).T
     multi_hot = medications.multi_hot(len(model.medications))
     effect, error = interventions(model, multi_hot, before, rng)
-    return EffectTable(
+    return EffectTable.known(
         codes=code_names(model),
         medications=tuple(node_name("medication", code) for code in model.medications),
         effect=effect.astype(np.float32),

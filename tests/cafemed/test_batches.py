@@ -265,7 +265,7 @@ def effects():
     rows += [f"procedure/{c}" for c in VOCABULARIES["procedure"]]
     columns = [f"medication/{c}" for c in VOCABULARIES["medication"]]
     values = np.random.default_rng(0).normal(size=(23, 7)).astype(np.float32)
-    return EffectTable(tuple(rows), tuple(columns), values, np.zeros_like(values), "raw")
+    return EffectTable.known(tuple(rows), tuple(columns), values, np.zeros_like(values), "raw")
 
 
 def test_model_inputs_take_effects_of_this_vocabulary(effects):

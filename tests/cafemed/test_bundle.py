@@ -59,7 +59,7 @@ def effects_of(vocabularies: Mapping[str, tuple[str, ...]]) -> EffectTable:
     columns = tuple(node_name("medication", code) for code in vocabularies["medication"])
     effect = np.linspace(-1, 1, len(rows) * len(columns), dtype=np.float32)
     effect = effect.reshape(len(rows), len(columns))
-    return EffectTable(rows, columns, effect, np.full_like(effect, np.nan), "raw")
+    return EffectTable.known(rows, columns, effect, np.full_like(effect, np.nan), "raw")
 
 
 def graph_of(*edges: tuple[str, str]) -> CausalGraph:

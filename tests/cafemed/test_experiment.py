@@ -33,7 +33,7 @@ def _cohort():
 
 
 ROWS = ("diagnosis/icd9:1", "diagnosis/icd9:2", "procedure/icd9:3")
-EFFECTS = graphs.EffectTable(
+EFFECTS = graphs.EffectTable.known(
     codes=ROWS,
     medications=("medication/atc:A01A", "medication/atc:B02B"),
     effect=np.arange(6, dtype=np.float32).reshape(3, 2) / 10,

@@ -1,5 +1,6 @@
 """Node classes against networkx on each visit alone; files there and back, and broken ones."""
 
+import dataclasses
 from pathlib import Path
 
 import networkx as nx
@@ -163,16 +164,33 @@ def test_graph_file_there_and_back(tmp_path: Path, p: int) -> None:
         assert a.dtype == b.dtype
 
 
+EFFECT_ARRAYS = (
+    "effect",
+    "standard_error",
+    "minimum",
+    "maximum",
+    "support",
+    "supported",
+    "visits",
+)
+
+
 def table(rows: int = 5, columns: int = 3) -> EffectTable:
     rng = np.random.default_rng(1)
     error = rng.random((rows, columns)).astype(np.float32)
     error[0] = np.nan
+    effect = rng.normal(size=(rows, columns)).astype(np.float32)
     return EffectTable(
         codes=tuple(f"diagnosis/icd9:{i}é" for i in range(rows)),
         medications=tuple(f"medication/atc:{i}" for i in range(columns)),
-        effect=rng.normal(size=(rows, columns)).astype(np.float32),
+        effect=effect,
         standard_error=error,
         estimator="adjusted",
+        minimum=effect - 1,
+        maximum=effect + 1,
+        support=rng.integers(0, 9, (rows, columns)).astype(np.int32),
+        supported=rng.random((rows, columns)) < 0.5,
+        visits=rng.random(rows).astype(np.float32),
     )
 
 
@@ -182,8 +200,43 @@ def test_effects_file_there_and_back(tmp_path: Path) -> None:
     found = graphs.read_effects(tmp_path / "effects.npz")
     assert (found.codes, found.medications) == (effects.codes, effects.medications)
     assert found.estimator == "adjusted"
-    np.testing.assert_array_equal(found.effect, effects.effect)
-    np.testing.assert_array_equal(found.standard_error, effects.standard_error)
+    for name in EFFECT_ARRAYS:
+        a, b = getattr(found, name), getattr(effects, name)
+        np.testing.assert_array_equal(a, b)
+        assert a.dtype == b.dtype
+
+
+def test_an_effects_file_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "effects.npz"
+    graphs.write_effects(table(), path)
+    with np.load(path) as content:
+        kept = {name: content[name] for name in content if name not in ("minimum", "support")}
+    np.savez(path, **kept)
+    with pytest.raises(
+        ArtifactError, match="without minimum, support; run jobs/discover"
+    ) as caught:
+        graphs.read_effects(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_intervals() -> None:
+    effects = table()
+    low, high = effects.interval()
+    np.testing.assert_allclose(high - effects.effect, 1.959964 * effects.standard_error, rtol=1e-4)
+    np.testing.assert_allclose(effects.effect - low, 1.959964 * effects.standard_error, rtol=1e-4)
+    low, high = effects.interval(0.5)
+    np.testing.assert_allclose(high - low, 2 * 0.67449 * effects.standard_error, rtol=1e-4)
+    assert np.isnan(low[0]).all()
+
+
+def test_effects_that_are_known_are_supported_and_have_no_range() -> None:
+    effects = table()
+    known = EffectTable.known(
+        effects.codes, effects.medications, effects.effect, effects.standard_error, "true"
+    )
+    np.testing.assert_array_equal(known.minimum, effects.effect)
+    np.testing.assert_array_equal(known.maximum, effects.effect)
+    assert known.supported.all()
 
 
 @pytest.mark.parametrize("size", [0, 10, 200, -20])
@@ -212,7 +265,8 @@ def test_every_damaged_byte_of_an_effects_file_is_refused_or_harmless(tmp_path: 
         except ArtifactError:
             refused += 1
         else:
-            assert read.effect.shape == read.standard_error.shape == shape
+            for name in EFFECT_ARRAYS:
+                assert getattr(read, name).shape == (shape[:1] if name == "visits" else shape)
     assert refused > 0
 
 
@@ -221,16 +275,11 @@ def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"effects\.npz"):
         graphs.read_effects(tmp_path / "effects.npz")
     effects = table()
-    np.savez(
-        tmp_path / "shape.npz",
-        codes=np.array(effects.codes),
-        medications=np.array(effects.medications[:2]),
-        effect=effects.effect,
-        standard_error=effects.standard_error,
-        estimator=np.array("raw"),
-    )
-    with pytest.raises(ArtifactError, match=r"expected shape \(5, 2\)"):
-        graphs.read_effects(tmp_path / "shape.npz")
+    for name in EFFECT_ARRAYS:
+        wrong = dataclasses.replace(effects, **{name: getattr(effects, name)[:4]})
+        graphs.write_effects(wrong, tmp_path / "shape.npz")
+        with pytest.raises(ArtifactError, match=rf"expected {name} of shape \(5,"):
+            graphs.read_effects(tmp_path / "shape.npz")
     for missing in ("none.npz", "none.parquet"):
         read = graphs.read_effects if missing.endswith("npz") else graphs.read_graph
         with pytest.raises(ArtifactError, match=missing):

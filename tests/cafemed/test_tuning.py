@@ -96,7 +96,7 @@ def given() -> Experiment:
     rows = tuple(node_name(k, c) for k in ("diagnosis", "procedure") for c in vocabularies[k])
     columns = tuple(node_name("medication", c) for c in vocabularies["medication"])
     effect = random.normal(size=(18, 8)).astype(np.float32) / 10
-    effects = EffectTable(rows, columns, effect, np.zeros_like(effect), "raw")
+    effects = EffectTable.known(rows, columns, effect, np.zeros_like(effect), "raw")
     none = np.zeros(0, np.int32)
     floats = none.astype(np.float32)
     graph = CausalGraph((), none, none, none > 0, floats, none.astype(np.int64), floats)

@@ -1,17 +1,17 @@
-"""Effects against proportions counted by loops and against statsmodels' least squares."""
+"""Effects of cohorts against proportions counted by loops, statsmodels and known truths."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from scipy import sparse
 
 from cafemed.codes import CodeLists
 from cafemed.cohort import Cohort
 from cafemed.graphs import CausalGraph
-from causal import columns, effects
+from causal import columns, effects, regression
 from causal.effects import EffectsConfig
 
 MakeCohort = Callable[..., Cohort]
@@ -70,7 +70,7 @@ def test_raw_is_the_difference_of_proportions(make_cohort: MakeCohort, inputs: s
     names += [f"procedure/{c}" for c in cohort.vocabularies["procedure"]]
     treated = np.array([cols.names.index(name) for name in names])
     targets = columns.presence(cohort.targets, columns.training_visits(cohort), 5)
-    found, _ = effects.regress(cols, treated, [np.zeros(0, np.int64)] * 15, targets)
+    found, _ = regression.regress(cols, treated, [np.zeros(0, np.int64)] * 15, targets)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
     table = effects.estimate(cohort, graph_of([]), EffectsConfig("raw"))
     assert table.codes == tuple(names)
@@ -85,7 +85,8 @@ def test_adjusted_is_least_squares_on_the_parents(make_cohort: MakeCohort) -> No
     m = [f"previous_medication/{c}" for c in name["medication"]]
     edges = [(d[0], d[1]), (d[1], p[0]), (d[0], p[0]), (m[2], d[2]), (m[3], p[0]), (m[0], d[3])]
     graph = graph_of(edges, undirected=[(d[4], d[5]), (p[2], p[3])])
-    table = effects.estimate(cohort, graph, EffectsConfig("adjusted"))
+    table = effects.estimate(cohort, graph, EffectsConfig("adjusted", min_support=1, min_visits=0))
+    assert table.supported.all()
     rows = training_rows(cohort)
     value = {n: np.array([i in r[0] for r in rows], float) for i, n in enumerate(d)}
     value |= {n: np.array([i in r[1] for r in rows], float) for i, n in enumerate(p)}
@@ -96,65 +97,99 @@ def test_adjusted_is_least_squares_on_the_parents(make_cohort: MakeCohort) -> No
         for j in range(5):
             outcome = np.array([j in r[3] for r in rows], float)
             fit = sm.OLS(outcome, design).fit()
-            # The table is float32; regress() itself is held to 1e-12 below.
+            # The table is float32; regress() itself is held to 1e-12 in test_regression.py.
             assert table.effect[c, j] == pytest.approx(fit.params[1], abs=1e-6)
             assert table.standard_error[c, j] == pytest.approx(fit.bse[1], rel=1e-5)
 
 
-def test_regression_of_random_tables_equals_numpy_to_1e_12() -> None:
-    rng = np.random.default_rng(3)
-    n, p, num_targets = 400, 12, 4
-    dense = (rng.random((n, p)) < 0.3).astype(np.int64)
-    outcome = (rng.random((n, num_targets)) < 0.2 + 0.3 * dense[:, :1]).astype(np.int64)
-    cols = columns.Columns(
-        tuple(f"x{i:02}" for i in range(p)),
-        sparse.csr_array(dense),
-        np.zeros(p, np.int64),
-        np.zeros(n, np.int8),
-    )
-    parents = [np.sort(rng.choice([i for i in range(p) if i != j], j % 6, False)) for j in range(p)]
-    found, error = effects.regress(cols, np.arange(p), parents, sparse.csr_array(outcome))
-    for j in range(p):
-        design = np.column_stack([np.ones(n), dense[:, j], dense[:, parents[j]]])
-        coefficients, rss, *_ = np.linalg.lstsq(design, outcome.astype(float))
-        inverse = np.linalg.inv(design.T @ design)
-        expected_error = np.sqrt(rss / (n - design.shape[1]) * inverse[1, 1])
-        np.testing.assert_allclose(found[j], coefficients[1], rtol=0, atol=1e-12)
-        np.testing.assert_allclose(error[j], expected_error, rtol=1e-9)
-
-
-def test_codes_without_variance_of_their_own_have_no_effect() -> None:
-    rng = np.random.default_rng(4)
-    n = 300
-    a, b = rng.random((2, n)) < 0.4
-    dense = np.column_stack([np.zeros(n), np.ones(n), a, a, b]).astype(np.int64)
-    cols = columns.Columns(
-        ("always", "never", "a", "copy", "b"),
-        sparse.csr_array(dense),
-        np.zeros(5, np.int64),
-        np.zeros(n, np.int8),
-    )
-    outcome = sparse.csr_array((rng.random((n, 3)) < 0.3).astype(np.int64))
-    nothing = np.zeros(0, np.int64)
-    parents = [nothing, nothing, np.array([3]), nothing, np.array([2, 3])]
-    found, error = effects.regress(cols, np.arange(5), parents, outcome)
-    assert (found[:3] == 0).all()
-    assert np.isnan(error[:3]).all()
-    # Two copies of one parent adjust like one.
-    once, once_error = effects.regress(cols, np.array([4]), [np.array([2])], outcome)
-    np.testing.assert_allclose(found[4], once[0], atol=1e-12)
-    np.testing.assert_allclose(error[4], once_error[0], rtol=1e-12)
-
-
-def test_adjustment_removes_a_confounder(make_cohort: MakeCohort) -> None:
+@pytest.mark.parametrize("estimator", ["adjusted", "doubly_robust"])
+def test_adjustment_removes_a_confounder(make_cohort: MakeCohort, estimator: Any) -> None:
     cohort = make_cohort(num_patients=3000, seed=5)
     d0, d1 = (f"diagnosis/{c}" for c in cohort.vocabularies["diagnosis"][:2])
     graph = graph_of([(d0, d1)])
     raw = effects.estimate(cohort, graph, EffectsConfig("raw"))
-    adjusted = effects.estimate(cohort, graph, EffectsConfig("adjusted"))
+    adjusted = effects.estimate(cohort, graph, EffectsConfig(estimator))
     # d0 causes d1 and drug 0; d1 has no effect on drug 0.
     assert raw.effect[1, 0] > 0.2
     assert abs(adjusted.effect[1, 0]) < 4 * adjusted.standard_error[1, 0] < 0.1
+
+
+@pytest.mark.parametrize("estimator", ["adjusted", "doubly_robust"])
+def test_a_class_gives_mean_and_range_over_its_members(
+    make_cohort: MakeCohort, estimator: Any
+) -> None:
+    cohort = make_cohort(num_patients=800, seed=7)
+    d = [f"diagnosis/{c}" for c in cohort.vocabularies["diagnosis"]]
+    # d0 - d1 - d2: d1 has no parent, d0 or d2, but not both, which would be a collider.
+    graph = graph_of([], undirected=[(d[0], d[1]), (d[1], d[2])])
+    table = effects.estimate(cohort, graph, EffectsConfig(estimator, "class"))
+    members = [
+        effects.estimate(cohort, graph_of(edges), EffectsConfig(estimator))
+        for edges in ([(d[1], d[0]), (d[1], d[2])], [(d[0], d[1])], [(d[2], d[1])])
+    ]
+    every = np.stack([member.effect[1] for member in members])
+    assert np.ptp(every, axis=0).max() > 0.05
+    np.testing.assert_allclose(table.effect[1], every.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(table.minimum[1], every.min(axis=0), atol=1e-6)
+    np.testing.assert_allclose(table.maximum[1], every.max(axis=0), atol=1e-6)
+    mean_error = np.stack([member.standard_error[1] for member in members]).mean(axis=0)
+    np.testing.assert_allclose(table.standard_error[1], mean_error, rtol=1e-5)
+    assert table.visits[1] == min(member.visits[1] for member in members)
+    assert (table.minimum <= table.effect).all()
+    assert (table.effect <= table.maximum).all()
+    # Codes without undirected edges have one set, whatever the option.
+    parents = effects.estimate(cohort, graph, EffectsConfig(estimator))
+    np.testing.assert_array_equal(table.minimum[3:], table.maximum[3:])
+    np.testing.assert_array_equal(table.effect[3:], parents.effect[3:])
+    np.testing.assert_array_equal(parents.minimum, parents.effect)
+    np.testing.assert_array_equal(parents.maximum, parents.effect)
+
+
+def test_support_is_counted_and_decides_which_effects_are_given(make_cohort: MakeCohort) -> None:
+    cohort = make_cohort(num_patients=60, seed=8)
+    rows = training_rows(cohort)
+    n = len(rows)
+    has = np.array([[c in r[0] for c in range(9)] + [c in r[1] for c in range(6)] for r in rows])
+    given = np.array([[m in r[3] for m in range(5)] for r in rows])
+    both = has.T.astype(int) @ given
+    worth = has.sum(axis=0) * (n - has.sum(axis=0)) / n
+    expected = worth[:, None] * given.mean(axis=0)
+    supported = (np.maximum(both, expected) >= 4) & (worth >= 11)[:, None]
+    assert 0.2 < supported.mean() < 0.8
+    for estimator in ("raw", "adjusted", "doubly_robust"):
+        config = EffectsConfig(estimator, min_support=4, min_visits=11)
+        table = effects.estimate(cohort, graph_of([]), config)
+        np.testing.assert_array_equal(table.support, both)
+        np.testing.assert_array_equal(table.supported, supported)
+        np.testing.assert_allclose(table.visits, worth, rtol=1e-6)
+        assert (table.effect[supported] != 0).all()
+        assert np.isfinite(table.standard_error[supported]).all()
+        if estimator == "raw":  # what the literature has, whatever the support
+            np.testing.assert_allclose(table.effect, raw_effects(has, given), atol=1e-7)
+        else:
+            for values in (table.effect, table.minimum, table.maximum):
+                assert (values[~supported] == 0).all()
+            assert np.isnan(table.standard_error[~supported]).all()
+
+
+def raw_effects(has: np.ndarray, given: np.ndarray) -> np.ndarray:
+    return np.array([given[h].mean(axis=0) - given[~h].mean(axis=0) for h in has.T])
+
+
+def test_a_code_that_goes_with_another_always_has_no_effect_beside_it(
+    make_cohort: MakeCohort,
+) -> None:
+    cohort = make_cohort(num_patients=300, seed=9)
+    lists = [list(cohort.diagnoses[v]) for v in range(cohort.num_visits)]
+    copied = [[c for c in codes if c != 1] + [1] * (0 in codes) for codes in lists]
+    cohort = dataclasses.replace(cohort, diagnoses=CodeLists.of(copied))
+    d0, d1 = (f"diagnosis/{c}" for c in cohort.vocabularies["diagnosis"][:2])
+    for estimator in ("adjusted", "doubly_robust"):
+        table = effects.estimate(cohort, graph_of([(d0, d1)]), EffectsConfig(estimator))
+        assert table.supported[0].all()
+        assert not table.supported[1].any()
+        assert (table.effect[1] == 0).all()
+        assert table.visits[1] < 5
 
 
 def test_other_patients_change_nothing(make_cohort: MakeCohort) -> None:
@@ -162,14 +197,16 @@ def test_other_patients_change_nothing(make_cohort: MakeCohort) -> None:
     held_out = np.repeat(cohort.split != 0, np.diff(cohort.patient_offsets))
     emptied = [[] if held_out[v] else cohort.targets[v].tolist() for v in range(cohort.num_visits)]
     changed = dataclasses.replace(cohort, targets=CodeLists.of(emptied))
-    for estimator in ("raw", "adjusted"):
+    for estimator in ("raw", "adjusted", "doubly_robust"):
         a = effects.estimate(cohort, graph_of([]), EffectsConfig(estimator))
         b = effects.estimate(changed, graph_of([]), EffectsConfig(estimator))
         np.testing.assert_array_equal(a.effect, b.effect)
 
 
-def test_no_training_visits_give_no_effects(make_cohort: MakeCohort) -> None:
+@pytest.mark.parametrize("estimator", ["raw", "adjusted", "doubly_robust"])
+def test_no_training_visits_give_no_effects(make_cohort: MakeCohort, estimator: Any) -> None:
     cohort = dataclasses.replace(make_cohort(), split=np.full(120, 2, np.int8))
-    table = effects.estimate(cohort, graph_of([]), EffectsConfig())
+    table = effects.estimate(cohort, graph_of([]), EffectsConfig(estimator, min_visits=0))
     assert (table.effect == 0).all()
     assert np.isnan(table.standard_error).all()
+    assert not table.supported.any()

@@ -68,7 +68,7 @@ def write_graph(experiment):
     sources = {"cohort": patients.fingerprint}
     with artifacts.new_folder(experiment / "graph", "graph", sources, {}) as (folder, _):
         graphs.write_graph(graph, folder / "graph.parquet")
-        effects = graphs.EffectTable(codes, medications, effect, effect, "raw")
+        effects = graphs.EffectTable.known(codes, medications, effect, effect, "raw")
         graphs.write_effects(effects, folder / "effects.npz")
 
 

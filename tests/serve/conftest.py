@@ -52,7 +52,7 @@ def make_bundle(preprocessing: Preprocessing | None = None, seed: int = 0) -> Bu
     rows = tuple(node_name(kind, c) for kind in KINDS[:2] for c in VOCABULARIES[kind])
     columns = tuple(node_name("medication", c) for c in VOCABULARIES["medication"])
     effect = rng.normal(0, 0.1, (len(rows), len(columns))).astype(np.float32)
-    effects = EffectTable(rows, columns, effect, np.full_like(effect, 0.01), "raw")
+    effects = EffectTable.known(rows, columns, effect, np.full_like(effect, 0.01), "raw")
     ddi = np.triu(rng.random((len(columns), len(columns))) < 0.3, 1)
     ddi |= ddi.T
     inputs = model_inputs(VOCABULARIES, effects, ddi)

@@ -32,7 +32,7 @@ import numpy as np
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from benchmarks.graphs import measures, planted, rivals  # noqa: E402
+from benchmarks.graphs import measures, planted, rivals, visits  # noqa: E402
 from benchmarks.graphs.cases import Case, cases  # noqa: E402
 
 UNITS = {"cpu_s": "s", "statistics_cpu_s": "s", "peak_mb": "MB", "score": "nats", "limit_s": "s"}
@@ -114,6 +114,17 @@ class Table:
             flush=True,
         )
 
+    def free(self, name: str, function: Callable[..., dict[str, float]], *arguments: Any) -> None:
+        """Runs, prints and keeps a case that has metrics of its own."""
+        try:
+            values = in_process(function, *arguments)
+        except rivals.FailedError as error:
+            print(f"{name:40s} {error}", flush=True)
+            return
+        self.add(name, values, versions())
+        shown = ", ".join(f"{key} {value:.10g}" for key, value in values.items())
+        print(f"{name:40s} {shown}", flush=True)
+
     def compare(self) -> None:
         """Prints what "best" finds beyond every other search of the same data and score."""
         print(f"\n{'best against':64s} {'score':>10s} {'CPU seconds':>14s}")
@@ -146,13 +157,11 @@ def main() -> None:
             for case in group:
                 table.measure(case, path, limit_s)
         pairs = 10 if given.quick else 100
-        try:
-            found = in_process(measures.effects_like_dowhy, path, given.seed, pairs, limit_s)
-        except rivals.FailedError as error:
-            print(f"raw effects against dowhy: {error}")
-        else:
-            print("raw effects against dowhy:", {k: float(f"{v:.3g}") for k, v in found.items()})
-            table.add("raw effects dowhy", found, versions())
+        table.free(
+            "raw effects dowhy", measures.effects_like_dowhy, path, given.seed, pairs, limit_s
+        )
+    for run in () if given.quick else visits.CASES:
+        table.free(run.name, visits.measure, run, given.seed)
     table.compare()
     if given.json:
         given.json.write_text(json.dumps(table.rows, indent=1) + "\n", encoding="utf-8")

@@ -33,8 +33,8 @@ STRICT: tuple[tuple[str, Options], ...] = (
     ("gaussian_bic", (("penalty", 5), ("min_support", 5))),
     ("extended_bic", (("gamma", 1), ("min_support", 5))),
     ("extended_bic", (("gamma", 2), ("min_support", 5))),
-    ("discrete_bic", (("gamma", 0), ("min_support", 5))),
-    ("discrete_bic", (("gamma", 1), ("min_support", 5))),
+    ("discrete_bic", (("min_support", 5),)),
+    ("discrete_bic", (("penalty", 2), ("min_support", 5))),
     ("bdeu", (("gamma", 0), ("min_support", 5))),
     ("bdeu", (("gamma", 1), ("min_support", 5))),
 )
@@ -58,8 +58,8 @@ def _full() -> list[Case]:
     thorough = [
         case
         for p in (500, 1958)
-        for score, options in STRICT
-        if dict(options).get("gamma")
+        for score, options in dict(STRICT).items()
+        if score != "gaussian_bic"
         for case in _searches("binary", p, score, options)
     ]
     alone = [

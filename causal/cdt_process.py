@@ -46,8 +46,8 @@ def gies(table: NDArray[np.float64], gaps: NDArray[np.bool_]) -> NDArray[np.int8
         skeleton = nx.from_numpy_array(~gaps & ~np.eye(len(gaps), dtype=np.bool_))
         skeleton = nx.relabel_nodes(skeleton, dict(enumerate(names)))
     found = GIES(verbose=False).predict(frame, skeleton)
-    adjacency: NDArray[np.float64] = nx.to_numpy_array(found, nodelist=names)
-    return (adjacency != 0).astype(np.int8)
+    adjacency: NDArray[np.int8] = np.asarray(nx.to_numpy_array(found, nodelist=names) != 0, np.int8)
+    return adjacency
 
 
 if __name__ == "__main__":

@@ -45,6 +45,10 @@ class Columns:
         names = tuple(self.names[i] for i in columns)
         return Columns(names, self.present[:, columns], self.tiers[columns], self.strata)
 
+    def visits(self, rows: NDArray[np.integer]) -> "Columns":
+        """Some visits, in the given order; a row may be given more than once."""
+        return Columns(self.names, self.present[rows], self.tiers, self.strata[rows])
+
 
 @dataclasses.dataclass(frozen=True)
 class Cooccurrence:

@@ -10,6 +10,7 @@ import dataclasses
 import time
 
 import numpy as np
+from distributed import Client
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -20,7 +21,9 @@ from causal import blocks, columns, tasks
 from causal.columns import Columns, Cooccurrence
 from causal.discovery import CausalConfig, Discovery
 from causal.local_scores import LocalScores
+from causal.stability import drawn_visits
 from causal.tasks import Problem, Task
+from causal.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,39 +43,84 @@ class SinkEdges:
     support: NDArray[np.int64]
 
 
-def add_to(found: Discovery, cohort: Cohort, config: CausalConfig) -> Discovery:
-    """Adds sinks to what `discover` found, by the same score.
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What the causes are chosen from, and how; n visits, p inputs, s sinks.
+
+    Attributes:
+        inputs: p columns.
+        sinks: s columns of the same visits, in a higher tier.
+        patient: int64 (n,), whose visit it is.
+        penalty: what an edge costs, the same as in the rest of the graph.
+        config: that of the discovery.
+    """
+
+    inputs: Columns
+    sinks: Columns
+    patient: NDArray[np.int64]
+    penalty: float
+    config: CausalConfig
+
+    def learn(self) -> SinkEdges:
+        """Chooses the causes of every sink."""
+        counts = columns.count(self.inputs)
+        min_support, search = self.config.min_support, self.config.search
+        return learn(self.inputs, counts, self.sinks, self.penalty, min_support, search)
+
+
+def add_to(found: Discovery, cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
+    """Adds this visit's medications, and what leads to them, to what `discover` found.
 
     Args:
         found: its graph is over the inputs.
         cohort: its training patients' visits are read, no others.
-        config: that of the discovery.
+        config: that of the discovery; with bootstraps the new edges get their stability by the same
+            draws of patients, each a task.
+        client: where bootstraps run; the result is the same to the bit on any.
     """
+    selection = Selection(
+        columns.of_cohort(cohort),
+        columns.sinks_of(cohort),
+        cohort.patient_of_visit()[columns.training_visits(cohort)],
+        found.report["edge_penalty"],
+        config,
+    )
     started = time.thread_time()
-    penalty = found.report["edge_penalty"]
-    graph = add(cohort, found.graph, penalty, config.min_support, config.search)
-    added = {
-        "sink_edges": graph.num_edges - found.graph.num_edges,
-        "sinks_cpu_s": round(time.thread_time() - started, 3),
-    }
+    with console.waiting("causes of this visit's medications"):
+        edges = selection.learn()
+    spent = time.thread_time() - started
+    stability = np.full(len(edges.source), np.nan, np.float32)
+    if config.bootstraps:
+        stability = _frequencies(selection, edges, client)
+    graph = attach(found.graph, selection.inputs.names, selection.sinks.names, edges, stability)
+    added = {"sink_edges": len(edges.source), "sinks_cpu_s": round(spent, 3)}
     return Discovery(graph, {**found.report, **added})
 
 
-def add(
-    cohort: Cohort, graph: CausalGraph, penalty: float, min_support: int, search: str
-) -> CausalGraph:
-    """Adds this visit's medications, and what leads to them, to the graph that `discover` gave.
+def bootstrap(selection: Selection, number: int) -> NDArray[np.int64]:
+    """Chooses the causes again from patients drawn with replacement; runs on a worker.
 
-    Args:
-        cohort: its training patients' visits are read, no others.
-        graph: over the inputs.
-        penalty: what an edge costs, the same as in the graph.
-        min_support: visits that must have both ends of an edge.
-        search: see `causal.fit_gies`.
+    Returns:
+        source * s + sink of every edge, int64.
     """
-    inputs, sinks = columns.of_cohort(cohort), columns.sinks_of(cohort)
-    edges = learn(inputs, columns.count(inputs), sinks, penalty, min_support, search)
-    return attach(graph, inputs.names, sinks.names, edges)
+    rows = drawn_visits(selection.patient, selection.config.seed, number)
+    drawn = dataclasses.replace(
+        selection, inputs=selection.inputs.visits(rows), sinks=selection.sinks.visits(rows)
+    )
+    return _keys(drawn, drawn.learn())
+
+
+def _frequencies(selection: Selection, edges: SinkEdges, client: Client) -> NDArray[np.float32]:
+    """Share of the bootstraps that have each edge, float32 (E,)."""
+    bootstraps = selection.config.bootstraps
+    found = Workers(client, selection).run(range(bootstraps), "medications' bootstraps", bootstrap)
+    keys, times = np.unique(np.concatenate(found), return_counts=True)
+    share = dict(zip(keys.tolist(), (times / bootstraps).tolist(), strict=True))
+    return np.array([share.get(key, 0.0) for key in _keys(selection, edges).tolist()], np.float32)
+
+
+def _keys(selection: Selection, edges: SinkEdges) -> NDArray[np.int64]:
+    return edges.source * len(selection.sinks.names) + edges.sink
 
 
 def learn(
@@ -99,7 +147,7 @@ def learn(
     problem = Problem(joint, tiers, penalty, search)
     score = LocalScores.of(joint, penalty)
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]] = []
-    for sink in console.progress(np.unique(pairs.second).tolist(), "medications as sinks"):
+    for sink in np.unique(pairs.second).tolist():
         candidates = pairs.first[pairs.second == sink]
         parents, strength = _parents(problem, score, candidates, sink)
         found.append((parents, np.full(len(parents), sink, np.int64), strength))
@@ -112,7 +160,11 @@ def learn(
 
 
 def attach(
-    graph: CausalGraph, inputs: tuple[str, ...], sinks: tuple[str, ...], edges: SinkEdges
+    graph: CausalGraph,
+    inputs: tuple[str, ...],
+    sinks: tuple[str, ...],
+    edges: SinkEdges,
+    stability: NDArray[np.float32],
 ) -> CausalGraph:
     """Adds sinks and their edges to a graph over the inputs; `without_sinks` gives it back.
 
@@ -121,6 +173,7 @@ def attach(
         inputs: names of the columns that `edges.source` counts.
         sinks: names of the columns that `edges.sink` counts.
         edges: see SinkEdges.
+        stability: float32 (E,), theirs.
     """
     nodes = tuple(sorted([*graph.nodes, *sinks]))
     number = {name: i for i, name in enumerate(nodes)}
@@ -132,13 +185,12 @@ def attach(
     target = np.concatenate([old[graph.target], second[edges.sink]])
     order = np.lexsort((target, source))
     more = len(edges.source)
-    unknown = np.full(more, np.nan, np.float32)
     return CausalGraph(
         nodes=nodes,
         source=source[order],
         target=target[order],
         directed=np.concatenate([graph.directed, np.ones(more, np.bool_)])[order],
-        stability=np.concatenate([graph.stability, unknown])[order],
+        stability=np.concatenate([graph.stability, stability])[order],
         support=np.concatenate([graph.support, edges.support])[order],
         strength=np.concatenate([graph.strength, edges.strength.astype(np.float32)])[order],
     )

@@ -109,18 +109,28 @@ def bootstrap(resampling: Resampling, number: int) -> tuple[NDArray[np.int64], N
     Returns:
         The joined pairs of columns, int64, first < second.
     """
-    seed, columns = resampling.config.seed, resampling.columns
-    rng = np.random.default_rng([seed, _BOOTSTRAP, number])
-    patients, of_row = np.unique(resampling.patient, return_inverse=True)
-    drawn = np.bincount(rng.integers(0, len(patients), len(patients)), minlength=len(patients))
-    rows = np.repeat(np.arange(len(of_row)), drawn[of_row])
-    sample = Columns(columns.names, columns.present[rows], columns.tiers, columns.strata[rows])
+    rows = drawn_visits(resampling.patient, resampling.config.seed, number)
+    sample = resampling.columns.visits(rows)
     counts = columns_of.count(sample)
     screened = learning.screen(sample, counts, resampling.config)
     score = LocalScores.of(screened.problem.counts, screened.problem.penalty)
     merged, _ = learning.learn(screened, score, resampling.config, Alone(screened.problem))
     source, target = screened.active[merged.dag.source], screened.active[merged.dag.target]
     return np.minimum(source, target), np.maximum(source, target)
+
+
+def drawn_visits(patient: NDArray[np.int64], seed: int, number: int) -> NDArray[np.int64]:
+    """Visits of as many patients as there are, drawn with replacement; int64, ascending.
+
+    Args:
+        patient: int64 (n,), whose visit it is.
+        seed: the user's.
+        number: of the bootstrap.
+    """
+    rng = np.random.default_rng([seed, _BOOTSTRAP, number])
+    patients, of_row = np.unique(patient, return_inverse=True)
+    drawn = np.bincount(rng.integers(0, len(patients), len(patients)), minlength=len(patients))
+    return np.repeat(np.arange(len(of_row)), drawn[of_row])
 
 
 def shuffled(columns: Columns, seed: int, number: int) -> Columns:

@@ -44,7 +44,8 @@ def main(cfg: DictConfig) -> None:
         if not console.is_done(target, "graph", wanted, told.force):
             with cluster.connect(causal.cluster, causal.workers) as client:
                 found = discovery.discover(people, causal, client)
-            found = sinks.add_to(found, people, causal) if causal.sinks else found
+                if causal.sinks:
+                    found = sinks.add_to(found, people, causal, client)
             table = effects.estimate(people, found.graph, causal.effects)
             with artifacts.new_folder(target, "graph", inputs, content) as (folder, written):
                 report.write(folder, found, table)

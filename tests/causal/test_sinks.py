@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 from cafemed import batches
 from cafemed.cohort import Cohort
 from cafemed.graphs import CausalGraph
-from causal import columns, discovery, sinks
-from causal.discovery import CausalConfig
+from causal import cluster, columns, discovery, sinks, stability
+from causal.discovery import CausalConfig, Discovery
 
 MakeCohort = Callable[..., Cohort]
 
@@ -35,6 +36,13 @@ def parents(graph: CausalGraph) -> dict[str, dict[str, tuple[float, int]]]:
         child, parent = graph.nodes[graph.target[i]], graph.nodes[graph.source[i]]
         found.setdefault(child, {})[parent] = (float(graph.strength[i]), int(graph.support[i]))
     return found
+
+
+def with_sinks(
+    cohort: Cohort, graph: CausalGraph, penalty: float, client: Client, **config: Any
+) -> CausalGraph:
+    found = Discovery(graph, {"edge_penalty": penalty})
+    return sinks.add_to(found, cohort, CausalConfig(**config), client).graph
 
 
 def rows_of(cohort: Cohort) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_]]:
@@ -89,7 +97,7 @@ def test_each_sink_has_the_causes_that_the_score_prefers(
     people = make_cohort(num_patients=900, sizes=(12, 8, 7), seed=3, inputs=inputs)
     found = discovery.discover(people, CausalConfig(), in_process)
     penalty = 1.0  # so low that many edges pay
-    graph = sinks.add(people, found.graph, penalty, 5, "fast")
+    graph = with_sinks(people, found.graph, penalty, in_process)
     table, first = rows_of(people)
     known = [name for name in table if not name.startswith("medication/")]
     chosen = parents(graph)
@@ -121,7 +129,7 @@ def test_planted_causes_of_medications_are_found(
 ) -> None:
     people = make_cohort(num_patients=1500, seed=1)
     found = discovery.discover(people, CausalConfig(), in_process)
-    graph = sinks.add(people, found.graph, found.report["edge_penalty"], 5, "best")
+    graph = sinks.add_to(found, people, CausalConfig(search="best"), in_process).graph
     d, p, m = (people.vocabularies[kind] for kind in ("diagnosis", "procedure", "medication"))
     own = {child: set(of) for child, of in parents(graph).items() if child.startswith("medication")}
     assert own[f"medication/{m[0]}"] == {f"diagnosis/{d[0]}"}
@@ -137,7 +145,7 @@ def test_sinks_change_nothing_of_the_rest(
     people = make_cohort(num_patients=600, sizes=(25, 15, 10), seed=7, inputs=inputs)
     config = CausalConfig(score="gaussian_bic", min_support=1)
     before = discovery.discover(people, config, in_process).graph
-    graph = sinks.add(people, before, 2.0, 1, "fast")
+    graph = with_sinks(people, before, 2.0, in_process, min_support=1)
     assert graph.num_edges > before.num_edges + 3
     after = graph.without_sinks()
     assert after.nodes == before.nodes
@@ -160,7 +168,7 @@ def test_sinks_change_nothing_of_the_rest(
 
 
 def test_visits_of_other_patients_and_the_vocabularys_order_change_nothing(
-    make_cohort: MakeCohort,
+    make_cohort: MakeCohort, in_process: Client
 ) -> None:
     people = make_cohort(num_patients=400, seed=5)
     nothing = columns.of_cohort(people).names
@@ -171,7 +179,7 @@ def test_visits_of_other_patients_and_the_vocabularys_order_change_nothing(
         none,
         none.astype(np.float32),
     )
-    expected = parents(sinks.add(people, empty, 1.5, 5, "fast"))
+    expected = parents(with_sinks(people, empty, 1.5, in_process))
     size = len(people.vocabularies["medication"])
     lists = {}
     for name in ("medications", "targets"):
@@ -185,7 +193,7 @@ def test_visits_of_other_patients_and_the_vocabularys_order_change_nothing(
         "medication": people.vocabularies["medication"][::-1],
     }
     other = dataclasses.replace(people, vocabularies=vocabularies, **lists)
-    assert parents(sinks.add(other, empty, 1.5, 5, "fast")) == expected
+    assert parents(with_sinks(other, empty, 1.5, in_process)) == expected
     assert sum(map(len, expected.values())) >= 5
 
 
@@ -229,3 +237,36 @@ def test_a_cohort_whose_medications_nothing_explains_has_sinks_without_edges(
     inputs, given = columns.of_cohort(people), columns.sinks_of(people)
     found = sinks.learn(inputs, columns.count(inputs), given, 1e6, 1, "fast")
     assert len(found.source) == len(found.sink) == len(found.strength) == len(found.support) == 0
+
+
+def test_stability_is_the_share_of_bootstraps_with_the_edge_on_any_cluster(
+    make_cohort: MakeCohort, in_process: Client
+) -> None:
+    people = make_cohort(num_patients=300, seed=4)
+    config = CausalConfig(bootstraps=12, min_support=2, seed=3)
+    inputs, given = columns.of_cohort(people), columns.sinks_of(people)
+    before = discovery.discover(people, dataclasses.replace(config, bootstraps=0), in_process)
+    found = Discovery(before.graph, {"edge_penalty": 1.0})
+    graph = sinks.add_to(found, people, config, in_process).graph
+    of_visit = people.patient_of_visit()[columns.training_visits(people)]
+    times: dict[tuple[str, str], int] = {}
+    for number in range(12):
+        rows = stability.drawn_visits(of_visit, 3, number)
+        drawn = inputs.visits(rows)
+        edges = sinks.learn(drawn, columns.count(drawn), given.visits(rows), 1.0, 2, "fast")
+        for a, b in zip(edges.source.tolist(), edges.sink.tolist(), strict=True):
+            pair = inputs.names[a], given.names[b]
+            times[pair] = times.get(pair, 0) + 1
+    to_sink = [graph.nodes[b].startswith("medication/") for b in graph.target]
+    assert np.isnan(graph.stability[~np.array(to_sink)]).all()  # as they came
+    shown = {
+        (graph.nodes[graph.source[i]], graph.nodes[graph.target[i]]): float(graph.stability[i])
+        for i in np.flatnonzero(to_sink)
+    }
+    for pair, share in shown.items():
+        assert share == pytest.approx(times.get(pair, 0) / 12)
+    assert max(shown.values()) == 1
+    assert min(shown.values()) < 0.9
+    with cluster.connect("local", 2) as client:
+        again = sinks.add_to(found, people, config, client).graph
+    assert again.stability.tobytes() == graph.stability.tobytes()

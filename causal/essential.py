@@ -99,6 +99,8 @@ def extend_to_dag(graph: NDArray[Any]) -> NDArray[np.int8] | None:
     """
     left = np.asarray(graph) != 0
     dag = left & ~left.T
+    if not (left & left.T).any():
+        return dag.astype(np.int8) if is_acyclic(dag) else None
     touching = left | left.T
     remaining = list(range(len(left)))
     while remaining:

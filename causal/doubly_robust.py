@@ -77,7 +77,8 @@ def estimate(strata: Strata, outcomes: Outcomes) -> tuple[Floats, Floats]:
     The standard error is that of the influence function over independent visits, its conditional
     variances taken from Q, and as if one visit more in each arm had come out the other way: without
     that an arm whose few visits all came out the same would seem to be known without error
-    (compare Agresti and Caffo, The American Statistician 54, 2000).
+    (compare Agresti and Caffo, The American Statistician 54, 2000). That visit has the weight of
+    those that matter to the variance: the mean of w^2 under weights w^2.
     """
     share = propensity.share_treated(strata)
     weight, weight_without = 1 / share, 1 / (1 - share)
@@ -94,7 +95,7 @@ def estimate(strata: Strata, outcomes: Outcomes) -> tuple[Floats, Floats]:
         (strata.treated, weight, rate),
         (strata.without, weight_without, rate_without),
     ):
-        variance += (arm * by**2) @ (q * (1 - q)) + arm @ by**2 / arm.sum()
+        variance += (arm * by**2) @ (q * (1 - q)) + (arm @ by**4) / (arm @ by**2)
     return effect, np.sqrt(variance) / n
 
 

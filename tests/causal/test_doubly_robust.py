@@ -43,7 +43,8 @@ def by_visit(code: np.ndarray, others: np.ndarray, outcome: np.ndarray) -> tuple
     own = np.where(code == 1, q[1], q[0])
     effect = (q[1] - q[0] + weight * (outcome - own)).mean()
     variance = ((q[1] - q[0] - effect) ** 2 + weight**2 * own * (1 - own)).sum()
-    variance += sum((weight[code == arm] ** 2).mean() for arm in (0, 1))
+    squares = [weight[code == arm] ** 2 for arm in (0, 1)]
+    variance += sum(np.average(square, weights=square) for square in squares)
     return effect, np.sqrt(variance) / len(code)
 
 

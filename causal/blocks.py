@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cafemed.config import Range
-from causal.columns import Cooccurrence
+from causal.columns import Cooccurrence, values_at
+from causal.scores import Rule, term_tables
 
 #: Squared correlations are cut here: two codes that never differ have no finite gain.
 _MAX_R2 = 1 - 1e-12
@@ -95,30 +96,53 @@ class Block:
         return np.union1d(self.members, self.boundary)
 
 
-def screen(counts: Cooccurrence, penalty: float, min_support: int) -> Pairs:
+def screen(counts: Cooccurrence, rule: Rule, min_support: int) -> Pairs:
     """Finds the pairs whose dependence is worth an edge's penalty.
 
     Args:
         counts: of all columns.
-        penalty: what the score subtracts for an edge; the gain has to exceed it.
+        rule: the score, of whose penalty for an edge the gain has to exceed.
         min_support: visits that must have both codes.
     """
-    n = counts.num_rows
     total = counts.total
     upper = total.tocoo()
     kept = (upper.row < upper.col) & (upper.data >= min_support)
     a, b = upper.row[kept].astype(np.int64), upper.col[kept].astype(np.int64)
+    gain = _table_gain(counts, rule, a, b) if rule.counts_rows else _gaussian_gain(counts, a, b)
+    order = np.lexsort((b, a))
+    order = order[gain[order] > rule.edge_penalty(counts.num_rows)]
+    return Pairs(a[order], b[order], gain[order])
+
+
+def _gaussian_gain(
+    counts: Cooccurrence, a: NDArray[np.int64], b: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Log-likelihood that one of two columns gains from the other, means taken out by stratum."""
     sums = np.array([stratum.diagonal() for stratum in counts.strata])
     rows = np.maximum(counts.rows, 1)[:, None]
-    covariance = upper.data[kept] - (sums[:, a] * sums[:, b] / rows).sum(axis=0)
+    total = counts.total
+    covariance = values_at(total, a, b) - (sums[:, a] * sums[:, b] / rows).sum(axis=0)
     variance = total.diagonal() - (sums * sums / rows).sum(axis=0)
     scale = variance[a] * variance[b]
     varies = scale > 0
     r2 = np.where(varies, covariance**2 / np.where(varies, scale, 1.0), 0.0)
-    gain = -0.5 * n * np.log1p(-np.minimum(r2, _MAX_R2))
-    order = np.lexsort((b, a))
-    order = order[gain[order] > penalty]
-    return Pairs(a[order], b[order], gain[order])
+    gain: NDArray[np.float64] = -0.5 * counts.num_rows * np.log1p(-np.minimum(r2, _MAX_R2))
+    return gain
+
+
+def _table_gain(
+    counts: Cooccurrence, rule: Rule, a: NDArray[np.int64], b: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """What the tables of two columns, one for each stratum, gain if one is the other's parent."""
+    terms, gain = term_tables(rule.name, counts.num_rows, rule.penalty), np.zeros(len(a))
+    for rows, joint in zip(counts.rows.tolist(), counts.strata, strict=True):
+        often = joint.diagonal()
+        n_a, n_b, both = often[a], often[b], values_at(joint, a, b)
+        varies = (n_a > 0) & (n_a < rows) & (n_b > 0) & (n_b < rows)
+        split = terms.of(1, both, n_a) + terms.of(1, n_b - both, rows - n_a)
+        whole = terms.of(0, n_b, np.full_like(n_b, rows))
+        gain += np.where(varies, split - whole - terms.cost[1] + terms.cost[0], 0.0)
+    return gain
 
 
 def split(pairs: Pairs, config: BlocksConfig, seed: int) -> list[Block]:

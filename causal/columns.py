@@ -7,6 +7,7 @@ published graphs leak them). They are columns of their own, `sinks_of`.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from scipy import sparse
 
 from cafemed.codes import KINDS, CodeLists, node_name
 from cafemed.cohort import Cohort
-from causal.statistics import Statistics, from_cooccurrence
+from causal.statistics import Rows, Statistics, from_cooccurrence
 
 #: The kind of node that each of a visit's three input lists becomes.
 INPUT_KINDS = ("diagnosis", "procedure", "previous_medication")
@@ -39,6 +40,21 @@ class Columns:
     present: sparse.csr_array
     tiers: NDArray[np.int64]
     strata: NDArray[np.int8]
+
+    @functools.cached_property
+    def by_column(self) -> sparse.csc_array:
+        """`present` as CSC."""
+        return self.present.tocsc()
+
+    def holding(self, columns: NDArray[np.integer]) -> Rows:
+        """Some columns in the rows in which one of them is 1; environments are the strata's ranks.
+
+        Of the other rows scores on counts need the number alone.
+        """
+        chosen = self.by_column[:, columns].tocsr()
+        rows = np.flatnonzero(np.diff(chosen.indptr))
+        environment = np.unique(self.strata, return_inverse=True)[1][rows]
+        return Rows(chosen[rows].astype(np.int32), environment.astype(np.int32))
 
     def take(self, columns: NDArray[np.integer]) -> "Columns":
         """Some columns, in the given order."""

@@ -28,6 +28,7 @@ _OPTIONS: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
 
 #: Modules whose functions are compiled together; each may call into the ones before it.
 KERNEL_MODULES = (
+    "scores",
     "pdag",
     "problem",
     "gaussian",

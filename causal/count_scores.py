@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from causal.scores import Terms, term_tables
-from causal.tables import MAX_PARENTS
+from causal.scores import MAX_TABLE_PARENTS, Rule, Terms, term_tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +41,21 @@ class CountScores:
         cls,
         present: sparse.csr_array,
         strata: NDArray[np.integer],
-        name: str,
-        multiplier: float,
-        penalty: float,
+        rule: Rule,
     ) -> "CountScores":
         """The scores of all columns.
 
         Args:
             present: CSR (n, p), 0 or 1.
             strata: (n,), any whole numbers.
-            name, multiplier: see `scores.term_tables`.
-            penalty: what an edge costs beside the tables.
+            rule: a score on counts.
         """
         values, stratum = np.unique(strata, return_inverse=True)
         size = np.bincount(stratum, minlength=len(values)).astype(np.int64)
         often = np.array(
             [present[stratum == s].sum(axis=0) for s in range(len(values))], np.int64
         ).reshape(len(values), present.shape[1])
-        terms = term_tables(name, present.shape[0], multiplier)
+        terms = term_tables(rule.name, present.shape[0], rule.penalty)
         alone = terms.of(0, often, size[:, None]) - terms.cost[0]
         varies = (often > 0) & (often < size[:, None])
         return cls(
@@ -68,7 +64,7 @@ class CountScores:
             size,
             often,
             terms,
-            penalty,
+            rule.edge_penalty(present.shape[0]),
             np.where(varies, alone, 0.0).sum(axis=0),
         )
 
@@ -92,16 +88,16 @@ class CountScores:
 
         Args:
             column: of which the score is.
-            parents: int64 (k,), at most `tables.MAX_PARENTS`.
+            parents: int64 (k,), at most MAX_TABLE_PARENTS.
             sources: int64 (m,), neither parents nor the column.
 
         Returns:
             float64 (k,) and float64 (m,), both less the cost of an edge; no source may be added to
-            MAX_PARENTS parents.
+            that many.
         """
         kept = np.full(len(parents), -self.penalty)
         added = np.full(len(sources), -self.penalty)
-        if len(parents) >= MAX_PARENTS:
+        if len(parents) >= MAX_TABLE_PARENTS:
             added[:] = -math.inf
             sources = sources[:0]
         codes = self._codes(parents)

@@ -21,7 +21,7 @@ from causal import columns as columns_of
 from causal.columns import Columns, Cooccurrence
 from causal.effects import EffectsConfig
 from causal.learning import Found, LearningConfig, Screened
-from causal.local_scores import LocalScores
+from causal.local_scores import ColumnScores
 from causal.stability import Frequencies, Resampling
 from causal.workers import Workers
 
@@ -101,8 +101,8 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
     screened = learning.screen(columns, counts, config)
     problem = screened.problem
     with console.waiting("loading the search, compiling it if it is new here"):
-        tasks.load_engine(config.search)
-    score = LocalScores.of(problem.counts, problem.penalty)
+        tasks.load_engine(config.search, problem.rule.counts_rows)
+    score = problem.scores()
     workers = Workers(client, problem)
     found, report = learning.learn(screened, score, config, workers)
     if config.compare_direct:
@@ -116,7 +116,7 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
     report = {
         "visits": counts.num_rows,
         "columns": len(columns.names),
-        "edge_penalty": problem.penalty,
+        "edge_penalty": problem.rule.edge_penalty(counts.num_rows),
         "screened_pairs": len(screened.pairs),
         "edges": graph.num_edges,
         "directed_edges": int(graph.directed.sum()),
@@ -130,7 +130,7 @@ def discover(cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
 
 def _compare_direct(
     screened: Screened,
-    score: LocalScores,
+    score: ColumnScores,
     config: CausalConfig,
     workers: Workers,
     scores: dict[str, Any],
@@ -156,7 +156,7 @@ def _patients(cohort: Cohort) -> NDArray[np.int64]:
 def _stable(
     found: Found,
     screened: Screened,
-    score: LocalScores,
+    score: ColumnScores,
     resampling: Resampling,
     config: CausalConfig,
     client: Client,
@@ -211,7 +211,7 @@ def _graph(
     counts: Cooccurrence,
     active: NDArray[np.int64],
     found: Found,
-    score: LocalScores,
+    score: ColumnScores,
     frequencies: Frequencies | None,
 ) -> CausalGraph:
     edges = set(zip(found.edges.source.tolist(), found.edges.target.tolist(), strict=True))

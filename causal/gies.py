@@ -101,14 +101,8 @@ def fit_statistics(
     limits = _limits(statistics, forbidden, required, tiers, min_support)
     dropped = dropped_columns(statistics)
     keep = np.array([j for j in range(statistics.num_columns) if j not in dropped], np.int64)
-    local = scores.make_score(
-        statistics.take(keep),
-        score,
-        penalty=penalty,
-        gamma=gamma,
-        intercept=intercept,
-        num_columns=len(keep) if num_columns is None else num_columns,
-    )
+    rule = scores.Rule(score, penalty, gamma, len(keep) if num_columns is None else num_columns)
+    local = scores.make_score(statistics.take(keep), rule, intercept)
     square = np.ix_(keep, keep)
     limits = _Limits(
         limits.allowed[square], limits.required[square], limits.kinds[keep], limits.tiers[keep]
@@ -188,9 +182,7 @@ def score_dag(
     from causal.climb import Climber
 
     p = statistics.num_columns
-    local = scores.make_score(
-        statistics, score, penalty=penalty, gamma=gamma, intercept=intercept, num_columns=p
-    )
+    local = scores.make_score(statistics, scores.Rule(score, penalty, gamma, p), intercept)
     free = np.ones((p, p), np.bool_)
     return Climber(local, free, ~free, np.zeros(p, np.int32), math.inf).score(dag)
 

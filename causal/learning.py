@@ -28,9 +28,9 @@ from causal import blocks as blocks_of
 from causal import merge, orientation, sparse_climb, tasks
 from causal.blocks import Block, BlocksConfig, Pairs
 from causal.columns import Columns, Cooccurrence
-from causal.local_scores import LocalScores
+from causal.local_scores import ColumnScores
 from causal.merge import Arrows
-from causal.scores import parent_penalty
+from causal.scores import Rule
 from causal.tasks import Batch, Learned, Problem, Task
 from causal.workers import Runner
 
@@ -46,9 +46,9 @@ class LearningConfig:
         engine: of the blocks: "native", or "cdt" (R's pcalg through the package cdt, with the plain
             BIC). The merging and the direct search are native in either case.
         search: how far the native engine looks: "fast", "textbook" or "best" (`causal.fit_gies`).
-        score: "gaussian_bic" or "extended_bic".
-        penalty: factor on the BIC penalty of an edge.
-        gamma: weight of log(number of columns) in the extended BIC.
+        score: see `causal.scores`.
+        penalty: factor on the BIC's penalty; 1 with "bdeu".
+        gamma: weight of log(number of columns) in "extended_bic" and "bdeu".
         min_support: visits that must have both codes of an edge.
         blocks: see BlocksConfig.
         seed: of the communities, and of whatever is drawn.
@@ -56,10 +56,10 @@ class LearningConfig:
 
     engine: Literal["native", "cdt"] = "native"
     search: Literal["fast", "textbook", "best"] = "fast"
-    score: Literal["gaussian_bic", "extended_bic"] = "extended_bic"
+    score: Literal["gaussian_bic", "extended_bic", "discrete_bic", "bdeu"] = "bdeu"
     penalty: Annotated[float, Range(0, 1000, open_low=True)] = 1.0
-    gamma: Annotated[float, Range(0, 1000)] = 2.0
-    min_support: Annotated[int, Range(1)] = 5
+    gamma: Annotated[float, Range(0, 1000)] = 1.0
+    min_support: Annotated[int, Range(1)] = 3
     blocks: BlocksConfig = dataclasses.field(default_factory=BlocksConfig)
     seed: Annotated[int, Range(0, 2**31)] = 0
 
@@ -104,24 +104,22 @@ def screen(columns: Columns, counts: Cooccurrence, config: LearningConfig) -> Sc
         counts: of the columns.
         config: see LearningConfig.
     """
-    penalty = parent_penalty(
-        config.score, counts.num_rows, len(columns.names), config.penalty, config.gamma
-    )
-    active, pairs = blocks_of.screen(counts, penalty, config.min_support).compact()
+    rule = Rule(config.score, config.penalty, config.gamma, len(columns.names))
+    active, pairs = blocks_of.screen(counts, rule, config.min_support).compact()
     present = columns.take(active)
     problem = Problem(
         counts.take(active),
         present.tiers,
-        penalty,
+        rule,
         config.search,
-        present if config.engine == "cdt" else None,
+        present if rule.counts_rows or config.engine == "cdt" else None,
         pairs.matrix(len(active)),
     )
     return Screened(active, pairs, problem, present)
 
 
 def learn(
-    screened: Screened, score: LocalScores, config: LearningConfig, runner: Runner
+    screened: Screened, score: ColumnScores, config: LearningConfig, runner: Runner
 ) -> tuple[Found, dict[str, Any]]:
     """Learns blocks and merges them.
 
@@ -159,7 +157,7 @@ def learn(
 
 def search_pairs(
     problem: Problem,
-    score: LocalScores,
+    score: ColumnScores,
     first: NDArray[np.int64],
     second: NDArray[np.int64],
     start: Arrows | None,
@@ -202,7 +200,7 @@ def search_directly(screened: Screened, runner: Runner) -> Found:
     return Found(found.arrows(), found.edges(), found.cpu_s)
 
 
-def scored(score: LocalScores, arrows: Arrows, cpu_s: float) -> dict[str, float]:
+def scored(score: ColumnScores, arrows: Arrows, cpu_s: float) -> dict[str, float]:
     """A line of the report."""
     return {
         "score": merge.total_score(score, arrows),
@@ -227,7 +225,7 @@ def _run(searches: list[Task], what: str, runner: Runner) -> list[Learned]:
 
 
 def _climb(
-    score: LocalScores,
+    score: ColumnScores,
     tiers: NDArray[np.int64],
     pairs: tuple[NDArray[np.int64], NDArray[np.int64]],
     start: Arrows,

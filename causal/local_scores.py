@@ -2,13 +2,14 @@
 
 The search kernels want a dense correlation matrix; merging looks at few columns at a time, and at
 20,000 columns that matrix would be 3 GB. The score is theirs (`causal.scores`, an intercept for
-each stratum), and so is the treatment of columns that others determine (`causal.gains`).
+each stratum), and so is the treatment of columns that others determine (`causal.gaussian`).
 
 Sums are written without BLAS: with it, a result could depend on the number of threads.
 """
 
 import dataclasses
 import math
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,32 @@ from causal.columns import Cooccurrence
 PIVOT = 1e-10
 
 
+class ColumnScores(Protocol):
+    """Local scores of p columns, one column at a time: `LocalScores` or `CountScores`."""
+
+    @property
+    def empty(self) -> NDArray[np.float64]:
+        """Local scores without parents, float64 (p,)."""
+        ...
+
+    def local(self, column: int, parents: NDArray[np.int64]) -> float:
+        """Score of one column given its parents."""
+        ...
+
+    def losses(self, column: int, parents: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What the score would lose with each parent, float64 (k,): fit less cost."""
+        ...
+
+    def changes(
+        self, column: int, parents: NDArray[np.int64], sources: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What each parent adds to the score of a column, and what each source would add."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class LocalScores:
-    """Scores of one column given its parents; p columns.
+    """Gaussian scores of one column given its parents; p columns.
 
     Attributes:
         num_rows: n.

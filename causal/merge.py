@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from causal.local_scores import LocalScores
+from causal.local_scores import ColumnScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def arrows_of(dag: NDArray[np.int8]) -> Arrows:
     return Arrows(source.astype(np.int64), target.astype(np.int64))
 
 
-def total_score(score: LocalScores, arrows: Arrows) -> float:
+def total_score(score: ColumnScores, arrows: Arrows) -> float:
     """Score of a directed acyclic graph."""
     parents = arrows.parents(len(score.empty))
     joined = {int(j): score.local(int(j), parents[j]) for j in np.unique(arrows.target)}
@@ -50,7 +50,7 @@ def total_score(score: LocalScores, arrows: Arrows) -> float:
     return float(alone.sum()) + sum(joined.values())
 
 
-def strengths(score: LocalScores, arrows: Arrows) -> NDArray[np.float64]:
+def strengths(score: ColumnScores, arrows: Arrows) -> NDArray[np.float64]:
     """What each arrow adds to the score, given the other arrows into the same column."""
     found = np.zeros(len(arrows))
     order = np.lexsort((arrows.source, arrows.target))
@@ -60,7 +60,7 @@ def strengths(score: LocalScores, arrows: Arrows) -> NDArray[np.float64]:
     return found
 
 
-def acyclic_union(graphs: Iterable[Arrows], score: LocalScores) -> tuple[Arrows, int]:
+def acyclic_union(graphs: Iterable[Arrows], score: ColumnScores) -> tuple[Arrows, int]:
     """Unites graphs; of each cycle the edge that adds least to the score is dropped.
 
     Args:

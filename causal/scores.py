@@ -22,6 +22,7 @@ out of the configurations.
 """
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -38,8 +39,8 @@ INTERCEPTS = ("pooled", "per_environment")
 
 #: Below this share of a column's scatter, what is left of it is taken to be rounding noise.
 _NOISE = 1e-13
-#: Configurations of more parents than this are not told apart.
-_MAX_TABLE_PARENTS = 14
+#: More parents than this a node never gets in scores on counts: they have 2^12 configurations.
+MAX_TABLE_PARENTS = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,58 +120,71 @@ class TablesScore:
 Score = GaussianScore | TablesScore
 
 
-def make_score(
-    statistics: Statistics,
-    name: str,
-    *,
-    penalty: float,
-    gamma: float,
-    intercept: str,
-    num_columns: int,
-) -> Score:
-    """Prepares a score of all columns of the statistics.
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which score, and what an edge costs in it, whichever of the columns are looked at.
 
-    Args:
+    Attributes:
         name: one of SCORES.
         penalty: factor on the BIC's penalty.
         gamma: weight of log(num_columns) in "extended_bic" and "bdeu".
+        num_columns: among how many columns parents are chosen.
+
+    Raises:
+        ConfigError: if the score is unknown, or an option is out of range or has no meaning for it.
+    """
+
+    name: str
+    penalty: float
+    gamma: float
+    num_columns: int
+
+    def __post_init__(self) -> None:
+        if self.name not in SCORES:
+            raise ConfigError(f"score: expected one of {', '.join(SCORES)}, got {self.name!r}")
+        for option, value in (("penalty", self.penalty), ("gamma", self.gamma)):
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"{option}: expected a number of at least 0, got {value!r}")
+        if self.name == "bdeu" and self.penalty != 1:
+            raise ConfigError(
+                f"penalty: has no meaning for bdeu, expected 1, got {self.penalty!r}; "
+                "gamma is what an edge costs there"
+            )
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether the score needs the rows themselves, columns of 0 and 1."""
+        return self.name not in GAUSSIAN_SCORES
+
+    def edge_penalty(self, rows: int) -> float:
+        """What one more parent costs, beside the cost of tables.
+
+        "gaussian_bic": penalty * 0.5 log(rows). "extended_bic" adds gamma * log(num_columns) (Chen
+        and Chen 2008, Biometrika 95(3), on the log-likelihood's scale). "bdeu": that alone, a prior
+        on graphs. "discrete_bic": nothing.
+        """
+        bic = 0.0 if self.counts_rows else self.penalty * 0.5 * math.log(max(rows, 1))
+        extended = self.name in ("extended_bic", "bdeu")
+        return bic + (self.gamma * math.log(max(self.num_columns, 1)) if extended else 0.0)
+
+
+def make_score(statistics: Statistics, rule: Rule, intercept: str) -> Score:
+    """Prepares a score of all columns of the statistics.
+
+    Args:
         intercept: "pooled" or "per_environment": one mean, or one table, for all environments in
             which the column is not a target, or one each.
-        num_columns: among how many columns parents were chosen.
 
     Raises:
-        ConfigError: if an option is unknown or has no meaning, or a score on counts is asked of
-            columns that are not 0 and 1.
+        ConfigError: if the intercept is unknown, or a score on counts is asked of columns that are
+            not 0 and 1.
     """
-    cost = parent_penalty(name, statistics.num_rows, num_columns, penalty, gamma)
+    cost = rule.edge_penalty(statistics.num_rows)
     if intercept not in INTERCEPTS:
         raise ConfigError(f"intercept: expected one of {', '.join(INTERCEPTS)}, got {intercept!r}")
-    if name in GAUSSIAN_SCORES:
-        return gaussian_score(statistics, cost, intercept)
-    if name == "bdeu" and penalty != 1:
-        raise ConfigError(f"penalty: has no meaning for bdeu, which has gamma; got {penalty!r}")
-    return _tables_score(statistics, name, penalty, cost, intercept)
-
-
-def parent_penalty(score: str, rows: int, columns: int, multiplier: float, gamma: float) -> float:
-    """What one more parent costs.
-
-    "gaussian_bic": multiplier * 0.5 log(rows). "extended_bic" adds gamma * log(columns) (Chen and
-    Chen 2008, Biometrika 95(3), on the log-likelihood's scale). "bdeu": gamma * log(columns), a
-    prior on graphs. "discrete_bic": nothing, beside the cost of the tables.
-
-    Raises:
-        ConfigError: if the score is unknown or the multiplier or gamma is negative.
-    """
-    if score not in SCORES:
-        raise ConfigError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
-    if not (multiplier >= 0 and math.isfinite(multiplier)):
-        raise ConfigError(f"penalty: expected a number of at least 0, got {multiplier!r}")
-    if not (gamma >= 0 and math.isfinite(gamma)):
-        raise ConfigError(f"gamma: expected a number of at least 0, got {gamma!r}")
-    bic = multiplier * 0.5 * math.log(max(rows, 1)) if score in GAUSSIAN_SCORES else 0.0
-    prior = gamma * math.log(max(columns, 1)) if score in ("extended_bic", "bdeu") else 0.0
-    return bic + prior
+    if rule.counts_rows:
+        return _tables_score(statistics, rule, cost, intercept)
+    return gaussian_score(statistics, cost, intercept)
 
 
 def gaussian_score(statistics: Statistics, penalty: float, intercept: str) -> GaussianScore:
@@ -178,7 +192,7 @@ def gaussian_score(statistics: Statistics, penalty: float, intercept: str) -> Ga
 
     Args:
         statistics: of the columns to be searched.
-        penalty: `parent_penalty`.
+        penalty: `Rule.edge_penalty`.
         intercept: "pooled" (pcalg) or "per_environment" (the gies package).
     """
     p = statistics.num_columns
@@ -222,12 +236,12 @@ def _correlation(
 
 
 def _tables_score(
-    statistics: Statistics, name: str, multiplier: float, penalty: float, intercept: str
+    statistics: Statistics, rule: Rule, penalty: float, intercept: str
 ) -> TablesScore:
     rows = statistics.rows
     if rows is None:
         raise ConfigError(
-            f"score: {name} needs rows of columns that are 0 and 1 only; "
+            f"score: {rule.name} needs rows of columns that are 0 and 1 only; "
             "gaussian_bic and extended_bic take any numbers"
         )
     patterns, pattern = _patterns(statistics)
@@ -240,7 +254,7 @@ def _tables_score(
         members = np.eye(len(environments), dtype=np.bool_)
     joint = [cooccurrences(rows.present[member[rows.environment]]) for member in members]
     size = members.astype(np.int64) @ statistics.counts
-    terms = term_tables(name, statistics.num_rows, multiplier)
+    terms = term_tables(rule.name, statistics.num_rows, rule.penalty)
     p = statistics.num_columns
     score = TablesScore(
         present=rows.present,
@@ -268,13 +282,14 @@ def _empty_local(score: TablesScore) -> NDArray[np.float64]:
     return empty
 
 
+@functools.lru_cache(maxsize=4)
 def term_tables(name: str, rows: int, multiplier: float) -> Terms:
     """The terms of "discrete_bic" or "bdeu" for counts up to `rows`.
 
     Args:
         multiplier: of the BIC's penalty.
     """
-    counts, parents = np.arange(rows + 1.0), np.arange(_MAX_TABLE_PARENTS + 1.0)
+    counts, parents = np.arange(rows + 1.0), np.arange(MAX_TABLE_PARENTS + 2.0)
     if name == "discrete_bic":
         fit = np.asarray(xlogy(counts, counts)[None], np.float64)
         return Terms(fit, fit, multiplier * 0.5 * math.log(max(rows, 1)) * np.exp2(parents))

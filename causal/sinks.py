@@ -20,7 +20,8 @@ from cafemed.graphs import CausalGraph
 from causal import blocks, columns, tasks
 from causal.columns import Columns, Cooccurrence
 from causal.discovery import CausalConfig, Discovery
-from causal.local_scores import LocalScores
+from causal.local_scores import ColumnScores
+from causal.scores import Rule
 from causal.stability import drawn_visits
 from causal.tasks import Problem, Task
 from causal.workers import Workers
@@ -51,21 +52,20 @@ class Selection:
         inputs: p columns.
         sinks: s columns of the same visits, in a higher tier.
         patient: int64 (n,), whose visit it is.
-        penalty: what an edge costs, the same as in the rest of the graph.
         config: that of the discovery.
     """
 
     inputs: Columns
     sinks: Columns
     patient: NDArray[np.int64]
-    penalty: float
     config: CausalConfig
 
     def learn(self) -> SinkEdges:
         """Chooses the causes of every sink."""
         counts = columns.count(self.inputs)
-        min_support, search = self.config.min_support, self.config.search
-        return learn(self.inputs, counts, self.sinks, self.penalty, min_support, search)
+        config, width = self.config, len(self.inputs.names)
+        rule = Rule(config.score, config.penalty, config.gamma, width)
+        return learn(self.inputs, counts, self.sinks, rule, config.min_support, config.search)
 
 
 def add_to(found: Discovery, cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
@@ -82,7 +82,6 @@ def add_to(found: Discovery, cohort: Cohort, config: CausalConfig, client: Clien
         columns.of_cohort(cohort),
         columns.sinks_of(cohort),
         cohort.patient_of_visit()[columns.training_visits(cohort)],
-        found.report["edge_penalty"],
         config,
     )
     started = time.thread_time()
@@ -127,7 +126,7 @@ def learn(
     inputs: Columns,
     counts: Cooccurrence,
     sinks: Columns,
-    penalty: float,
+    rule: Rule,
     min_support: int,
     search: str,
 ) -> SinkEdges:
@@ -137,15 +136,21 @@ def learn(
         inputs: p columns.
         counts: of the inputs.
         sinks: s columns of the same visits, in a higher tier.
-        penalty: what an edge costs.
+        rule: the score.
         min_support: visits that must have both ends of an edge.
         search: see `causal.fit_gies`.
     """
     joint, across = _joint_counts(inputs, counts, sinks)
-    pairs = blocks.screen(across, penalty, min_support)
+    pairs = blocks.screen(across, rule, min_support)
     tiers = np.concatenate([inputs.tiers, sinks.tiers])
-    problem = Problem(joint, tiers, penalty, search)
-    score = LocalScores.of(joint, penalty)
+    rows = Columns(
+        (*inputs.names, *sinks.names),
+        sparse.csr_array(sparse.hstack([inputs.present, sinks.present], format="csr")),
+        tiers,
+        inputs.strata,
+    )
+    problem = Problem(joint, tiers, rule, search, rows)
+    score = problem.scores()
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]] = []
     for sink in np.unique(pairs.second).tolist():
         candidates = pairs.first[pairs.second == sink]
@@ -219,7 +224,7 @@ def _joint_counts(
 
 
 def _parents(
-    problem: Problem, score: LocalScores, candidates: NDArray[np.int64], sink: int
+    problem: Problem, score: ColumnScores, candidates: NDArray[np.int64], sink: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The chosen causes of one sink, ascending, and what each adds to the score."""
     chosen = np.append(candidates, sink)  # ascending: sinks are numbered after the inputs

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from causal.local_scores import LocalScores
+from causal.local_scores import ColumnScores
 from causal.merge import Arrows, arrows_from
 
-#: A move must gain more than this (`gains.MIN_GAIN`).
+#: A move must gain more than this (`problem.MIN_GAIN`).
 _MIN_GAIN = 1.4901161193847656e-08
 _ADD, _DELETE, _TURN = 0, 1, 2
 
@@ -25,7 +25,7 @@ _Move = tuple[float, int, int, int, int, int]
 
 
 def climb(
-    score: LocalScores,
+    score: ColumnScores,
     start: Arrows,
     first: NDArray[np.int64],
     second: NDArray[np.int64],
@@ -53,7 +53,7 @@ def climb(
 class _Climber:
     def __init__(
         self,
-        score: LocalScores,
+        score: ColumnScores,
         start: Arrows,
         first: NDArray[np.int64],
         second: NDArray[np.int64],

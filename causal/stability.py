@@ -27,7 +27,6 @@ from causal import columns as columns_of
 from causal import learning
 from causal.columns import Columns
 from causal.learning import LearningConfig
-from causal.local_scores import LocalScores
 from causal.workers import Alone, Workers
 
 #: First number of a generator's seed after the user's, so that no two draws share one.
@@ -113,8 +112,8 @@ def bootstrap(resampling: Resampling, number: int) -> tuple[NDArray[np.int64], N
     sample = resampling.columns.visits(rows)
     counts = columns_of.count(sample)
     screened = learning.screen(sample, counts, resampling.config)
-    score = LocalScores.of(screened.problem.counts, screened.problem.penalty)
-    merged, _ = learning.learn(screened, score, resampling.config, Alone(screened.problem))
+    problem = screened.problem
+    merged, _ = learning.learn(screened, problem.scores(), resampling.config, Alone(problem))
     source, target = screened.active[merged.dag.source], screened.active[merged.dag.target]
     return np.minimum(source, target), np.maximum(source, target)
 

@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 from causal.compiled import Reference, kernel, reference
 from causal.pdag import Edges, Nodes
 from causal.problem import Floats
-
-#: More parents than this a node never gets: there are 2^12 configurations.
-MAX_PARENTS = 12
+from causal.scores import MAX_TABLE_PARENTS as MAX_PARENTS
 
 _STAMP, _CHILD, _CHILD_STAMP = 0, 1, 2
 

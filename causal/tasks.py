@@ -9,8 +9,11 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from causal.columns import Columns, Cooccurrence
+from causal.count_scores import CountScores
+from causal.local_scores import ColumnScores, LocalScores
 from causal.merge import Arrows, arrows_of
-from causal.statistics import Statistics, from_cooccurrence
+from causal.scores import Rule
+from causal.statistics import Statistics, from_sparse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,19 +23,34 @@ class Problem:
     Attributes:
         counts: of the p columns.
         tiers: int64 (p,).
-        penalty: what an edge costs, on the scale of the log-likelihood.
+        rule: the score.
         search: see `causal.fit_gies`.
-        rows: the visits themselves, for cdt, which takes no statistics; else None.
+        rows: the visits themselves, for scores on counts and for cdt; else None.
         allowed: bool (p, p), symmetric, the pairs that may get an edge unless a task has its own;
             None: no pair.
     """
 
     counts: Cooccurrence
     tiers: NDArray[np.int64]
-    penalty: float
+    rule: Rule
     search: str
     rows: Columns | None = None
     allowed: sparse.csr_array | None = None
+
+    def scores(self) -> ColumnScores:
+        """The score of all columns, without anything dense."""
+        if not self.rule.counts_rows:
+            return LocalScores.of(self.counts, self.rule.edge_penalty(self.counts.num_rows))
+        assert self.rows is not None
+        return CountScores.of(self.rows.present, self.rows.strata, self.rule)
+
+    def statistics(self, columns: NDArray[np.int64]) -> Statistics:
+        """The engine's statistics of some columns, with an environment a stratum."""
+        statistics = self.counts.statistics(columns)
+        if not self.rule.counts_rows:
+            return statistics
+        assert self.rows is not None
+        return dataclasses.replace(statistics, rows=self.rows.holding(columns))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +113,24 @@ class Learned:
 
 
 def search_batch(problem: Problem, batch: Batch) -> list[Learned]:
-    """Runs the searches of a batch; the function that a worker executes."""
-    return [search(problem, task) for task in batch.tasks]
+    """Runs the searches of a batch; the function that a worker executes.
+
+    The clock is read once, since that can take longer than a small search; each is said to have
+    taken its share.
+    """
+    load_engine(problem.search, problem.rule.counts_rows)
+    started = time.thread_time()
+    found = [_search(problem, task) for task in batch.tasks]
+    share = (time.thread_time() - started) / max(len(found), 1)
+    return [dataclasses.replace(learned, cpu_s=learned.cpu_s + share) for learned in found]
 
 
 def search(problem: Problem, task: Task) -> Learned:
     """Runs one search."""
+    return search_batch(problem, Batch((task,)))[0]
+
+
+def _search(problem: Problem, task: Task) -> Learned:
     size = len(task.columns)
     forbidden = _forbidden(problem, task)
     if forbidden.all():
@@ -108,17 +138,15 @@ def search(problem: Problem, task: Task) -> Learned:
         return Learned(task.columns, empty, empty, 0.0)
     if task.engine == "cdt":
         return _search_by_cdt(problem, task, forbidden)
-    load_engine(problem.search)
-    started = time.thread_time()
     adjacency, dag = _fit(
-        problem.counts.statistics(task.columns),
-        problem.penalty / (0.5 * np.log(problem.counts.num_rows)),
+        problem.statistics(task.columns),
+        problem.rule,
         problem.search,
         forbidden,
         problem.tiers[task.columns],
         None if task.start is None else _dense(task.start, task.columns, len(problem.tiers)),
     )
-    return Learned(task.columns, adjacency, dag, time.thread_time() - started)
+    return Learned(task.columns, adjacency, dag, 0.0)
 
 
 def _search_by_cdt(problem: Problem, task: Task, forbidden: NDArray[np.bool_]) -> Learned:
@@ -140,21 +168,21 @@ def _search_by_cdt(problem: Problem, task: Task, forbidden: NDArray[np.bool_]) -
 
 
 @cache
-def load_engine(search: str) -> None:
+def load_engine(search: str, counts_rows: bool) -> None:
     """Loads the native engine's machine code, compiling it where that was never done.
 
     Once a process, and not counted as time of a search. Called before workers are, it also spares
     them from compiling the same code side by side.
     """
-    chain = np.array([[60, 40, 30], [40, 50, 35], [30, 35, 45]], np.int32)
+    statistics = from_sparse(sparse.csr_array([[1, 1, 0], [1, 1, 1], [0, 0, 1], [0, 1, 0]]))
     start = np.triu(np.ones((3, 3), np.int8), 1)
-    statistics = from_cooccurrence([100], [chain])
-    _fit(statistics, 1.0, search, np.zeros((3, 3), np.bool_), np.zeros(3, np.int64), start)
+    rule = Rule("bdeu" if counts_rows else "gaussian_bic", 1.0, 1.0, 3)
+    _fit(statistics, rule, search, np.zeros((3, 3), np.bool_), np.zeros(3, np.int64), start)
 
 
 def _fit(
     statistics: Statistics,
-    multiplier: float,
+    rule: Rule,
     search: str,
     forbidden: NDArray[np.bool_],
     tiers: NDArray[np.int64],
@@ -164,8 +192,10 @@ def _fit(
 
     result = fit_statistics(
         statistics,
-        score="gaussian_bic",
-        penalty=multiplier,
+        score=rule.name,
+        penalty=rule.penalty,
+        gamma=rule.gamma,
+        num_columns=rule.num_columns,
         intercept="per_environment",
         search=search,
         forbidden=forbidden,

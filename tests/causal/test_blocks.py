@@ -12,6 +12,8 @@ from cafemed.cohort import Cohort
 from causal import blocks, columns
 from causal.blocks import BlocksConfig, Pairs
 from causal.columns import Columns
+from causal.count_scores import CountScores
+from causal.scores import Rule
 
 
 def random_columns(n: int, p: int, seed: int) -> Columns:
@@ -46,6 +48,28 @@ def planted_groups(sizes: list[int], seed: int = 0) -> Pairs:
     )
 
 
+def costing(penalty: float, rows: int) -> Rule:
+    """The Gaussian score in which an edge costs so much."""
+    return Rule("gaussian_bic", penalty / (0.5 * math.log(rows)), 0.0, 1)
+
+
+@pytest.mark.parametrize("name", ["bdeu", "discrete_bic"])
+def test_screening_on_counts_is_what_the_score_gains_by_one_parent(name: str) -> None:
+    cols = random_columns(400, 14, seed=1)
+    rule = Rule(name, 1.0, 0.3, 14)
+    score = CountScores.of(cols.present, cols.strata, rule)
+    joint = cols.present.T @ cols.present
+    expected = {}
+    for a, b in itertools.combinations(range(14), 2):
+        gain = score.local(b, np.array([a])) - score.local(b, np.array([], np.int64))
+        if joint[a, b] >= 3 and gain > 0:
+            expected[a, b] = gain + rule.edge_penalty(400)
+    found = blocks.screen(columns.count(cols), rule, 3)
+    assert list(zip(found.first.tolist(), found.second.tolist(), strict=True)) == sorted(expected)
+    np.testing.assert_allclose(found.gain, [expected[e] for e in sorted(expected)], atol=1e-9)
+    assert 5 < len(found) < 80
+
+
 def test_screening_is_that_of_a_loop_over_pairs() -> None:
     cols = random_columns(400, 14, seed=1)
     dense = cols.present.toarray().astype(float)
@@ -61,7 +85,7 @@ def test_screening_is_that_of_a_loop_over_pairs() -> None:
         gain = -200 * math.log(1 - r * r)
         if support >= min_support and gain > penalty:
             expected[a, b] = gain
-    found = blocks.screen(columns.count(cols), penalty, min_support)
+    found = blocks.screen(columns.count(cols), costing(penalty, 400), min_support)
     assert list(zip(found.first.tolist(), found.second.tolist(), strict=True)) == sorted(expected)
     np.testing.assert_allclose(found.gain, [expected[e] for e in sorted(expected)], atol=1e-9)
     assert 5 < len(found) < 80
@@ -75,9 +99,9 @@ def test_codes_of_later_visits_only_do_not_seem_related() -> None:
     present = sparse.csr_array(dense.astype(np.int64))
     names = tuple("abcdef")
     cols = Columns(names, present, np.zeros(6, np.int64), strata)
-    assert len(blocks.screen(columns.count(cols), 6.0, 5)) == 0
+    assert len(blocks.screen(columns.count(cols), costing(6.0, n), 5)) == 0
     one_stratum = Columns(names, present, np.zeros(6, np.int64), np.zeros(n, np.int8))
-    assert len(blocks.screen(columns.count(one_stratum), 6.0, 5)) == 15
+    assert len(blocks.screen(columns.count(one_stratum), costing(6.0, n), 5)) == 15
 
 
 def test_equal_and_constant_columns_are_screened_without_a_warning() -> None:
@@ -90,7 +114,7 @@ def test_equal_and_constant_columns_are_screened_without_a_warning() -> None:
         np.zeros(5, np.int64),
         np.zeros(200, np.int8),
     )
-    found = blocks.screen(columns.count(cols), 5.0, 1)
+    found = blocks.screen(columns.count(cols), costing(5.0, 200), 1)
     assert (found.first.tolist(), found.second.tolist()) == ([0], [1])
     assert np.isfinite(found.gain).all()
 

@@ -120,8 +120,8 @@ def test_scores_straight_from_the_rows_are_the_same(name):
     rows[environments == 0, 6] = 0
     moments = statistics.from_dense(rows, environments, [[], []])
     options = {"penalty": 1.0, "gamma": 1.5, "intercept": "per_environment"}
-    edge = scores.parent_penalty(name, 500, 8, 1.0, 1.5)
-    straight = CountScores.of(sparse.csr_array(rows), environments + 3, name, 1.0, edge)
+    rule = scores.Rule(name, 1.0, 1.5, 8)
+    straight = CountScores.of(sparse.csr_array(rows), environments + 3, rule)
     rng = np.random.default_rng(0)
 
     def score(dag):
@@ -186,9 +186,7 @@ def test_every_move_gains_what_it_said(name, order):
     rows, environments = noisy_or(3, 14, degree=5.0), np.arange(1500) % 2
     rows[environments == 0, 2] = 0
     moments = statistics.from_dense(rows, environments, [[], []])
-    score = scores.make_score(
-        moments, name, penalty=1.0, gamma=0.5, intercept="per_environment", num_columns=14
-    )
+    score = scores.make_score(moments, scores.Rule(name, 1.0, 0.5, 14), "per_environment")
     allowed = ~np.eye(14, dtype=bool)
     climber = Climber(score, allowed, ~allowed & False, np.zeros(14, np.int32), math.inf)
     state = kernels.make_state(pdag.empty_graph(np.zeros(14, np.int32)))
@@ -274,7 +272,7 @@ def test_options_without_meaning_are_refused():
     rows = noisy_or(0, 4)
     with pytest.raises(ConfigError, match="bdeu needs rows of columns that are 0 and 1 only"):
         fit_gies(rows * 2.0, score="bdeu")
-    with pytest.raises(ConfigError, match=r"penalty: has no meaning for bdeu.*got 2"):
+    with pytest.raises(ConfigError, match=r"penalty: has no meaning for bdeu, expected 1, got 2"):
         fit_gies(rows, score="bdeu", penalty=2.0)
     with pytest.raises(ConfigError, match="score: expected one of gaussian_bic, extended_bic"):
         fit_gies(rows, score="bdu")

@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=float, help="seconds for each run of another package")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     limit_s = given.limit or (20.0 if given.quick else 300.0)
     print(header(), flush=True)
     print(f"{'case':64s} {'cpu s':>8s} {'MB':>6s} {'score':>14s} {'edges':>6s} prec  rec   shd")

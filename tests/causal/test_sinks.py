@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from math import lgamma
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cafemed.cohort import Cohort
 from cafemed.graphs import CausalGraph
 from causal import cluster, columns, discovery, sinks, stability
 from causal.discovery import CausalConfig, Discovery
+from causal.scores import Rule
 
 MakeCohort = Callable[..., Cohort]
 
@@ -39,10 +41,20 @@ def parents(graph: CausalGraph) -> dict[str, dict[str, tuple[float, int]]]:
 
 
 def with_sinks(
-    cohort: Cohort, graph: CausalGraph, penalty: float, client: Client, **config: Any
+    cohort: Cohort,
+    graph: CausalGraph,
+    penalty: float,
+    client: Client,
+    score: str = "gaussian_bic",
+    **config: Any,
 ) -> CausalGraph:
-    found = Discovery(graph, {"edge_penalty": penalty})
-    return sinks.add_to(found, cohort, CausalConfig(**config), client).graph
+    """The graph with sinks whose edges cost so much."""
+    if score == "gaussian_bic":
+        rule = {"penalty": penalty / (0.5 * np.log(len(columns.training_visits(cohort))))}
+    else:
+        rule = {"gamma": penalty / np.log(len(graph.nodes))}
+    chosen = CausalConfig(score=score, **rule, **config)  # type: ignore[arg-type]
+    return sinks.add_to(Discovery(graph, {}), cohort, chosen, client).graph
 
 
 def rows_of(cohort: Cohort) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_]]:
@@ -72,9 +84,39 @@ def rows_of(cohort: Cohort) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.
     return table, np.array([v in starts for v in visits])
 
 
+Table = dict[str, NDArray[np.float64]]
+
+
 def gain(
-    table: dict[str, NDArray[np.float64]], first: NDArray[np.bool_], child: str, causes: list[str]
+    table: Table,
+    first: NDArray[np.bool_],
+    child: str,
+    causes: list[str],
+    score: str = "gaussian_bic",
 ) -> float:
+    """What causes add to a child's score before they are paid for."""
+    if score == "bdeu":
+        return marginal(table, first, child, causes) - marginal(table, first, child, [])
+    return explained(table, first, child, causes)
+
+
+def marginal(table: Table, first: NDArray[np.bool_], child: str, causes: list[str]) -> float:
+    """Log marginal likelihood of a child's counts in each configuration of what varies there."""
+    total = 0.0
+    for stratum in (first, ~first):
+        varying = [name for name in causes if len(set(table[name][stratum])) > 1]
+        rows = zip(*(table[name][stratum] for name in varying), strict=True)
+        keys = list(rows) if varying else [()] * int(stratum.sum())
+        share = 0.5 ** len(varying)
+        for key in set(keys):
+            values = table[child][stratum][[k == key for k in keys]]
+            total += lgamma(share) - lgamma(share + len(values))
+            for n in (values.sum(), len(values) - values.sum()):
+                total += lgamma(share / 2 + n) - lgamma(share / 2)
+    return total
+
+
+def explained(table: Table, first: NDArray[np.bool_], child: str, causes: list[str]) -> float:
     """Log-likelihood that a regression on the causes gains, each stratum with its own mean."""
     centred = {}
     for name in [child, *causes]:
@@ -90,14 +132,15 @@ def gain(
     return float(-0.5 * len(y) * np.log((rest @ rest) / (y @ y)))
 
 
+@pytest.mark.parametrize("score", ["gaussian_bic", "bdeu"])
 @pytest.mark.parametrize("inputs", ["current", "history"])
 def test_each_sink_has_the_causes_that_the_score_prefers(
-    make_cohort: MakeCohort, in_process: Client, inputs: str
+    make_cohort: MakeCohort, in_process: Client, inputs: str, score: str
 ) -> None:
     people = make_cohort(num_patients=900, sizes=(12, 8, 7), seed=3, inputs=inputs)
     found = discovery.discover(people, CausalConfig(), in_process)
-    penalty = 1.0  # so low that many edges pay
-    graph = with_sinks(people, found.graph, penalty, in_process)
+    penalty = {"gaussian_bic": 1.0, "bdeu": 0.1}[score]  # so low that many edges pay
+    graph = with_sinks(people, found.graph, penalty, in_process, score, min_support=5)
     table, first = rows_of(people)
     known = [name for name in table if not name.startswith("medication/")]
     chosen = parents(graph)
@@ -108,20 +151,21 @@ def test_each_sink_has_the_causes_that_the_score_prefers(
         allowed = [
             name
             for name in known
-            if support[name] >= 5 and gain(table, first, sink, [name]) > penalty
+            if support[name] >= 5 and gain(table, first, sink, [name], score) > penalty
         ]
         assert set(own) <= set(allowed)
-        best = gain(table, first, sink, list(own)) - penalty * len(own)
+        best = gain(table, first, sink, list(own), score) - penalty * len(own)
         for name in allowed:  # no cause more and none less would score higher
             other = sorted(set(own) ^ {name})
-            assert gain(table, first, sink, other) - penalty * len(other) <= best + 1e-6
+            assert gain(table, first, sink, other, score) - penalty * len(other) <= best + 1e-6
         for name, (strength, shared) in own.items():
             without = [other for other in own if other != name]
-            adds = gain(table, first, sink, list(own)) - gain(table, first, sink, without)
+            adds = gain(table, first, sink, list(own), score)
+            adds -= gain(table, first, sink, without, score)
             assert strength == pytest.approx(adds - penalty, rel=1e-4)
             assert shared == support[name]
             number += 1
-    assert number > 12
+    assert number > {"gaussian_bic": 12, "bdeu": 0}[score]
 
 
 def test_planted_causes_of_medications_are_found(
@@ -235,7 +279,8 @@ def test_a_cohort_whose_medications_nothing_explains_has_sinks_without_edges(
 ) -> None:
     people = make_cohort(num_patients=60, seed=0)
     inputs, given = columns.of_cohort(people), columns.sinks_of(people)
-    found = sinks.learn(inputs, columns.count(inputs), given, 1e6, 1, "fast")
+    rule = Rule("extended_bic", 1.0, 1e6, len(inputs.names))
+    found = sinks.learn(inputs, columns.count(inputs), given, rule, 1, "fast")
     assert len(found.source) == len(found.sink) == len(found.strength) == len(found.support) == 0
 
 
@@ -243,17 +288,18 @@ def test_stability_is_the_share_of_bootstraps_with_the_edge_on_any_cluster(
     make_cohort: MakeCohort, in_process: Client
 ) -> None:
     people = make_cohort(num_patients=300, seed=4)
-    config = CausalConfig(bootstraps=12, min_support=2, seed=3)
+    config = CausalConfig(score="extended_bic", gamma=0, bootstraps=12, min_support=2, seed=3)
     inputs, given = columns.of_cohort(people), columns.sinks_of(people)
     before = discovery.discover(people, dataclasses.replace(config, bootstraps=0), in_process)
-    found = Discovery(before.graph, {"edge_penalty": 1.0})
+    found = Discovery(before.graph, {})
     graph = sinks.add_to(found, people, config, in_process).graph
     of_visit = people.patient_of_visit()[columns.training_visits(people)]
     times: dict[tuple[str, str], int] = {}
     for number in range(12):
         rows = stability.drawn_visits(of_visit, 3, number)
         drawn = inputs.visits(rows)
-        edges = sinks.learn(drawn, columns.count(drawn), given.visits(rows), 1.0, 2, "fast")
+        rule = Rule("extended_bic", 1.0, 0.0, len(inputs.names))
+        edges = sinks.learn(drawn, columns.count(drawn), given.visits(rows), rule, 2, "fast")
         for a, b in zip(edges.source.tolist(), edges.sink.tolist(), strict=True):
             pair = inputs.names[a], given.names[b]
             times[pair] = times.get(pair, 0) + 1

@@ -57,12 +57,15 @@ def lines(found: Discovery, effects: EffectTable) -> list[str]:
 
 
 def _effects_line(effects: EffectTable) -> str:
-    estimated = int(np.isfinite(effects.standard_error).any(axis=1).sum())
-    if not effects.effect.size:
-        return f"{effects.estimator} effects: none, the cohort has no codes"
-    low, middle, high = np.percentile(effects.effect, (1, 50, 99))
+    """How many pairs visits can tell of, how many codes compare, and the range of the effects."""
+    supported = effects.supported
+    of_all = f"{supported.sum():,} of {supported.size:,} pairs of code and medication"
+    if not supported.any():
+        return f"{effects.estimator} effects: {of_all} have support"
+    worth = np.median(effects.visits[supported.any(axis=1)])
+    low, middle, high = np.percentile(effects.effect[supported], (1, 50, 99))
     return (
-        f"{effects.estimator} effects of {estimated:,} of {len(effects.codes):,} codes on "
-        f"{len(effects.medications):,} medications: 1st, 50th, 99th percentile "
-        f"{low:+.4f}, {middle:+.4f}, {high:+.4f}"
+        f"{effects.estimator} effects: {of_all} have support, of "
+        f"{supported.any(axis=1).sum():,} of {len(effects.codes):,} codes (median comparison worth "
+        f"{worth:,.0f} visits); 1st, 50th, 99th percentile {low:+.4f}, {middle:+.4f}, {high:+.4f}"
     )

@@ -59,13 +59,16 @@ def lines(found: Discovery, effects: EffectTable) -> list[str]:
 def _effects_line(effects: EffectTable) -> str:
     """How many pairs visits can tell of, how many codes compare, and the range of the effects."""
     supported = effects.supported
-    of_all = f"{supported.sum():,} of {supported.size:,} pairs of code and medication"
+    told = (
+        f"{effects.estimator} effects of codes on medications: {supported.sum():,} of "
+        f"{supported.size:,} pairs have support"
+    )
     if not supported.any():
-        return f"{effects.estimator} effects: {of_all} have support"
+        return told
     worth = np.median(effects.visits[supported.any(axis=1)])
     low, middle, high = np.percentile(effects.effect[supported], (1, 50, 99))
     return (
-        f"{effects.estimator} effects: {of_all} have support, of "
-        f"{supported.any(axis=1).sum():,} of {len(effects.codes):,} codes (median comparison worth "
-        f"{worth:,.0f} visits); 1st, 50th, 99th percentile {low:+.4f}, {middle:+.4f}, {high:+.4f}"
+        f"{told}, {supported.any(axis=1).sum():,} of {len(effects.codes):,} codes (median "
+        f"comparison worth {worth:,.0f} visits); 1st, 50th, 99th percentile {low:+.4f}, "
+        f"{middle:+.4f}, {high:+.4f}"
     )

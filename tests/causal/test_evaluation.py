@@ -100,6 +100,11 @@ def test_the_true_essential_graph_scores_full_marks() -> None:
     arrow = graph_of({(a, b), (c, b), (d, CODES[5])})
     assert evaluation.compare_graphs(line, true)[0].shd == 0
     assert evaluation.compare_graphs(arrow, true)[0].shd == 1
+    # Time gives an arrow its direction, and this one the next.
+    true = graph_of({(m, d), (d, CODES[5])})
+    assert evaluation.compare_graphs(true, true)[0].shd == 0
+    assert evaluation.compare_graphs(graph_of({(m, d)}, {(d, CODES[5])}), true)[0].shd == 1
+    true = graph_of({(a, b), (c, b), (d, CODES[5])})
     # A turned arrow, a missing edge and one too many: one mistake each.
     wrong = graph_of({(b, a), (c, b), (CODES[4], c)}, set())
     assert evaluation.compare_graphs(wrong, true)[0].shd == 3

@@ -257,7 +257,9 @@ def test_a_code_is_found_and_left_by_the_keyboard_in_a_browser(
     assert browser.run("return document.getElementById('found').textContent") == "1 code"
     taken = browser.run("const t = performance.now(); search(); return performance.now() - t")
     assert taken < 200
-    browser.press(DOWN + ENTER)
+    browser.press(DOWN)
+    assert browser.run("return document.activeElement.textContent").startswith(f"{name} procedure")
+    browser.press(ENTER)
     assert browser.run("return document.activeElement.textContent") == f"{name} procedure"
     assert browser.run("return document.title") == f"{name} – Causal graph"
 

@@ -288,7 +288,9 @@ def test_stability_is_the_share_of_bootstraps_with_the_edge_on_any_cluster(
     make_cohort: MakeCohort, in_process: Client
 ) -> None:
     people = make_cohort(num_patients=300, seed=4)
-    config = CausalConfig(score="extended_bic", gamma=0, bootstraps=12, min_support=2, seed=3)
+    config = CausalConfig(
+        score="extended_bic", gamma=0, penalty=0.3, bootstraps=12, min_support=2, seed=3
+    )
     inputs, given = columns.of_cohort(people), columns.sinks_of(people)
     before = discovery.discover(people, dataclasses.replace(config, bootstraps=0), in_process)
     found = Discovery(before.graph, {})
@@ -298,7 +300,7 @@ def test_stability_is_the_share_of_bootstraps_with_the_edge_on_any_cluster(
     for number in range(12):
         rows = stability.drawn_visits(of_visit, 3, number)
         drawn = inputs.visits(rows)
-        rule = Rule("extended_bic", 1.0, 0.0, len(inputs.names))
+        rule = Rule("extended_bic", 0.3, 0.0, len(inputs.names))
         edges = sinks.learn(drawn, columns.count(drawn), given.visits(rows), rule, 2, "fast")
         for a, b in zip(edges.source.tolist(), edges.sink.tolist(), strict=True):
             pair = inputs.names[a], given.names[b]
@@ -312,7 +314,7 @@ def test_stability_is_the_share_of_bootstraps_with_the_edge_on_any_cluster(
     for pair, share in shown.items():
         assert share == pytest.approx(times.get(pair, 0) / 12)
     assert max(shown.values()) == 1
-    assert min(shown.values()) < 0.9
+    assert len(set(shown.values())) > 5
     with cluster.connect("local", 2) as client:
         again = sinks.add_to(found, people, config, client).graph
     assert again.stability.tobytes() == graph.stability.tobytes()

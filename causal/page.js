@@ -134,8 +134,9 @@ function effectTable(node) {
       intervalBar(pair, widest), pair.support.toLocaleString("en"),
     ];
   });
+  const which = list.length < MOST_EFFECTS ? `all ${list.length}` : `the ${list.length} largest`;
   const note = `Differences of probabilities, ${data.effects.estimator.replaceAll("_", " ")}; ` +
-    `the ${list.length} largest that have enough visits.`;
+    `${which} that have enough visits.`;
   return part(title, note, table(title, columns, rows));
 }
 

@@ -68,6 +68,11 @@ class CountScores:
             np.where(varies, alone, 0.0).sum(axis=0),
         )
 
+    @property
+    def max_parents(self) -> int:
+        """More than these a column may not have."""
+        return MAX_TABLE_PARENTS
+
     def local(self, column: int, parents: NDArray[np.int64]) -> float:
         """Score of one column given its parents, int64 (k,)."""
         total = -self.penalty * len(parents)

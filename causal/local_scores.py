@@ -19,6 +19,9 @@ from causal.columns import Cooccurrence
 #: A column whose residual variance falls below this share of its variance is determined by others.
 PIVOT = 1e-10
 
+#: The search's bound (`causal.gaussian`).
+_MAX_PARENTS = 256
+
 
 class ColumnScores(Protocol):
     """Local scores of p columns, one column at a time: `LocalScores` or `CountScores`."""
@@ -26,6 +29,11 @@ class ColumnScores(Protocol):
     @property
     def empty(self) -> NDArray[np.float64]:
         """Local scores without parents, float64 (p,)."""
+        ...
+
+    @property
+    def max_parents(self) -> int:
+        """More than these a column may not have."""
         ...
 
     def local(self, column: int, parents: NDArray[np.int64]) -> float:
@@ -83,6 +91,11 @@ class LocalScores:
         empty = np.where(variance > 0, -0.5 * n * (1 + np.log(spread)), 0.0) - penalty
         keys = row * p + total.indices
         return cls(n, penalty, stratum_rows, sums, keys, total.data, variance, empty)
+
+    @property
+    def max_parents(self) -> int:
+        """More than these a column may not have."""
+        return _MAX_PARENTS
 
     def correlation(self, a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
         """Correlations of columns within strata, float64, a and b broadcast; 0 without spread."""

@@ -63,6 +63,8 @@ def strengths(score: ColumnScores, arrows: Arrows) -> NDArray[np.float64]:
 def acyclic_union(graphs: Iterable[Arrows], score: ColumnScores) -> tuple[Arrows, int]:
     """Unites graphs; of each cycle the edge that adds least to the score is dropped.
 
+    A column that would have more parents than the score allows keeps those that alone gain most.
+
     Args:
         graphs: arrows between columns of `score`.
         score: of all columns.
@@ -73,7 +75,7 @@ def acyclic_union(graphs: Iterable[Arrows], score: ColumnScores) -> tuple[Arrows
     pairs = sorted(
         {pair for g in graphs for pair in zip(g.source.tolist(), g.target.tolist(), strict=True)}
     )
-    every = arrows_from(pairs)
+    every = _bounded(arrows_from(pairs), score)
     strength = strengths(score, every)
     order = np.lexsort((every.target, every.source, -strength))
     children: dict[int, set[int]] = {}
@@ -83,7 +85,20 @@ def acyclic_union(graphs: Iterable[Arrows], score: ColumnScores) -> tuple[Arrows
         if not _reaches(children, b, a):
             children.setdefault(a, set()).add(b)
             kept.append((a, b))
-    return arrows_from(sorted(kept)), len(every) - len(kept)
+    return arrows_from(sorted(kept)), len(pairs) - len(kept)
+
+
+def _bounded(arrows: Arrows, score: ColumnScores) -> Arrows:
+    """Leaves out the weakest parents of columns with more than `score.max_parents`."""
+    kept = np.ones(len(arrows), np.bool_)
+    none = np.zeros(0, np.int64)
+    targets, numbers = np.unique(arrows.target, return_counts=True)
+    for j in targets[numbers > score.max_parents].tolist():
+        into = np.flatnonzero(arrows.target == j)
+        parents = arrows.source[into]
+        alone = score.changes(j, none, parents)[1]
+        kept[into[np.lexsort((parents, -alone))[score.max_parents :]]] = False
+    return Arrows(arrows.source[kept], arrows.target[kept])
 
 
 def _reaches(children: dict[int, set[int]], start: int, end: int) -> bool:

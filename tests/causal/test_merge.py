@@ -6,8 +6,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import sparse
 
-from causal import columns, gies, merge
+from causal import columns, gies, merge, scores
 from causal.columns import Columns
+from causal.count_scores import CountScores
 from causal.local_scores import LocalScores
 from causal.merge import Arrows, arrows_of
 
@@ -150,3 +151,21 @@ def test_duplicate_and_constant_parents_neither_raise_nor_add() -> None:
     np.testing.assert_allclose(added, [-PENALTY, -PENALTY], atol=1e-6)
     assert np.isfinite(score.local(0, np.array([1])))
     assert score.local(3, np.array([0])) == pytest.approx(score.empty[3] - PENALTY)
+
+
+def test_the_union_has_no_more_parents_than_the_score_allows() -> None:
+    rng = np.random.default_rng(5)
+    p = scores.MAX_TABLE_PARENTS + 6
+    rows = rng.random((400, p)) < 0.3
+    rows[:, 0] = rows[:, 1:].sum(axis=1) > 0.3 * p
+    rule = scores.Rule("bdeu", 1.0, 1.0, p)
+    strata = np.zeros(400, np.int8)
+    score = CountScores.of(sparse.csr_array(rows.astype(np.int64)), strata, rule)
+    graphs = [merge.arrows_from([(j, 0)]) for j in range(1, p)]
+    union, dropped = merge.acyclic_union(graphs, score)
+    assert len(union) == score.max_parents == scores.MAX_TABLE_PARENTS
+    assert dropped == p - 1 - len(union)
+    alone = [score.local(0, np.array([j])) for j in range(1, p)]
+    strongest = 1 + np.argsort(alone)[-len(union) :]
+    assert sorted(union.source.tolist()) == sorted(strongest.tolist())
+    assert np.isfinite(merge.total_score(score, union))

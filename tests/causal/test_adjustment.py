@@ -74,6 +74,19 @@ def test_the_sets_of_a_class_are_the_parents_in_its_members(seed: int) -> None:
         assert len(found[node]) == len(expected)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_the_same_where_tiers_orient_edges(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tier = np.sort(rng.integers(0, 3, 6))
+    dag = np.triu(rng.random((6, 6)) < rng.uniform(0.3, 0.7), 1)
+    allowed = tier[:, None] <= tier[None, :]
+    every = [member for member in members(dag) if not (member & ~allowed).any()]
+    found = adjustment.sets(graph_of(np.any(every, axis=0)), NAMES[:6], NAMES[:6], "class")
+    for node in range(6):
+        expected = {tuple(np.flatnonzero(member[:, node]).tolist()) for member in every}
+        assert {tuple(s.tolist()) for s in found[node]} == expected
+
+
 def test_parents_are_directed_ones_and_columns_only() -> None:
     names = ("diagnosis/a", "diagnosis/b", "diagnosis/c", "medication/m", "previous_medication/m")
     edges = np.zeros((5, 5), bool)

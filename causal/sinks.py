@@ -2,8 +2,8 @@
 
 A model has to predict these medications, so they are added only when the graph over the inputs is
 finished, and change nothing of it. There is no edge between two of them (they are decided together)
-and none away from them, so each is a regression of its own: the score that chose all other edges
-chooses its causes among the inputs, with the engine that searches everything else.
+and none away from them, so each is a regression of its own, by the engine that searches everything
+else.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from causal import blocks, columns, tasks
 from causal.columns import Columns, Cooccurrence
 from causal.discovery import CausalConfig, Discovery
 from causal.local_scores import ColumnScores
-from causal.scores import Rule
+from causal.scores import GAUSSIAN_SCORES, Rule
 from causal.stability import drawn_visits
 from causal.tasks import Problem, Task
 from causal.workers import Workers
@@ -63,9 +63,22 @@ class Selection:
     def learn(self) -> SinkEdges:
         """Chooses the causes of every sink."""
         counts = columns.count(self.inputs)
-        config, width = self.config, len(self.inputs.names)
-        rule = Rule(config.score, config.penalty, config.gamma, width)
+        config = self.config
+        rule = rule_of(config, len(self.inputs.names))
         return learn(self.inputs, counts, self.sinks, rule, config.min_support, config.search)
+
+
+def rule_of(config: CausalConfig, num_inputs: int) -> Rule:
+    """The score of sinks: the discovery's if it is Gaussian, else the extended BIC.
+
+    A medication has many causes. Tables of counts split the visits by all of them at once, so that
+    few can be told: on planted cohorts BDeu found 34 % of the true causes, the extended BIC 59 %,
+    both at a precision of 0.99 (docs/causal.md). What speaks for tables, and against a linear
+    score, is the direction of edges and chance among rare codes; here directions are known.
+    """
+    if config.score in GAUSSIAN_SCORES:
+        return Rule(config.score, config.penalty, config.gamma, num_inputs)
+    return Rule("extended_bic", 1.0, config.gamma, num_inputs)
 
 
 def add_to(found: Discovery, cohort: Cohort, config: CausalConfig, client: Client) -> Discovery:
@@ -136,20 +149,14 @@ def learn(
         inputs: p columns.
         counts: of the inputs.
         sinks: s columns of the same visits, in a higher tier.
-        rule: the score.
+        rule: a Gaussian score (`rule_of`).
         min_support: visits that must have both ends of an edge.
         search: see `causal.fit_gies`.
     """
     joint, across = _joint_counts(inputs, counts, sinks)
     pairs = blocks.screen(across, rule, min_support)
     tiers = np.concatenate([inputs.tiers, sinks.tiers])
-    rows = Columns(
-        (*inputs.names, *sinks.names),
-        sparse.csr_array(sparse.hstack([inputs.present, sinks.present], format="csr")),
-        tiers,
-        inputs.strata,
-    )
-    problem = Problem(joint, tiers, rule, search, rows)
+    problem = Problem(joint, tiers, rule, search)
     score = problem.scores()
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]] = []
     for sink in np.unique(pairs.second).tolist():

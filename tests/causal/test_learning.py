@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cafemed.cohort import Cohort
-from causal import blocks, columns, discovery, essential, learning, merge, tasks
+from causal import blocks, columns, discovery, essential, learning, merge, sparse_climb, tasks
 from causal.blocks import BlocksConfig, Pairs
 from causal.columns import Columns
 from causal.discovery import CausalConfig
@@ -83,13 +84,24 @@ def test_parts_that_no_pair_joins_are_searched_apart_to_the_same_graph(score: st
 
 @pytest.mark.parametrize("score", ["extended_bic", "bdeu"])
 @pytest.mark.parametrize("by", ["communities", "visits"])
-def test_more_than_a_search_can_hold_is_merged_pair_by_pair(by: str, score: str) -> None:
+def test_more_than_a_search_can_hold_is_merged_pair_by_pair(
+    monkeypatch: pytest.MonkeyPatch, by: str, score: str
+) -> None:
     small = BlocksConfig(by="visits" if by == "visits" else "communities", max_size=4)
     config = dataclasses.replace(GAUSSIAN, score=score, blocks=small)
     table = groups(4, 8, 700, seed=2)
     by_search, report, screened = learned(table, config)
+    climb, climbed = sparse_climb.climb, []
+
+    def watched(*given: Any) -> Arrows:
+        climbed.append(len(given[2]))
+        return climb(*given)
+
+    monkeypatch.setattr(sparse_climb, "climb", watched)
     tiny = dataclasses.replace(small, max_search=2)
     by_pairs, _, _ = learned(table, dataclasses.replace(config, blocks=tiny))
+    assert climbed
+    assert max(climbed) > 10  # pairs that hang together
     p, tiers = len(screened.active), screened.problem.tiers
     dag = dense(by_pairs.dag, p)
     assert essential.is_acyclic(dag)

@@ -103,3 +103,29 @@ def test_nothing_allowed_gives_nothing() -> None:
     none = np.zeros(0, np.int64)
     found = sparse_climb.climb(scores(3, 1), arrows_from([]), none, none, np.zeros(3, np.int64))
     assert len(found) == 0
+
+
+class Told(LocalScores):
+    """Scores of which each edge adds what a table says, whatever else there is."""
+
+    def __init__(self, table: dict[tuple[int, int], float]) -> None:
+        object.__setattr__(self, "table", table)
+
+    def changes(
+        self, column: int, parents: NDArray[np.int64], sources: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        table: dict[tuple[int, int], float] = self.__dict__["table"]
+        kept, added = (
+            np.array([table.get((int(x), column), -1.0) for x in group])
+            for group in (parents, sources)
+        )
+        return kept, added
+
+
+def test_a_move_that_a_path_blocked_comes_back_when_the_path_is_gone() -> None:
+    # 0 → 1 → 2 blocks 2 → 0, the best move, until 0 → 1, which costs, is deleted.
+    score = Told({(0, 1): -5.0, (1, 2): 7.0, (2, 0): 10.0})
+    first, second = np.array([0, 1, 0]), np.array([1, 2, 2])
+    start = arrows_from([(0, 1), (1, 2)])
+    found = sparse_climb.climb(score, start, first, second, np.zeros(3, np.int64))
+    assert pairs_of(found) == {(1, 2), (2, 0)}

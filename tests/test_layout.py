@@ -81,6 +81,17 @@ def test_every_package_folder_is_listed_for_installation():
     assert listed == found
 
 
+def test_every_other_file_of_a_package_is_installed_with_it():
+    listed = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package in PACKAGES:
+        others = {
+            str(path.relative_to(PROJECT / package))
+            for path in (PROJECT / package).rglob("*")
+            if path.suffix in {".html", ".css", ".js"}
+        }
+        assert others <= set(listed["package-data"].get(package, [])), package
+
+
 def test_lock_file_is_exact_and_satisfies_pyproject():
     pins = locked()
     assert pins["torch"] == "2.13.0"

@@ -70,12 +70,14 @@ class Climber:
             return self._climb(start, kernels.FAST if order == "fast" else kernels.TEXTBOOK)[0]
         fast, fast_state = self._climb(start, kernels.FAST)
         slow, slow_state = self._climb(start, kernels.TEXTBOOK)
-        states = [fast_state]
+        # No start and no order of restarts leads furthest on all data. With these three the score
+        # was that of XGES or higher on 16 of 17 planted data sets, and 0.04 nats lower on one.
+        ends = [self._improve(fast_state, max_restarts, cheapest_first=False)]
+        again = self._climb(start, kernels.FAST)[1]
+        ends.append(self._improve(again, max_restarts, cheapest_first=True))
         if (fast.adjacency != slow.adjacency).any():
-            states.append(slow_state)
-        # The better of the two is not always the one from which restarts lead furthest.
-        ends = [self._found(self._improve(state, max_restarts)) for state in states]
-        return max(ends, key=lambda end: end.score)
+            ends.append(self._improve(slow_state, max_restarts, cheapest_first=False))
+        return max((self._found(end) for end in ends), key=lambda end: end.score)
 
     def _climb(self, start: NDArray[np.int8], order: int) -> tuple[Found, kernels.State]:
         graph = pdag.empty_graph(self._kinds)
@@ -128,7 +130,9 @@ class Climber:
         kernels.gain_of_dag(self._problem, make_work(len(dag)), arrows, gain)
         return float(self._score.empty.sum() + gain.sum())
 
-    def _improve(self, state: kernels.State, max_restarts: int) -> kernels.State:
+    def _improve(
+        self, state: kernels.State, max_restarts: int, cheapest_first: bool
+    ) -> kernels.State:
         """Deletes one edge at a time, forbids to insert it again, and searches on from there.
 
         What scores higher is kept (XGES's extended search). Goes through all edges until a whole
@@ -137,7 +141,7 @@ class Climber:
         left, improved = max_restarts, True
         while improved:
             improved = False
-            for x, y in _edges_by_worth(state):
+            for x, y in _edges_by_worth(state, cheapest_first):
                 if left <= 0 or self._late():
                     self.truncated = True
                     return state
@@ -182,12 +186,9 @@ def _with_room(state: kernels.State) -> kernels.State:
     return state._replace(insertions=pool.grown(state.insertions), turns=pool.grown(state.turns))
 
 
-def _edges_by_worth(state: kernels.State) -> list[tuple[int, int]]:
-    """Edges x → y that may be deleted, a line in both its directions; what costs most comes first.
-
-    On planted graphs that order ended at higher scores than the cheapest first, or any fixed one.
-    """
+def _edges_by_worth(state: kernels.State, cheapest_first: bool) -> list[tuple[int, int]]:
+    """Edges x → y that may be deleted, a line in both its directions, by what deleting costs."""
     gain = np.where(state.graph.edge.T != 0, state.deletion_gain, -np.inf)
     y, x = np.nonzero(gain > -np.inf)
-    order = np.lexsort((x, y, gain[y, x]))
+    order = np.lexsort((x, y, gain[y, x] * (-1 if cheapest_first else 1)))
     return list(zip(x[order].tolist(), y[order].tolist(), strict=True))

@@ -89,7 +89,7 @@ def fit_statistics(
         tiers: int (p,); no edge from a later tier to an earlier one.
         start: (p, p), a graph to begin with; arrows, or arrows and lines of one class.
         min_support: edges only between 0/1 columns that are both 1 in at least as many rows.
-        max_restarts: bound on the edges that "best" tries to do without, from each of the two.
+        max_restarts: bound on the edges that each of its three passes tries to do without.
         time_budget_s: seconds after which the search stops where it is; None for no bound. With a
             bound the result depends on the machine.
 

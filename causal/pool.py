@@ -67,8 +67,8 @@ def make_pool(p: int, capacity: int) -> Pool:
         best_at=np.zeros(p, np.int64),
         generation=np.zeros(p, np.int64),
         stale=np.ones(p, np.uint8),
-        path=np.empty((1 << 18, 6), np.int64),
-        head=np.full(1 << 14, -1, np.int32),
+        path=np.empty((min(1 << 18, 1024 + 512 * p), 6), np.int64),
+        head=np.full(1 << min(14, 6 + p.bit_length()), -1, np.int32),
         size=np.zeros(3, np.int64),
     )
 

@@ -19,6 +19,8 @@ def test_local_starts_processes_and_closes_them() -> None:
         folders = {Path(worker["local_directory"]) for worker in info}
         assert [worker["nthreads"] for worker in info] == [1, 1]
         assert len(pids) == 2
+        environments = client.run(lambda: dict(__import__("os").environ)).values()
+        assert all(int(e["MALLOC_MMAP_THRESHOLD_"]) >= 1 << 20 for e in environments)
         assert all(folder.exists() for folder in folders)
     assert not any(folder.exists() for folder in folders)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

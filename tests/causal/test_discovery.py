@@ -251,11 +251,13 @@ def test_the_same_to_the_bit_on_ray(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     people = make_cohort(num_patients=500, sizes=(25, 15, 10), seed=7)
-    config = CausalConfig(score="gaussian_bic", min_support=1, blocks=SMALL)
+    config = CausalConfig(score="gaussian_bic", min_support=1, blocks=SMALL, bootstraps=3)
     expected = discovery.discover(people, config, in_process)
     with cluster.connect("ray", 2) as client:
         found = discovery.discover(people, config, client)
     assert edges(found.graph) == edges(expected.graph)
+    assert found.graph.stability.tobytes() == expected.graph.stability.tobytes()
+    assert np.isfinite(found.graph.stability).all()
     for name, entry in expected.report["scores"].items():
         assert found.report["scores"][name]["score"] == entry["score"]
 

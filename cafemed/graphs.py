@@ -276,7 +276,7 @@ def read_effects(path: Path) -> EffectTable:
             if lacking and "effect" in content:
                 raise ArtifactError(
                     f"{path}: an effect table of an earlier version, without {', '.join(lacking)}; "
-                    "run jobs/discover.py again"
+                    "write it again (jobs/discover.py, or jobs/prepare.py for a synthetic truth)"
                 )
             codes = tuple(content["codes"].tolist())
             medications = tuple(content["medications"].tolist())

@@ -1,7 +1,10 @@
 """Causal discovery and effects; importing it is cheap, the engines are loaded when called."""
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from cafemed.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +40,11 @@ def fit_gies(
     """
     from causal import gies, statistics
 
+    known = inspect.signature(gies.fit_statistics).parameters
+    for name in options:
+        if name not in known:
+            expected = ", ".join(list(known)[1:])
+            raise ConfigError(f"{name}: no such option; expected one of {expected}")
     sparse = hasattr(data, "tocsr")
     collect = statistics.from_sparse if sparse else statistics.from_dense
     return gies.fit_statistics(

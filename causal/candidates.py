@@ -31,6 +31,9 @@ from causal.problem import (
     split,
 )
 
+#: What `valid_clique` returns if the pool's table of paths is full.
+NO_ROOM = -2
+
 
 @kernel
 def score_deletions(
@@ -255,7 +258,7 @@ def valid_clique(g: Graph, w: Work, pool: Pool, move: int, v: int) -> int:
     """Checks the best insertion into v, or turn at v, against the graph as it is now.
 
     Returns the size of its clique, which is then in `w.members`; or -1 if it is not valid, and then
-    it was dropped, or set aside if a path blocks it.
+    it was dropped, or set aside if a path blocks it; or NO_ROOM if it could not be.
     """
     at = pool.best_at[v]
     u = pool.source[at]
@@ -277,6 +280,5 @@ def valid_clique(g: Graph, w: Work, pool: Pool, move: int, v: int) -> int:
             if is_line(g.edge, u, g.near[u, i]):
                 g.seen[g.near[u, i]] = stamp
     if path_exists(g, v, u, stamp, turned):
-        set_aside(pool, g, v, u)
-        return -1
+        return -1 if set_aside(pool, g, v, u) else NO_ROOM
     return size

@@ -16,6 +16,8 @@ from causal.problem import Floats
 
 #: Positions in `Pool.size`.
 USED, LIVE, PATHS = 0, 1, 2
+#: Factors of the hash of a pair of nodes.
+_FIRST, _SECOND = 40503, 9973
 
 
 class Pool(NamedTuple):
@@ -74,7 +76,10 @@ def make_pool(p: int, capacity: int) -> Pool:
 
 
 def grown(pool: Pool) -> Pool:
-    """The same pool with at least twice the room for what is alive, and without gaps."""
+    """The same pool with at least twice the room for what is alive, and without gaps.
+
+    The table of paths is doubled if it is half full.
+    """
     capacity = max(2 * int(pool.size[LIVE]), len(pool.gain)) + 4 * len(pool.length) + 1024
     gain, source = np.empty(capacity), np.empty(capacity, np.int32)
     clique, start = np.empty(capacity, np.int32), np.zeros_like(pool.start)
@@ -88,9 +93,38 @@ def grown(pool: Pool) -> Pool:
         used += n
     size = pool.size.copy()
     size[USED] = used
-    return pool._replace(
-        gain=gain, source=source, clique=clique, start=start, best_at=best_at, size=size
+    path, head = pool.path, pool.head
+    if 2 * size[PATHS] > len(path):
+        path, head = _more_paths(pool)
+    return Pool(
+        gain=gain,
+        source=source,
+        clique=clique,
+        start=start,
+        length=pool.length,
+        best=pool.best,
+        best_at=best_at,
+        generation=pool.generation,
+        stale=pool.stale,
+        path=path,
+        head=head,
+        size=size,
     )
+
+
+def _more_paths(pool: Pool) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The table of paths and its heads, doubled, with every entry in its new list."""
+    used, slots = int(pool.size[PATHS]), 2 * len(pool.head)
+    path = np.empty((2 * len(pool.path), 6), np.int64)
+    path[:used] = pool.path[:used]
+    slot = (path[:used, 0] * _FIRST + path[:used, 1] * _SECOND) & (slots - 1)
+    order = np.argsort(slot, kind="stable")
+    begins = np.ones(used, np.bool_)
+    begins[1:] = slot[order][1:] != slot[order][:-1]
+    path[order, 5] = np.where(begins, -1, np.roll(order, 1))
+    head = np.full(slots, -1, np.int32)
+    head[slot] = np.arange(used)  # of equal slots the last entry stays
+    return path, head
 
 
 @kernel
@@ -124,41 +158,59 @@ def drop(pool: Pool, y: int) -> None:
 
 @kernel
 def _slot(a: int, b: int, slots: int) -> int:
-    return (a * 40503 + b * 9973) & (slots - 1)
+    return (a * _FIRST + b * _SECOND) & (slots - 1)
 
 
 @kernel
-def set_aside(pool: Pool, g: Graph, y: int, end: int) -> None:
-    """Sets the best candidate aside, blocked by the path just found from y to `end`."""
+def set_aside(pool: Pool, g: Graph, y: int, end: int) -> bool:
+    """Sets the best candidate aside, blocked by the path just found from y to `end`.
+
+    Returns False, with nothing done, if the table of paths is full.
+    """
+    length, b = 0, end
+    while b != y:
+        b = g.previous[b]
+        length += 1
+    if pool.size[PATHS] + length > len(pool.path):
+        _compact_paths(pool)
+        # Nearly full again it would soon have to be compacted anew.
+        if 4 * (pool.size[PATHS] + length) > 3 * len(pool.path):
+            return False
     at = pool.best_at[y]
     pool.gain[at] = -pool.gain[at]
     _find_best(pool, y)
-    path, head = pool.path, pool.head
     b = end
     while b != y:
         a = g.previous[b]
-        n = pool.size[PATHS]
-        if n == len(path):
-            _forget_paths(pool)
-            return
-        slot = _slot(a, b, len(head))
-        path[n, 0], path[n, 1], path[n, 2] = a, b, y
-        path[n, 3], path[n, 4], path[n, 5] = at - pool.start[y], pool.generation[y], head[slot]
-        head[slot] = n
-        pool.size[PATHS] = n + 1
+        _add_path(pool, pool.size[PATHS], a, b, y, at - pool.start[y], pool.generation[y])
+        pool.size[PATHS] += 1
         b = a
+    return True
 
 
 @kernel
-def _forget_paths(pool: Pool) -> None:
-    """Empties the full table of paths: all blocked candidates will be looked at again."""
-    pool.size[PATHS] = 0
+def _add_path(pool: Pool, n: int, a: int, b: int, y: int, place: int, generation: int) -> None:
+    path, head = pool.path, pool.head
+    slot = _slot(a, b, len(head))
+    path[n, 0], path[n, 1], path[n, 2] = a, b, y
+    path[n, 3], path[n, 4], path[n, 5] = place, generation, head[slot]
+    head[slot] = n
+
+
+@kernel
+def _compact_paths(pool: Pool) -> None:
+    """Drops the entries of candidates that are no longer set aside."""
+    path, kept = pool.path, 0
     for i in range(len(pool.head)):
         pool.head[i] = -1
-    for y in range(len(pool.best)):
-        for i in range(pool.start[y], pool.start[y] + pool.length[y]):
-            pool.gain[i] = abs(pool.gain[i])
-        _find_best(pool, y)
+    for i in range(pool.size[PATHS]):
+        y = path[i, 2]
+        if path[i, 4] != pool.generation[y] or pool.stale[y]:
+            continue
+        if pool.gain[pool.start[y] + path[i, 3]] < 0.0:
+            _add_path(pool, kept, path[i, 0], path[i, 1], y, path[i, 3], path[i, 4])
+            kept += 1
+    pool.size[PATHS] = kept
 
 
 @kernel

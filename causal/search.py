@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from causal import pdag, scoring
-from causal.candidates import score_deletions, score_insertions, score_turns, valid_clique
+from causal.candidates import NO_ROOM, score_deletions, score_insertions, score_turns, valid_clique
 from causal.compiled import Reference, cached_kernel, inlined, kernel, reference
 from causal.pdag import DELETE, INSERT, TURN, Edges, Graph, is_line
 from causal.pool import Pool, PoolRef, best_target, drop, make_pool, wake
@@ -189,7 +189,7 @@ def _deletion_clique(s: State, u: int, v: int) -> int:
 
 @kernel
 def _pick(s: State, move: int) -> tuple[int, int, int, float]:
-    """The best valid move of a kind: source, target (-1 if none), clique size, gain.
+    """The best valid move of a kind: source, target (-1 if none, or NO_ROOM), clique size, gain.
 
     The clique is in `work.members`.
     """
@@ -212,6 +212,8 @@ def _pick(s: State, move: int) -> tuple[int, int, int, float]:
         if v < 0:
             return -1, -1, 0, 0.0
         size = valid_clique(g, w, pool, move, v)
+        if size == NO_ROOM:
+            return -1, NO_ROOM, 0, 0.0
         if size >= 0:
             at = pool.best_at[v]
             return pool.source[at], v, size, pool.gain[at]
@@ -226,7 +228,7 @@ def _attempt(problem: Problem, s: State, move: int) -> tuple[bool, bool]:
     while True:
         u, v, size, gain = _pick(s, move)
         if v < 0:
-            return True, False
+            return v != NO_ROOM, False
         pdag.change(g, move, u, v, s.work.members, size)
         if free or close_orientations(g.edge, problem.allowed, problem.required, s.closure):
             s.total[0] += gain

@@ -88,6 +88,37 @@ def test_known_graphs(name):
     assert edges(found.adjacency) == FACTS[name]
 
 
+@pytest.mark.parametrize("search", ["fast", "textbook"])
+def test_more_blocked_moves_than_there_is_room_for(search):
+    """Moves set aside outgrow a small table of paths; it grows, and nothing else changes."""
+    import math
+
+    from causal import climb, pdag, scores
+    from causal import search as kernels
+
+    p = 60
+    rows = gaussian(8, p, n=4000, degree=9.0)[0]
+    score = scores.gaussian_score(statistics.from_dense(rows), 0.5, "pooled")
+    allowed = ~np.eye(p, dtype=bool)
+    climber = climb.Climber(score, allowed, allowed & False, np.zeros(p, np.int32), math.inf)
+    order = kernels.FAST if search == "fast" else kernels.TEXTBOOK
+    expected = climber._climb(np.zeros((p, p), np.int8), order)[0]
+    state = kernels.make_state(pdag.empty_graph(np.zeros(p, np.int32)))
+    small = {"path": np.empty((4 * p, 6), np.int64), "head": np.full(8, -1, np.int32)}
+    state = state._replace(
+        insertions=state.insertions._replace(**small),
+        turns=state.turns._replace(path=small["path"].copy(), head=small["head"].copy()),
+    )
+    rooms = [len(state.insertions.path)]
+    while kernels.run(climber._problem, state, order, 10**6, -1, -1) != kernels.DONE:
+        state = climb._with_room(state)
+        rooms.append(len(state.insertions.path))
+        assert len(rooms) < 50
+    assert rooms[-1] > rooms[0]
+    assert (state.graph.edge == expected.adjacency).all()
+    assert state.total[0] == pytest.approx(expected.score - score.empty.sum(), abs=1e-6)
+
+
 def test_recovers_the_class_of_the_true_graph():
     rows, dag, _ = gaussian(1, 10, n=20000)
     found = fit_gies(rows, penalty=2.0)

@@ -110,7 +110,7 @@ def score_insertions(g: Graph, problem: Problem, w: Work, pool: Pool, y: int) ->
         if size > 0:
             last = w.neighbours[w.chosen[size - 1]]
             scoring.add_parent(problem.local, y, k + size - 1, last)
-        scoring.source_gains(problem.local, problem.allowed, y, k + size, w.gain)
+        scoring.source_gains(problem.local, g, problem.allowed, y, k + size, w.gain)
         for x in range(len(g.degree)):
             if w.gain[x] <= MIN_GAIN or problem.allowed[x, y] == 0 or adjacent(g.edge, x, y):
                 continue

@@ -56,7 +56,7 @@ class Climber:
         same = kinds[:, None] == kinds[None, :]
         one_way = same & (allowed != allowed.T)
         self._problem = Problem(
-            local=_kernel_score(score),
+            local=_kernel_score(score, allowed),
             allowed=allowed.astype(np.uint8),
             required=required.astype(np.uint8),
             restricted=np.array([one_way.any() or required.any()], np.uint8),
@@ -81,7 +81,7 @@ class Climber:
 
     def _climb(self, start: NDArray[np.int8], order: int) -> tuple[Found, kernels.State]:
         graph = pdag.empty_graph(self._kinds)
-        pdag.settle_all(graph, (start != 0).astype(np.uint8))
+        pdag.settle_all(graph, (start != 0).astype(np.uint8), False)
         state = self._run(kernels.make_state(graph), order)
         return self._found(state), state
 
@@ -113,8 +113,7 @@ class Climber:
             dag = member.astype(np.uint8)
         else:
             graph = pdag.empty_graph(self._kinds)
-            pdag.settle_all(graph, adjacency)
-            pdag.representative(graph)
+            pdag.settle_all(graph, adjacency, True)
             dag = graph.edge
         return Found(
             adjacency.astype(np.int8),
@@ -156,7 +155,7 @@ class Climber:
         return state
 
 
-def _kernel_score(score: Score) -> Any:
+def _kernel_score(score: Score, allowed: NDArray[np.bool_]) -> Any:
     """The score as the kernels take it."""
     if not isinstance(score, GaussianScore):
         patterns, groups = len(score.group_of), np.arange(len(score.size))
@@ -170,6 +169,8 @@ def _kernel_score(score: Score) -> Any:
             group_of=score.group_of,
             uses=uses.astype(np.uint8),
             pattern=score.pattern,
+            source_start=np.append(0, np.cumsum(allowed.sum(axis=0))),
+            sources=np.nonzero(allowed.T)[1].astype(np.int32),
             joint=score.joint,
             size=score.size,
             ones=score.terms.ones,

@@ -53,8 +53,12 @@ class Columns:
         """
         chosen = self.by_column[:, columns].tocsr()
         rows = np.flatnonzero(np.diff(chosen.indptr))
-        environment = np.unique(self.strata, return_inverse=True)[1][rows]
-        return Rows(chosen[rows].astype(np.int32), environment.astype(np.int32))
+        return Rows(chosen[rows].astype(np.int32), self.stratum[rows])
+
+    @functools.cached_property
+    def stratum(self) -> NDArray[np.int32]:
+        """Each visit's stratum as its rank, int32 (n,)."""
+        return np.unique(self.strata, return_inverse=True)[1].astype(np.int32)
 
     def take(self, columns: NDArray[np.integer]) -> "Columns":
         """Some columns, in the given order."""

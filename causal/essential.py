@@ -81,7 +81,7 @@ def dag_to_essential(dag: NDArray[Any], kinds: NDArray[np.int32] | None = None) 
     if not is_acyclic(dag):
         raise ConfigError("graph: expected a DAG, found a cycle")
     graph = pdag.empty_graph(np.zeros(len(dag), np.int32) if kinds is None else kinds)
-    pdag.settle_all(graph, (np.asarray(dag) != 0).astype(np.uint8))
+    pdag.settle_all(graph, (np.asarray(dag) != 0).astype(np.uint8), False)
     return graph.edge.astype(np.int8)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from causal.compiled import Reference, kernel, reference
-from causal.pdag import Edges, Nodes
+from causal.pdag import Edges, Graph, Nodes
 from causal.problem import Floats
 
 #: A column whose residual variance falls below this share of its variance is determined by others.
@@ -187,8 +187,15 @@ def add_parent(s: Gaussian, y: int, r: int, x: int) -> None:
 
 
 @kernel
-def source_gains(s: Gaussian, allowed: Edges, y: int, r: int, gain: Floats) -> None:  # noqa: ARG001
-    """See `causal.scoring`; what may not be an edge costs nothing to score here."""
+def source_gains(
+    s: Gaussian,
+    g: Graph,  # noqa: ARG001
+    allowed: Edges,  # noqa: ARG001
+    y: int,
+    r: int,
+    gain: Floats,
+) -> None:
+    """See `causal.scoring`; a source that is of no use costs next to nothing here."""
     matrix, row, residual, target = s.correlation[s.pattern[y]], s.row, s.residual, s.target
     p, own = len(s.pattern), s.residual[r, y]
     for x in range(p):

@@ -380,10 +380,11 @@ def change(g: Graph, move: int, u: int, v: int, first: Nodes, count: int) -> Non
 
 
 @cached_kernel
-def settle_all(graph: Graph, edge: Edges) -> None:
+def settle_all(graph: Graph, edge: Edges, orient: bool) -> None:
     """Fills an empty graph with arrows and lines, uint8 (p, p), and replaces unprotected arrows.
 
     From a DAG this gives the essential graph of its class; an essential graph stays what it is.
+    With `orient` every line is then directed, so that it becomes a DAG of its class.
     """
     g = GraphRef(*graph)
     p = edge.shape[0]
@@ -393,18 +394,12 @@ def settle_all(graph: Graph, edge: Edges) -> None:
     for a in range(p):
         _enqueue_at(g, a, False, True)
     _settle(g)
-    clear_log(g)
-
-
-@cached_kernel
-def representative(graph: Graph) -> None:
-    """Orients every line of an essential graph, so that it becomes a DAG of its class."""
-    g = GraphRef(*graph)
-    first = np.empty(1, np.int32)
-    for v in range(len(g.degree)):
-        first[0] = v
-        orient_component(g, first, 1)
-    for i in range(g.size[QUEUED]):
-        g.queued[g.queue[i, 0], g.queue[i, 1]] = 0
-    g.size[QUEUED] = 0
+    if orient:
+        first = np.empty(1, np.int64)
+        for a in range(p):
+            first[0] = a
+            orient_component(g, first, 1)
+        for i in range(g.size[QUEUED]):
+            g.queued[g.queue[i, 0], g.queue[i, 1]] = 0
+        g.size[QUEUED] = 0
     clear_log(g)

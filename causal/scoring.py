@@ -10,7 +10,7 @@ from numba import extending
 
 from causal import gaussian, tables
 from causal.compiled import one_of
-from causal.pdag import Edges, Nodes
+from causal.pdag import Edges, Graph, Nodes
 from causal.problem import Floats
 
 Local = Any  # gaussian.Gaussian or tables.Tables
@@ -36,11 +36,11 @@ def add_parent(local: Local, y: int, r: int, x: int) -> None:
     raise NotImplementedError
 
 
-def source_gains(local: Local, allowed: Edges, y: int, r: int, gain: Floats) -> None:
+def source_gains(local: Local, g: Graph, allowed: Edges, y: int, r: int, gain: Floats) -> None:
     """Fills gain, float64 (p,), with what each source is worth as one more parent beside r.
 
     What gains nothing may be given any value that is not positive, and what is not allowed, or is
-    in the set, any value.
+    adjacent to y already, any value.
     """
     raise NotImplementedError
 

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from causal.compiled import Reference, kernel, reference
-from causal.pdag import Edges, Nodes
+from causal.compiled import Reference, inlined, kernel, reference
+from causal.pdag import Edges, Graph, Nodes, adjacent
 from causal.problem import Floats
 from causal.scores import MAX_TABLE_PARENTS as MAX_PARENTS
 
-_STAMP, _CHILD, _CHILD_STAMP = 0, 1, 2
+#: Positions in `Tables.state`.
+_STAMP, _CHILD, _CHILD_STAMP, _WANT, _KNOWN = 0, 1, 2, 3, 4
 
 
 class Tables(NamedTuple):
@@ -36,6 +37,7 @@ class Tables(NamedTuple):
             a pattern; -1 if they take no part.
         uses: uint8 (patterns, groups), whether a pattern's score has a table for a group.
         pattern: int64 (p,), of each target.
+        source_start, sources: int64 (p + 1,), int32; the sources that each target may have.
         joint: int32 (groups, p, p), rows in which two columns are both 1.
         size: int64 (groups,), rows.
         ones, both: float64 (K, n + 1), see above; the last row holds for all larger k.
@@ -48,11 +50,17 @@ class Tables(NamedTuple):
             (n,), the next one; `found`, int64, the configurations that occur.
         with_source, with_both: int32 (p,), rows of a configuration in which a column, and the
             target too, is 1; `touched`, int64 (p,), the columns for which they are not 0.
+        wanted: int64 (p,), the sources to be scored; `is_wanted`, int64 (p,), marks them.
         sum_source, sum_both: int64 (p,), the same over all configurations.
         delta: float64 (p,), what the tables gain by each source.
         family, family_ones: int64 (2^MAX_PARENTS,), rows of each configuration, and with y = 1.
         lost: float64 (MAX_PARENTS + 1,).
-        state: int64 (3,), last stamp, current target and its stamp.
+        code_of, code_of_child: int64 (p,), random; a family's key is the sum of those of its
+            parents and of its child.
+        known, known_score: int64, float64 (a power of two,), keys of families (0: none) and their
+            local scores.
+        state: int64 (5,), last stamp, current target and its stamp, last mark of wanted sources,
+            families known.
     """
 
     row_start: NDArray[Any]
@@ -63,6 +71,8 @@ class Tables(NamedTuple):
     group_of: NDArray[Any]
     uses: NDArray[Any]
     pattern: NDArray[Any]
+    source_start: NDArray[Any]
+    sources: NDArray[Any]
     joint: NDArray[Any]
     size: NDArray[Any]
     ones: NDArray[Any]
@@ -79,12 +89,18 @@ class Tables(NamedTuple):
     with_source: NDArray[Any]
     with_both: NDArray[Any]
     touched: NDArray[Any]
+    wanted: NDArray[Any]
+    is_wanted: NDArray[Any]
     sum_source: NDArray[Any]
     sum_both: NDArray[Any]
     delta: NDArray[Any]
     family: NDArray[Any]
     family_ones: NDArray[Any]
     lost: NDArray[Any]
+    code_of: NDArray[Any]
+    code_of_child: NDArray[Any]
+    known: NDArray[Any]
+    known_score: NDArray[Any]
     state: NDArray[Any]
 
 
@@ -98,6 +114,9 @@ TablesRef = reference(Tables, TablesType)
 def make_tables(**given: NDArray[Any]) -> Tables:
     """The score, given all of `Tables` up to `edge`, with its scratch."""
     n, p, most = len(given["environment"]), len(given["pattern"]), 1 << MAX_PARENTS
+    families = 1 << min(20, 6 + p.bit_length())
+    # Always the same draw: that two families share a key is as good as impossible.
+    codes = np.random.default_rng(0).integers(1, 2**62, (2, p))
     return Tables(
         **given,
         code=np.zeros(n, np.int64),
@@ -110,13 +129,19 @@ def make_tables(**given: NDArray[Any]) -> Tables:
         with_source=np.zeros(p, np.int32),
         with_both=np.zeros(p, np.int32),
         touched=np.zeros(p, np.int64),
+        wanted=np.zeros(p, np.int64),
+        is_wanted=np.zeros(p, np.int64),
         sum_source=np.zeros(p, np.int64),
         sum_both=np.zeros(p, np.int64),
         delta=np.zeros(p),
         family=np.zeros(most, np.int64),
         family_ones=np.zeros(most, np.int64),
         lost=np.zeros(MAX_PARENTS + 1),
-        state=np.array([0, -1, 0]),
+        code_of=codes[0],
+        code_of_child=codes[1],
+        known=np.zeros(families, np.int64),
+        known_score=np.zeros(families),
+        state=np.array([0, -1, 0, 0, 0]),
     )
 
 
@@ -170,7 +195,7 @@ def _configure(t: Tables, nodes: Nodes, count: int) -> None:
             code[row] |= 1 << q
 
 
-@kernel
+@inlined
 def _collect(t: Tables, y: int, group: int, count: int) -> int:
     """Lists the configured rows of a group by configuration; returns how many occur."""
     group_of, number = t.group_of[t.pattern[y]], 0
@@ -190,8 +215,8 @@ def _collect(t: Tables, y: int, group: int, count: int) -> int:
     return number
 
 
-@kernel
-def _count_configuration(t: Tables, code: int, child: int) -> tuple[int, int, int]:
+@inlined
+def _count_configuration(t: Tables, code: int, child: int, want: int) -> tuple[int, int, int]:
     """Counts sources over a configuration's rows; returns rows, those with the child, touched."""
     rows, ones, touched = 0, 0, 0
     row = t.head[code]
@@ -202,6 +227,8 @@ def _count_configuration(t: Tables, code: int, child: int) -> tuple[int, int, in
             ones += 1
         for i in range(t.row_start[row], t.row_start[row + 1]):
             x = t.row_columns[i]
+            if t.is_wanted[x] != want:
+                continue
             if t.with_source[x] == 0:
                 t.touched[touched] = x
                 touched += 1
@@ -213,16 +240,15 @@ def _count_configuration(t: Tables, code: int, child: int) -> tuple[int, int, in
     return rows, ones, touched
 
 
-@kernel
-def _add_group(t: Tables, allowed: Edges, y: int, group: int, count: int, gain: Floats) -> None:
-    """Adds to `gain` what one group's table gains by each source."""
-    k, p = _varying(t, group, t.parent, count), len(t.pattern)
-    child = _mark_child(t, y)
+@inlined
+def _add_group(t: Tables, y: int, group: int, count: int, number: int, gain: Floats) -> None:
+    """Adds to `gain` what one group's table gains by each wanted source."""
+    k, child, want = _varying(t, group, t.parent, count), _mark_child(t, y), t.state[_WANT]
     rows_left, ones_left = int(t.size[group]), int(t.joint[group, y, y])
     # What a source that is 0 in all rows of a configuration gains there: the prior of k + 1.
     flat = 0.0
     for c in range(_collect(t, y, group, count)):
-        rows, ones, touched = _count_configuration(t, t.found[c], child)
+        rows, ones, touched = _count_configuration(t, t.found[c], child, want)
         rows_left -= rows
         ones_left -= ones
         flat += _term(t, k + 1, ones, rows) - _term(t, k, ones, rows)
@@ -232,13 +258,13 @@ def _add_group(t: Tables, allowed: Edges, y: int, group: int, count: int, gain: 
             t.with_source[x], t.with_both[x] = 0, 0
             t.sum_source[x] += n
             t.sum_both[x] += n1
-            if allowed[x, y]:
-                split = _term(t, k + 1, n1, n) + _term(t, k + 1, ones - n1, rows - n)
-                t.delta[x] += split - _term(t, k + 1, ones, rows)
+            split = _term(t, k + 1, n1, n) + _term(t, k + 1, ones - n1, rows - n)
+            t.delta[x] += split - _term(t, k + 1, ones, rows)
     flat -= t.cost[k + 1] - t.cost[k]
     whole = _term(t, k, ones_left, rows_left)
-    for x in range(p):
-        if allowed[x, y] and x != y and _varies(t, group, x):
+    for i in range(number):
+        x = t.wanted[i]
+        if _varies(t, group, x):
             n = t.joint[group, x, x] - t.sum_source[x]
             n1 = t.joint[group, x, y] - t.sum_both[x]
             split = _term(t, k + 1, n1, n) + _term(t, k + 1, ones_left - n1, rows_left - n)
@@ -264,14 +290,25 @@ def add_parent(t: Tables, y: int, r: int, x: int) -> None:  # noqa: ARG001
 
 
 @kernel
-def source_gains(t: Tables, allowed: Edges, y: int, r: int, gain: Floats) -> None:
+def source_gains(t: Tables, g: Graph, allowed: Edges, y: int, r: int, gain: Floats) -> None:
     """See `causal.scoring`."""
+    number = 0
+    t.state[_WANT] += 1
     for x in range(len(t.pattern)):
-        gain[x] = -t.edge[0]
+        gain[x] = 0.0
+    for i in range(t.source_start[y], t.source_start[y + 1]):
+        x = t.sources[i]
+        if allowed[x, y] and not adjacent(g.edge, x, y):
+            t.wanted[number] = x
+            t.is_wanted[x] = t.state[_WANT]
+            gain[x] = -t.edge[0]
+            number += 1
+    if number == 0:
+        return
     _configure(t, t.parent, r)
     for group in range(len(t.size)):
         if t.uses[t.pattern[y], group] and _varies(t, group, y):
-            _add_group(t, allowed, y, group, r, gain)
+            _add_group(t, y, group, r, number, gain)
 
 
 @kernel
@@ -297,42 +334,84 @@ def _count_family(t: Tables, y: int, nodes: Nodes, count: int, group: int) -> No
 
 
 @kernel
-def _whole(t: Tables, k: int, count: int) -> float:
-    """Score of the counted family with all its parents."""
+def _family_score(t: Tables, k: int, count: int, left_out: int) -> float:
+    """Score of the counted family without the parent of this bit (0: with all); k parents vary."""
     total = -t.cost[k]
     for c in range(1 << count):
-        if t.family[c]:
-            total += _term(t, k, t.family_ones[c], t.family[c])
+        rows, ones = t.family[c], t.family_ones[c]
+        if c & left_out:
+            continue
+        if left_out:
+            rows += t.family[c | left_out]
+            ones += t.family_ones[c | left_out]
+        if rows:
+            total += _term(t, k, ones, rows)
     return float(total)
 
 
 @kernel
-def _without(t: Tables, k: int, count: int, i: int) -> float:
-    """Score of the counted family without its parent i; k of the others vary."""
-    bit, total = 1 << i, -t.cost[k]
-    for c in range(1 << count):
-        if c & bit == 0:
-            rows = t.family[c] + t.family[c | bit]
-            if rows:
-                total += _term(t, k, t.family_ones[c] + t.family_ones[c | bit], rows)
-    return float(total)
+def _place(t: Tables, key: int) -> int:
+    """Where a family's score is remembered, or would be."""
+    last = len(t.known) - 1
+    i = key & last
+    while t.known[i] != 0 and t.known[i] != key:
+        i = (i + 1) & last
+    return int(i)
 
 
 @kernel
-def _losses(t: Tables, y: int, nodes: Nodes, first: int, count: int, lost: Floats) -> None:
-    """Fills lost[first:count]."""
+def _remember(t: Tables, key: int, value: float) -> None:
+    i = _place(t, key)
+    if t.known[i] == 0:
+        t.known[i] = key
+        t.state[_KNOWN] += 1
+    t.known_score[i] = value
+
+
+@kernel
+def _count_scores(t: Tables, y: int, nodes: Nodes, first: int, count: int, key: int) -> None:
+    """Remembers the local score of y with these parents, and without each from `first` on.
+
+    The scores leave out what each parent costs by itself.
+    """
+    if 2 * (t.state[_KNOWN] + count + 1) > len(t.known):
+        for i in range(len(t.known)):
+            t.known[i] = 0
+        t.state[_KNOWN] = 0
+    whole = 0.0
     for i in range(first, count):
-        lost[i] = -t.edge[0]
+        t.lost[i] = 0.0
     _configure(t, nodes, count)
     for group in range(len(t.size)):
         if not t.uses[t.pattern[y], group] or not _varies(t, group, y):
             continue
         k = _varying(t, group, nodes, count)
         _count_family(t, y, nodes, count, group)
-        whole = _whole(t, k, count)
+        score = _family_score(t, k, count, 0)
+        whole += score
         for i in range(first, count):
-            if _varies(t, group, nodes[i]):
-                lost[i] += whole - _without(t, k - 1, count, i)
+            varies = _varies(t, group, nodes[i])
+            t.lost[i] += _family_score(t, k - 1, count, 1 << i) if varies else score
+    _remember(t, key, whole)
+    for i in range(first, count):
+        _remember(t, key - t.code_of[nodes[i]], t.lost[i])
+
+
+@kernel
+def _losses(t: Tables, y: int, nodes: Nodes, first: int, count: int, lost: Floats) -> None:
+    """Fills lost[first:count]."""
+    key = t.code_of_child[y]
+    for i in range(count):
+        key += t.code_of[nodes[i]]
+    known = t.known[_place(t, key)] != 0
+    for i in range(first, count):
+        known = known and t.known[_place(t, key - t.code_of[nodes[i]])] != 0
+    if not known:
+        _count_scores(t, y, nodes, first, count, key)
+    whole = t.known_score[_place(t, key)]
+    for i in range(first, count):
+        without = t.known_score[_place(t, key - t.code_of[nodes[i]])]
+        lost[i] = whole - without - t.edge[0]
 
 
 @kernel
@@ -356,7 +435,8 @@ def add_near(t: Tables, v: int, r: int, at: int, near: Nodes, n: int) -> None:  
 def near_gain(t: Tables, v: int, r: int, at: int, near: Nodes, n: int) -> float:  # noqa: ARG001
     """See `causal.scoring`."""
     t.parent[r] = near[at]
-    return float(last_loss(t, v, t.parent, r + 1))
+    _losses(t, v, t.parent, r, r + 1, t.lost)
+    return float(t.lost[r])
 
 
 @kernel
@@ -371,12 +451,8 @@ def last_loss(t: Tables, y: int, nodes: Nodes, count: int) -> float:
 @kernel
 def family_gain(t: Tables, y: int, nodes: Nodes, count: int) -> float:
     """See `causal.scoring`."""
-    total = -t.edge[0] * count
-    _configure(t, nodes, count)
-    for group in range(len(t.size)):
-        if t.uses[t.pattern[y], group] and _varies(t, group, y):
-            k = _varying(t, group, nodes, count)
-            _count_family(t, y, nodes, count, group)
-            alone = _term(t, 0, t.joint[group, y, y], t.size[group]) - t.cost[0]
-            total += _whole(t, k, count) - alone
-    return float(total)
+    total = 0.0
+    for i in range(count):
+        _losses(t, y, nodes, i, i + 1, t.lost)
+        total += t.lost[i]
+    return total

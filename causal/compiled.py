@@ -33,6 +33,7 @@ KERNEL_MODULES = (
     "problem",
     "gaussian",
     "tables",
+    "families",
     "scoring",
     "pool",
     "candidates",

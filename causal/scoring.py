@@ -8,8 +8,8 @@ from typing import Any
 
 from numba import extending
 
-from causal import gaussian, tables
-from causal.compiled import one_of
+from causal import families, gaussian, tables
+from causal.compiled import Reference, one_of
 from causal.pdag import Edges, Graph, Nodes
 from causal.problem import Floats
 
@@ -82,23 +82,20 @@ def _reference_to(local: Any) -> Any:
     return lambda local: tables.TablesRef(*local)
 
 
-for _stub in (
-    most_parents,
-    open_target,
-    add_parent,
-    source_gains,
-    parent_losses,
-    open_near,
-    add_near,
-    near_gain,
-    last_loss,
-    family_gain,
+for _stub, _of_counts in (
+    (most_parents, tables),
+    (open_target, tables),
+    (add_parent, tables),
+    (source_gains, tables),
+    (parent_losses, families),
+    (open_near, families),
+    (add_near, families),
+    (near_gain, families),
+    (last_loss, families),
+    (family_gain, families),
 ):
-    _name = _stub.__name__
-    one_of(
-        _stub,
-        {
-            gaussian.GaussianType: getattr(gaussian, _name),
-            tables.TablesType: getattr(tables, _name),
-        },
-    )
+    _choices: dict[type[Reference], Any] = {
+        gaussian.GaussianType: getattr(gaussian, _stub.__name__),
+        tables.TablesType: getattr(_of_counts, _stub.__name__),
+    }
+    one_of(_stub, _choices)

@@ -1,4 +1,4 @@
-"""Kernels of the scores on counts of 0/1 rows: what a new or a lost parent is worth.
+"""Kernels of the scores on counts of 0/1 rows: what every new parent is worth.
 
 The local score of a column y with parents S is a sum over tables, one for each group of rows
 (`scores.TablesScore`), and there over the configurations c of S:
@@ -23,7 +23,7 @@ from causal.problem import Floats
 from causal.scores import MAX_TABLE_PARENTS as MAX_PARENTS
 
 #: Positions in `Tables.state`.
-_STAMP, _CHILD, _CHILD_STAMP, _WANT, _KNOWN = 0, 1, 2, 3, 4
+_STAMP, _CHILD, _CHILD_STAMP, _WANT, KNOWN = 0, 1, 2, 3, 4
 
 
 class Tables(NamedTuple):
@@ -146,22 +146,23 @@ def make_tables(**given: NDArray[Any]) -> Tables:
 
 
 @kernel
-def _varies(t: Tables, group: int, x: int) -> bool:
+def varies(t: Tables, group: int, x: int) -> bool:
+    """Says whether a column is not the same in all rows of a group."""
     return bool(0 < t.joint[group, x, x] < t.size[group])
 
 
 @kernel
-def _varying(t: Tables, group: int, nodes: Nodes, count: int) -> int:
+def varying(t: Tables, group: int, nodes: Nodes, count: int) -> int:
     """How many of the nodes are not the same in all rows of a group."""
     number = 0
     for i in range(count):
-        if _varies(t, group, nodes[i]):
+        if varies(t, group, nodes[i]):
             number += 1
     return number
 
 
 @kernel
-def _term(t: Tables, k: int, ones: int, rows: int) -> float:
+def term(t: Tables, k: int, ones: int, rows: int) -> float:
     """What one configuration adds."""
     last = len(t.ones) - 1
     i = min(k, last)
@@ -169,7 +170,7 @@ def _term(t: Tables, k: int, ones: int, rows: int) -> float:
 
 
 @kernel
-def _mark_child(t: Tables, y: int) -> int:
+def mark_child(t: Tables, y: int) -> int:
     """Marks the rows in which y is 1; returns the mark."""
     if t.state[_CHILD] != y:
         t.state[_STAMP] += 1
@@ -180,7 +181,7 @@ def _mark_child(t: Tables, y: int) -> int:
 
 
 @kernel
-def _configure(t: Tables, nodes: Nodes, count: int) -> None:
+def configure(t: Tables, nodes: Nodes, count: int) -> None:
     """Sets the configuration of every row in which a node is 1."""
     t.state[_STAMP] += 1
     stamp = t.state[_STAMP]
@@ -243,7 +244,7 @@ def _count_configuration(t: Tables, code: int, child: int, want: int) -> tuple[i
 @inlined
 def _add_group(t: Tables, y: int, group: int, count: int, number: int, gain: Floats) -> None:
     """Adds to `gain` what one group's table gains by each wanted source."""
-    k, child, want = _varying(t, group, t.parent, count), _mark_child(t, y), t.state[_WANT]
+    k, child, want = varying(t, group, t.parent, count), mark_child(t, y), t.state[_WANT]
     rows_left, ones_left = int(t.size[group]), int(t.joint[group, y, y])
     # What a source that is 0 in all rows of a configuration gains there: the prior of k + 1.
     flat = 0.0
@@ -251,23 +252,23 @@ def _add_group(t: Tables, y: int, group: int, count: int, number: int, gain: Flo
         rows, ones, touched = _count_configuration(t, t.found[c], child, want)
         rows_left -= rows
         ones_left -= ones
-        flat += _term(t, k + 1, ones, rows) - _term(t, k, ones, rows)
+        flat += term(t, k + 1, ones, rows) - term(t, k, ones, rows)
         for i in range(touched):
             x = t.touched[i]
             n, n1 = t.with_source[x], t.with_both[x]
             t.with_source[x], t.with_both[x] = 0, 0
             t.sum_source[x] += n
             t.sum_both[x] += n1
-            split = _term(t, k + 1, n1, n) + _term(t, k + 1, ones - n1, rows - n)
-            t.delta[x] += split - _term(t, k + 1, ones, rows)
+            split = term(t, k + 1, n1, n) + term(t, k + 1, ones - n1, rows - n)
+            t.delta[x] += split - term(t, k + 1, ones, rows)
     flat -= t.cost[k + 1] - t.cost[k]
-    whole = _term(t, k, ones_left, rows_left)
+    whole = term(t, k, ones_left, rows_left)
     for i in range(number):
         x = t.wanted[i]
-        if _varies(t, group, x):
+        if varies(t, group, x):
             n = t.joint[group, x, x] - t.sum_source[x]
             n1 = t.joint[group, x, y] - t.sum_both[x]
-            split = _term(t, k + 1, n1, n) + _term(t, k + 1, ones_left - n1, rows_left - n)
+            split = term(t, k + 1, n1, n) + term(t, k + 1, ones_left - n1, rows_left - n)
             gain[x] += flat + t.delta[x] + split - whole
         t.sum_source[x], t.sum_both[x], t.delta[x] = 0, 0, 0.0
 
@@ -305,154 +306,7 @@ def source_gains(t: Tables, g: Graph, allowed: Edges, y: int, r: int, gain: Floa
             number += 1
     if number == 0:
         return
-    _configure(t, t.parent, r)
+    configure(t, t.parent, r)
     for group in range(len(t.size)):
-        if t.uses[t.pattern[y], group] and _varies(t, group, y):
+        if t.uses[t.pattern[y], group] and varies(t, group, y):
             _add_group(t, y, group, r, number, gain)
-
-
-@kernel
-def _count_family(t: Tables, y: int, nodes: Nodes, count: int, group: int) -> None:
-    """Fills `family` and `family_ones` for configurations of the given nodes in a group."""
-    child, group_of = _mark_child(t, y), t.group_of[t.pattern[y]]
-    family, ones = t.family, t.family_ones
-    for c in range(1 << count):
-        family[c], ones[c] = 0, 0
-    family[0], ones[0] = t.size[group], t.joint[group, y, y]
-    for q in range(count):
-        s = nodes[q]
-        for i in range(t.column_start[s], t.column_start[s + 1]):
-            row = t.column_rows[i]
-            code = t.code[row]
-            if code & ((1 << q) - 1) or group_of[t.environment[row]] != group:
-                continue
-            family[code] += 1
-            family[0] -= 1
-            if t.child_stamp[row] == child:
-                ones[code] += 1
-                ones[0] -= 1
-
-
-@kernel
-def _family_score(t: Tables, k: int, count: int, left_out: int) -> float:
-    """Score of the counted family without the parent of this bit (0: with all); k parents vary."""
-    total = -t.cost[k]
-    for c in range(1 << count):
-        rows, ones = t.family[c], t.family_ones[c]
-        if c & left_out:
-            continue
-        if left_out:
-            rows += t.family[c | left_out]
-            ones += t.family_ones[c | left_out]
-        if rows:
-            total += _term(t, k, ones, rows)
-    return float(total)
-
-
-@kernel
-def _place(t: Tables, key: int) -> int:
-    """Where a family's score is remembered, or would be."""
-    last = len(t.known) - 1
-    i = key & last
-    while t.known[i] != 0 and t.known[i] != key:
-        i = (i + 1) & last
-    return int(i)
-
-
-@kernel
-def _remember(t: Tables, key: int, value: float) -> None:
-    i = _place(t, key)
-    if t.known[i] == 0:
-        t.known[i] = key
-        t.state[_KNOWN] += 1
-    t.known_score[i] = value
-
-
-@kernel
-def _count_scores(t: Tables, y: int, nodes: Nodes, first: int, count: int, key: int) -> None:
-    """Remembers the local score of y with these parents, and without each from `first` on.
-
-    The scores leave out what each parent costs by itself.
-    """
-    if 2 * (t.state[_KNOWN] + count + 1) > len(t.known):
-        for i in range(len(t.known)):
-            t.known[i] = 0
-        t.state[_KNOWN] = 0
-    whole = 0.0
-    for i in range(first, count):
-        t.lost[i] = 0.0
-    _configure(t, nodes, count)
-    for group in range(len(t.size)):
-        if not t.uses[t.pattern[y], group] or not _varies(t, group, y):
-            continue
-        k = _varying(t, group, nodes, count)
-        _count_family(t, y, nodes, count, group)
-        score = _family_score(t, k, count, 0)
-        whole += score
-        for i in range(first, count):
-            varies = _varies(t, group, nodes[i])
-            t.lost[i] += _family_score(t, k - 1, count, 1 << i) if varies else score
-    _remember(t, key, whole)
-    for i in range(first, count):
-        _remember(t, key - t.code_of[nodes[i]], t.lost[i])
-
-
-@kernel
-def _losses(t: Tables, y: int, nodes: Nodes, first: int, count: int, lost: Floats) -> None:
-    """Fills lost[first:count]."""
-    key = t.code_of_child[y]
-    for i in range(count):
-        key += t.code_of[nodes[i]]
-    known = t.known[_place(t, key)] != 0
-    for i in range(first, count):
-        known = known and t.known[_place(t, key - t.code_of[nodes[i]])] != 0
-    if not known:
-        _count_scores(t, y, nodes, first, count, key)
-    whole = t.known_score[_place(t, key)]
-    for i in range(first, count):
-        without = t.known_score[_place(t, key - t.code_of[nodes[i]])]
-        lost[i] = whole - without - t.edge[0]
-
-
-@kernel
-def parent_losses(t: Tables, y: int, nodes: Nodes, count: int, lost: Floats) -> None:
-    """See `causal.scoring`."""
-    _losses(t, y, nodes, 0, count, lost)
-
-
-@kernel
-def open_near(t: Tables, v: int, near: Nodes, n: int) -> None:
-    """See `causal.scoring`; nothing is kept between sets of parents."""
-
-
-@kernel
-def add_near(t: Tables, v: int, r: int, at: int, near: Nodes, n: int) -> None:  # noqa: ARG001
-    """See `causal.scoring`."""
-    t.parent[r] = near[at]
-
-
-@kernel
-def near_gain(t: Tables, v: int, r: int, at: int, near: Nodes, n: int) -> float:  # noqa: ARG001
-    """See `causal.scoring`."""
-    t.parent[r] = near[at]
-    _losses(t, v, t.parent, r, r + 1, t.lost)
-    return float(t.lost[r])
-
-
-@kernel
-def last_loss(t: Tables, y: int, nodes: Nodes, count: int) -> float:
-    """See `causal.scoring`."""
-    if count > MAX_PARENTS:
-        return np.inf
-    _losses(t, y, nodes, count - 1, count, t.lost)
-    return float(t.lost[count - 1])
-
-
-@kernel
-def family_gain(t: Tables, y: int, nodes: Nodes, count: int) -> float:
-    """See `causal.scoring`."""
-    total = 0.0
-    for i in range(count):
-        _losses(t, y, nodes, i, i + 1, t.lost)
-        total += t.lost[i]
-    return total

@@ -66,10 +66,12 @@ def test_turned_lines_are_separated_as_the_paper_defines():
     assert long_walks > 0
 
 
-def test_a_parent_that_others_determine_adds_its_penalty_alone():
+@pytest.mark.parametrize("weights", [(1, 1), (2, 0), (-4, 0)])
+def test_a_parent_that_others_determine_adds_its_penalty_alone(weights):
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(2, 500))
-    rows = np.column_stack([a, b, a + b, a - 2 * b + rng.normal(size=500)])
+    third = weights[0] * a + weights[1] * b
+    rows = np.column_stack([a, b, third, a - 2 * b + rng.normal(size=500)])
     moments = statistics.from_dense(rows)
     two, three = np.zeros((4, 4)), np.zeros((4, 4))
     two[:2, 3], three[:3, 3] = 1, 1

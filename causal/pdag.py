@@ -187,7 +187,7 @@ def path_exists(g: Graph, start: int, end: int, stamp: int, skip_direct: bool) -
     """Is there a path start → … → end along arrows and lines, avoiding nodes seen at `stamp`?
 
     `skip_direct` leaves out the edge between start and end. If there is one, `previous` leads back
-    from end to start.
+    from end to start along a shortest: the fewer edges it has, the longer it blocks.
     """
     edge, near, degree, seen = g.edge, g.near, g.degree, g.seen
     stack, previous = g.stack, g.previous
@@ -195,12 +195,12 @@ def path_exists(g: Graph, start: int, end: int, stamp: int, skip_direct: bool) -
         return False
     seen[start] = stamp
     stack[0] = start
-    n = 1
-    while n > 0:
-        n -= 1
-        a = stack[n]
-        for i in range(degree[a]):
-            b = near[a, i]
+    i, n = 0, 1
+    while i < n:
+        a = stack[i]
+        i += 1
+        for j in range(degree[a]):
+            b = near[a, j]
             if edge[a, b] == 0 or seen[b] == stamp:
                 continue
             if b == end:

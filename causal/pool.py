@@ -15,7 +15,7 @@ from causal.pdag import Graph
 from causal.problem import Floats
 
 #: Positions in `Pool.size`.
-USED, LIVE, PATHS = 0, 1, 2
+USED, LIVE, PATHS, NUMBER, SINCE = 0, 1, 2, 3, 4
 #: Factors of the hash of a pair of nodes.
 _FIRST, _SECOND = 40503, 9973
 
@@ -29,11 +29,12 @@ class Pool(NamedTuple):
         start, length: int64 (p,), where a target's candidates are.
         best: float64 (p,), the largest gain of a target, 0 if it has none.
         best_at: int64 (p,), its position.
-        generation: int64 (p,), counts how often a target was scored.
         stale: uint8 (p,), 1 if a target has to be scored again.
-        path: int64 (entries, 6), (from, to, target, position, generation, next entry).
+        blocked: int64 (capacity,), number of the path that blocked a candidate last; 0 for none.
+        path: int64 (entries, 6), (from, to, target, position, number, next entry).
         head: int32 (a power of two,), the first entry of each hash value.
-        size: int64 (3,), candidates written, candidates alive, path entries.
+        size: int64 (5,), candidates written, candidates alive, path entries, last path's number,
+            and what that was when a move began to be looked for.
     """
 
     gain: NDArray[Any]
@@ -43,8 +44,8 @@ class Pool(NamedTuple):
     length: NDArray[Any]
     best: NDArray[Any]
     best_at: NDArray[Any]
-    generation: NDArray[Any]
     stale: NDArray[Any]
+    blocked: NDArray[Any]
     path: NDArray[Any]
     head: NDArray[Any]
     size: NDArray[Any]
@@ -67,11 +68,11 @@ def make_pool(p: int, capacity: int) -> Pool:
         length=np.zeros(p, np.int64),
         best=np.zeros(p),
         best_at=np.zeros(p, np.int64),
-        generation=np.zeros(p, np.int64),
         stale=np.ones(p, np.uint8),
+        blocked=np.empty(capacity, np.int64),
         path=np.empty((min(1 << 18, 1024 + 512 * p), 6), np.int64),
         head=np.full(1 << min(14, 6 + p.bit_length()), -1, np.int32),
-        size=np.zeros(3, np.int64),
+        size=np.zeros(5, np.int64),
     )
 
 
@@ -83,11 +84,13 @@ def grown(pool: Pool) -> Pool:
     capacity = max(2 * int(pool.size[LIVE]), len(pool.gain)) + 4 * len(pool.length) + 1024
     gain, source = np.empty(capacity), np.empty(capacity, np.int32)
     clique, start = np.empty(capacity, np.int32), np.zeros_like(pool.start)
+    blocked = np.empty(capacity, np.int64)
     best_at, used = pool.best_at.copy(), 0
     for y, (a, n) in enumerate(zip(pool.start.tolist(), pool.length.tolist(), strict=True)):
         gain[used : used + n] = pool.gain[a : a + n]
         source[used : used + n] = pool.source[a : a + n]
         clique[used : used + n] = pool.clique[a : a + n]
+        blocked[used : used + n] = pool.blocked[a : a + n]
         best_at[y] += used - a
         start[y] = used
         used += n
@@ -104,8 +107,8 @@ def grown(pool: Pool) -> Pool:
         length=pool.length,
         best=pool.best,
         best_at=best_at,
-        generation=pool.generation,
         stale=pool.stale,
+        blocked=blocked,
         path=path,
         head=head,
         size=size,
@@ -165,50 +168,76 @@ def _slot(a: int, b: int, slots: int) -> int:
 def set_aside(pool: Pool, g: Graph, y: int, end: int) -> bool:
     """Sets the best candidate aside, blocked by the path just found from y to `end`.
 
-    Returns False, with nothing done, if the table of paths is full.
+    If the table of paths is full, those that were set aside before this move was looked for come
+    back: to look at them again costs less than a larger table. Returns False, with the candidate
+    where it was, if the table is too small for this move alone.
     """
-    length, b = 0, end
+    at, length, b = pool.best_at[y], 0, end
     while b != y:
         b = g.previous[b]
         length += 1
     if pool.size[PATHS] + length > len(pool.path):
         _compact_paths(pool)
         # Nearly full again it would soon have to be compacted anew.
+        if 2 * (pool.size[PATHS] + length) > len(pool.path):
+            _bring_back(pool)
+            _compact_paths(pool)
         if 4 * (pool.size[PATHS] + length) > 3 * len(pool.path):
             return False
-    at = pool.best_at[y]
     pool.gain[at] = -pool.gain[at]
     _find_best(pool, y)
+    pool.size[NUMBER] += 1
+    pool.blocked[at] = pool.size[NUMBER]
     b = end
     while b != y:
         a = g.previous[b]
-        _add_path(pool, pool.size[PATHS], a, b, y, at - pool.start[y], pool.generation[y])
+        _add_path(pool, pool.size[PATHS], a, b, y, at - pool.start[y], pool.size[NUMBER])
         pool.size[PATHS] += 1
         b = a
     return True
 
 
 @kernel
-def _add_path(pool: Pool, n: int, a: int, b: int, y: int, place: int, generation: int) -> None:
+def _add_path(pool: Pool, n: int, a: int, b: int, y: int, place: int, number: int) -> None:
     path, head = pool.path, pool.head
     slot = _slot(a, b, len(head))
     path[n, 0], path[n, 1], path[n, 2] = a, b, y
-    path[n, 3], path[n, 4], path[n, 5] = place, generation, head[slot]
+    path[n, 3], path[n, 4], path[n, 5] = place, number, head[slot]
     head[slot] = n
 
 
 @kernel
+def _blocks(pool: Pool, n: int) -> bool:
+    """Does a path entry still set its candidate aside?"""
+    y, place = pool.path[n, 2], pool.path[n, 3]
+    if pool.stale[y] or place >= pool.length[y]:
+        return False
+    at = pool.start[y] + place
+    return bool(pool.blocked[at] == pool.path[n, 4] and pool.gain[at] < 0.0)
+
+
+@kernel
+def _bring_back(pool: Pool) -> None:
+    """Has candidates looked at again that were set aside before this move was looked for."""
+    for y in range(len(pool.best)):
+        found = False
+        for at in range(pool.start[y], pool.start[y] + pool.length[y]):
+            if pool.gain[at] < 0.0 and pool.blocked[at] <= pool.size[SINCE]:
+                pool.gain[at] = -pool.gain[at]
+                found = True
+        if found and pool.stale[y] == 0:
+            _find_best(pool, y)
+
+
+@kernel
 def _compact_paths(pool: Pool) -> None:
-    """Drops the entries of candidates that are no longer set aside."""
+    """Drops the entries that set nothing aside any more."""
     path, kept = pool.path, 0
     for i in range(len(pool.head)):
         pool.head[i] = -1
     for i in range(pool.size[PATHS]):
-        y = path[i, 2]
-        if path[i, 4] != pool.generation[y] or pool.stale[y]:
-            continue
-        if pool.gain[pool.start[y] + path[i, 3]] < 0.0:
-            _add_path(pool, kept, path[i, 0], path[i, 1], y, path[i, 3], path[i, 4])
+        if _blocks(pool, i):
+            _add_path(pool, kept, path[i, 0], path[i, 1], path[i, 2], path[i, 3], path[i, 4])
             kept += 1
     pool.size[PATHS] = kept
 
@@ -221,13 +250,12 @@ def wake(pool: Pool, a: int, b: int) -> None:
     last, n = -1, head[slot]
     while n >= 0:
         following, y = path[n, 5], path[n, 2]
-        current = path[n, 4] == pool.generation[y]
+        current = _blocks(pool, n)
         hit = path[n, 0] == a and path[n, 1] == b
-        if hit and current and pool.stale[y] == 0:
+        if hit and current:
             at = pool.start[y] + path[n, 3]
-            if pool.gain[at] < 0.0:
-                pool.gain[at] = -pool.gain[at]
-                _find_best(pool, y)
+            pool.gain[at] = -pool.gain[at]
+            _find_best(pool, y)
         if current and not hit:
             last = n
         elif last < 0:
@@ -243,7 +271,6 @@ def begin(pool: Pool, y: int) -> None:
     pool.size[LIVE] -= pool.length[y]
     pool.length[y] = 0
     pool.start[y] = pool.size[USED]
-    pool.generation[y] += 1
 
 
 @kernel
@@ -255,6 +282,7 @@ def append(pool: Pool, y: int, gain: float, source: int, clique: int) -> bool:
     pool.gain[at] = gain
     pool.source[at] = source
     pool.clique[at] = clique
+    pool.blocked[at] = 0
     pool.length[y] += 1
     return True
 

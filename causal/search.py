@@ -13,7 +13,7 @@ from causal import pdag, scoring
 from causal.candidates import NO_ROOM, score_deletions, score_insertions, score_turns, valid_clique
 from causal.compiled import Reference, cached_kernel, inlined, kernel, reference
 from causal.pdag import DELETE, INSERT, TURN, Edges, Graph, is_line
-from causal.pool import Pool, PoolRef, best_target, drop, make_pool, wake
+from causal.pool import NUMBER, SINCE, Pool, PoolRef, best_target, drop, make_pool, wake
 from causal.problem import Problem, ProblemRef, Work, WorkRef, clique_at, make_work
 from causal.restrictions import close_orientations
 
@@ -207,6 +207,7 @@ def _pick(s: State, move: int) -> tuple[int, int, int, float]:
             if g.edge[u, v] and s.deletion_gain[v, u] == s.deletion[v]:
                 return u, v, _deletion_clique(s, u, v), s.deletion[v]
     pool = s.insertions if move == INSERT else s.turns
+    pool.size[SINCE] = pool.size[NUMBER]
     while True:
         v = best_target(pool.best)
         if v < 0:

@@ -37,6 +37,7 @@ STRICT: tuple[tuple[str, Options], ...] = (
     ("discrete_bic", (("penalty", 2), ("min_support", 5))),
     ("bdeu", (("gamma", 0), ("min_support", 5))),
     ("bdeu", (("gamma", 1), ("min_support", 5))),
+    ("bdeu", (("gamma", 1), ("min_support", 3))),
 )
 
 

@@ -212,9 +212,7 @@ def test_an_effects_file_of_an_earlier_version_is_refused_in_one_line(tmp_path: 
     with np.load(path) as content:
         kept = {name: content[name] for name in content if name not in ("minimum", "support")}
     np.savez(path, **kept)
-    with pytest.raises(
-        ArtifactError, match="without minimum, support; write it again"
-    ) as caught:
+    with pytest.raises(ArtifactError, match="without minimum, support; write it again") as caught:
         graphs.read_effects(path)
     assert "\n" not in str(caught.value)
 

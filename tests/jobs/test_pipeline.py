@@ -47,7 +47,7 @@ def left_running(home: Path) -> list[str]:
     return found
 
 
-def wait_until_nothing_runs(home: Path, seconds: float = 20) -> list[str]:
+def wait_until_nothing_runs(home: Path, seconds: float = 60) -> list[str]:
     deadline = time.monotonic() + seconds
     while (running := left_running(home)) and time.monotonic() < deadline:
         time.sleep(0.2)

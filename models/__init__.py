@@ -18,7 +18,10 @@ from cafemed.errors import ConfigError
 
 # name → (module, model class, options class). Modules are imported when asked for, so that one
 # model's dependencies do not become everyone's.
-_REGISTRY = {"cafemed": ("models.cafemed", "CafeMed", "CafeMedOptions")}
+_REGISTRY = {
+    "cafemed": ("models.cafemed", "CafeMed", "CafeMedOptions"),
+    "causalmed": ("models.causalmed", "CausalMed", "CausalMedOptions"),
+}
 
 #: The names that `build` knows.
 NAMES = tuple(_REGISTRY)

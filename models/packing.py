@@ -6,6 +6,7 @@ belong to its own visit, and so where a convolution meets the zeros of its paddi
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -58,7 +59,6 @@ class Packing:
         position_visit: int64 (Q,), the visit row of each position.
         lengths: int64 (V,), max(1, n_0, n_1, n_2), the positions of each visit.
         starts: int64 (V,), the first position of each visit.
-        window: the positions' neighbours.
     """
 
     ids: torch.Tensor
@@ -73,7 +73,11 @@ class Packing:
     position_visit: torch.Tensor
     lengths: torch.Tensor
     starts: torch.Tensor
-    window: Window
+
+    @functools.cached_property
+    def window(self) -> Window:
+        """The positions' neighbours; found when asked for, since only CHARM looks at them."""
+        return _window(self.starts, self.lengths, self.position_visit)
 
     @property
     def num_visits(self) -> int:
@@ -120,7 +124,6 @@ def pack(batch: Batch, sizes: tuple[int, int, int], first_visit_slot: bool = Tru
         position_visit=position_visit,
         lengths=lengths,
         starts=starts,
-        window=_window(starts, lengths, position_visit),
     )
 
 

@@ -15,7 +15,11 @@ from cafemed.errors import ConfigError
 from cafemed.search_space import Categorical, Float, Integer
 from cafemed.training import FitConfig
 
-SPACES = sorted((paths.CONF_DIR / "search").glob("*.yaml"))
+#: Spaces of CafeMed; those of another model are named after it.
+SPACES = sorted(
+    path for path in (paths.CONF_DIR / "search").glob("*.yaml") if path.stem not in models.NAMES
+)
+OTHER_MODELS = [name for name in models.NAMES if name != "cafemed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +187,15 @@ def test_spaces_of_the_configuration_fit_the_model(path, read):
     plan = read(yaml.load(path.read_text(), yaml.CSafeLoader))
     needed = {"model.modulation_strength", "model.reduction_ratio", "train.ddi_coefficient"}
     assert needed <= set(plan.space.entries)
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_space_named_after_a_model_fits_it_and_holds_its_defaults(name):
+    content = yaml.safe_load((paths.CONF_DIR / "search" / f"{name}.yaml").read_text())
+    plan = sweep_plan.read({"name": name}, {}, content, models.options_class)
+    assert "train.ddi_coefficient" in plan.space.entries
+    assert any(entry.startswith("model.") for entry in plan.space.entries)
+    assert plan.start is not None
 
 
 def test_the_papers_space_starts_from_the_papers_values(read):

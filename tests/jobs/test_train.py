@@ -176,3 +176,12 @@ def test_killed_and_run_again_it_ends_with_the_same_weights(root, experiment, ki
     done = sum(line.startswith("epoch") for line in resumed.stdout.splitlines())
     assert 6 - kill_after - 1 <= done <= 6 - kill_after
     assert (experiment / "fit" / "model.safetensors").read_bytes() == expected
+
+
+def test_another_model_is_trained_by_its_name(root, experiment):
+    finished = run(root, "train", "name=small", "model=causalmed", *TRAIN[1:])
+    assert finished.returncode == 0, finished.stderr
+    assert "causalmed on" in finished.stdout
+    artifacts.verify(experiment / "fit", "fit")
+    written = json.loads((experiment / "fit" / "config.json").read_text())
+    assert written["model"]["name"] == "causalmed"

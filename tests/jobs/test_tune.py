@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cafemed import artifacts, bundle_files, cohort, graphs, paths, registry
+import models
+from cafemed import artifacts, bundle, bundle_files, cohort, graphs, paths, registry
 from cafemed.codes import node_name
 
 SMALL = [
@@ -216,3 +217,13 @@ def commands_with(text: str) -> list[str]:
         if text in command:
             found.append(command)
     return found
+
+
+def test_another_model_is_searched_in_its_own_space(root: Path, experiment: Path):
+    options = ["model=causalmed", "search.num_samples=1", "train.epochs=2", "force=true"]
+    status, out, err = run(root, "tune", "name=small", *options)
+    assert (status, err) == (0, "")
+    assert "1 trials over model.effect_levels," in out
+    served = bundle.load(registry.resolve(paths.registry_dir(root, "small"), "production"))
+    assert served.model_name == "causalmed"
+    assert bundle.restore_model(served, models.build)

@@ -118,3 +118,8 @@ def logits_of():
             return batch.flatten(model(batch))
 
     return logits
+
+
+@pytest.fixture(scope="session")
+def reference_causalmed():
+    return _load("reference_causalmed")

@@ -27,7 +27,9 @@ VOCABULARIES = {
 MODEL_OPTIONS = {"dimension": 24}
 
 
-def make_bundle(preprocessing: Preprocessing | None = None, seed: int = 0) -> Bundle:
+def make_bundle(
+    preprocessing: Preprocessing | None = None, seed: int = 0, model_name: str = "cafemed"
+) -> Bundle:
     """A bundle whose model has random weights, larger than at a start, so that scores differ."""
     rng = np.random.default_rng(seed)
     nodes = sorted(
@@ -56,12 +58,12 @@ def make_bundle(preprocessing: Preprocessing | None = None, seed: int = 0) -> Bu
     ddi = np.triu(rng.random((len(columns), len(columns))) < 0.3, 1)
     ddi |= ddi.T
     inputs = model_inputs(VOCABULARIES, effects, ddi)
-    model = models.build("cafemed", inputs, MODEL_OPTIONS, seed=seed)
+    model = models.build(model_name, inputs, MODEL_OPTIONS, seed=seed)
     for parameter in model.parameters():
         parameter.data.mul_(2)
     model.eval()
     return Bundle(
-        model_name="cafemed",
+        model_name=model_name,
         model_options=MODEL_OPTIONS,
         weights=model.state_dict(),
         vocabularies=VOCABULARIES,

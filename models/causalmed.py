@@ -1,0 +1,126 @@
+"""CausalMed: class masks and relational graph layers on each visit, and GRUs over visits.
+
+All visits of a batch of patients are encoded at once and the GRUs pass over them once, as in
+CafeMed, whose ancestor this is: the heterogeneous branch here is what CHARM replaces there.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from cafemed.batches import Batch, ModelInputs
+from cafemed.config import Range
+from cafemed.errors import ArtifactError
+from models.dropout import FastDropout
+from models.effect_edges import EffectRelations
+from models.homogeneous import ClassMask
+from models.packing import Packing, pack
+from models.recurrent import ParallelGRU
+from models.relational import HeterogeneousBranch
+from models.sparse_map import SparseMap
+
+#: Embeddings start uniform in (-EMBEDDING_BOUND, EMBEDDING_BOUND).
+EMBEDDING_BOUND = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalMedOptions:
+    """Options of CausalMed; docs/models.md says which are the published code's and which ours.
+
+    Attributes:
+        dimension: d, of embeddings, graph layers and GRUs.
+        dropout: on looked-up embeddings, in training.
+        dropout_shared: one draw for both branches; False: medications get another draw in the
+            heterogeneous branch.
+        effect_levels: classes of effects, each 1 / effect_levels wide; effects in the lowest give
+            no edge.
+        effect_sign: classes of E or of |E|.
+        virtual_edges: at a later visit whose effects are all 0: from all medications, from the
+            first one, or none (then only first visits have virtual edges).
+        first_visit_slot: a first visit has one medication node, a zero vector.
+        duplicate_state: the head sees [h; o] with h = o, or o once.
+    """
+
+    dimension: Annotated[int, Range(1)] = 64
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.7
+    dropout_shared: bool = True
+    effect_levels: Annotated[int, Range(2, 100)] = 5
+    effect_sign: Literal["signed", "absolute"] = "signed"
+    virtual_edges: Literal["all", "first", "none"] = "all"
+    first_visit_slot: bool = True
+    duplicate_state: bool = True
+
+
+class CausalMed(nn.Module):
+    """CausalMed over batches of patients.
+
+    Args:
+        inputs: sizes and effects.
+        options: see CausalMedOptions.
+    """
+
+    def __init__(self, inputs: ModelInputs, options: CausalMedOptions) -> None:
+        super().__init__()
+        self.sizes = inputs.sizes
+        self.options = options
+        d = options.dimension
+        self.embedding = nn.Parameter(
+            torch.empty(sum(inputs.sizes), d).uniform_(-EMBEDDING_BOUND, EMBEDDING_BOUND)
+        )
+        self.dropout = FastDropout(options.dropout)
+        self.class_mask = ClassMask(d)
+        self.heterogeneous = HeterogeneousBranch(
+            EffectRelations(
+                inputs, options.effect_levels, options.effect_sign, options.virtual_edges
+            ),
+            d,
+            options.first_visit_slot,
+        )
+        self.fusion = nn.Parameter(torch.ones(3, 2))
+        self.grus = ParallelGRU(3, d)
+        self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Gives logits for every visit from the visits before it and its known codes.
+
+        Args:
+            batch: B patients, at most T visits each.
+
+        Returns:
+            float32 (B, T, N_m), y^ of docs/models.md 2.4; 0 after a patient's last visit.
+
+        Raises:
+            ArtifactError: if the batch's codes are of vocabularies of other sizes.
+        """
+        if batch.sizes != self.sizes:
+            raise ArtifactError(
+                f"the model was built for vocabularies of {self.sizes} diagnoses, procedures and "
+                f"medications, the batch's have {batch.sizes}"
+            )
+        packing = pack(batch, self.sizes, first_visit_slot=False)
+        visits = self.encode_visits(batch, packing)
+        # A layer's last state is its last output, h_k = o_k^t: o stands for both.
+        patient = torch.relu(self.grus(visits, batch).flatten(1))
+        if self.options.duplicate_state:
+            patient = torch.cat([patient, patient], 1)
+        return batch.pad(self.head(patient))
+
+    def encode_visits(self, batch: Batch, packing: Packing) -> torch.Tensor:
+        """Both branches and their fusion: z, float32 (V, 3, d)."""
+        num_codes = len(packing.ids)
+        every = torch.arange(num_codes, device=packing.ids.device)
+        look_up = SparseMap.of(every, packing.ids, num_codes, len(self.embedding))
+        looked_up = look_up(self.embedding)
+        embedded = related = self.dropout(looked_up)
+        if not self.options.dropout_shared:
+            is_medication = (packing.modality == 2)[:, None]
+            related = torch.where(is_medication, self.dropout(looked_up), embedded)
+        to_visits = SparseMap.of(packing.group, every, 3 * packing.num_visits, num_codes)
+        masked = to_visits(self.class_mask(embedded, packing.modality, packing.classes))
+        homogeneous = masked.view(packing.num_visits, 3, -1)
+        heterogeneous = self.heterogeneous(related, batch, packing, to_visits)
+        fusion = self.fusion[..., None]
+        z: torch.Tensor = fusion[:, 0] * homogeneous + fusion[:, 1] * heterogeneous
+        return z

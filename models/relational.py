@@ -36,15 +36,45 @@ class RelationalLayer(nn.Module):
         for weights in (self.weight, self.root):
             nn.init.uniform_(weights, -bound, bound)
 
-    def project(self, rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        """Multiplies rows (G, d), those of each relation together, by their W_r.
+    def messages(
+        self,
+        rows: torch.Tensor,
+        edges: EffectEdges,
+        share: torch.Tensor,
+        target: torch.Tensor,
+        num_targets: int,
+    ) -> torch.Tensor:
+        """Adds up share * rows[source] W_relation over the edges that lead to each target.
+
+        In training rows that share a relation and a target are added up before the product: only
+        what has edges is multiplied. In evaluation every row is multiplied by every W_r: the shape
+        of the product is the batch's alone, and so each row's bits do not depend on the others'
+        edges, which serving relies on.
 
         Args:
-            rows: in the order of the relations.
-            sizes: (R,), rows of each relation.
+            rows: (N, d).
+            edges: E edges, sorted by relation and then by `target`.
+            share: (E,).
+            target: int64 (E,).
+            num_targets: T.
+
+        Returns:
+            (T, d).
         """
-        out: torch.Tensor = _ByRelation.apply(rows, self.weight, sizes)  # type: ignore[no-untyped-call]
-        return out
+        number, dimension = len(self.weight), rows.shape[1]
+        if not self.training:
+            matrix = self.weight.transpose(0, 1).reshape(dimension, -1)
+            projected = (rows @ matrix).view(-1, dimension)  # row n * R + r
+            return _gather(
+                projected, edges.source * number + edges.relation, target, num_targets, share
+            )
+        group, size = _groups(edges.relation * num_targets + target)
+        last = size.cumsum(0) - 1
+        sums = SparseMap.of(group, edges.source, len(size), len(rows), share)(rows)
+        sizes: list[int] = torch.bincount(edges.relation[last], minlength=number).tolist()
+        projected = _ByRelation.apply(sums, self.weight, sizes)  # type: ignore[no-untyped-call]
+        every = torch.arange(len(last), device=last.device)
+        return _gather(projected, every, target[last], num_targets)
 
 
 class HeterogeneousBranch(nn.Module):
@@ -82,29 +112,17 @@ class HeterogeneousBranch(nn.Module):
         # The medications that reach a code by a relation lie together; each has its share.
         group, size = _groups(edges.relation * len(embedded) + edges.target)
         share = size.to(embedded.dtype).reciprocal()[group]
-        last = size.cumsum(0) - 1
-        means = SparseMap.of(group, edges.source, len(size), len(embedded), share)(embedded)
-        projected = self.first.project(means, self._sizes(edges.relation[last]))
+        received = self.first.messages(embedded, edges, share, edges.target, len(embedded))
         own = torch.addmm(self.first.bias, embedded, self.first.root)
-        hidden = torch.relu(own + _gather(projected, edges.target[last], len(embedded)))
+        hidden = torch.relu(own + received)
 
+        num_groups, goal = 3 * packing.num_visits, packing.group[edges.target]
         sums = to_visits(hidden).view(packing.num_visits, 3, -1)
-        messages, counts = self._messages(hidden, edges, share, packing), batch.counts
+        messages = self.second.messages(hidden, edges, share, goal, num_groups).view_as(sums)
+        counts = batch.counts
         if self.first_visit_slot:
             sums, messages, counts = self._add_slots(sums, messages, batch)
         return sums @ self.second.root + counts[..., None] * self.second.bias + messages
-
-    def _messages(
-        self, hidden: torch.Tensor, edges: EffectEdges, share: torch.Tensor, packing: Packing
-    ) -> torch.Tensor:
-        """What the second layer's relations send to each visit and modality, (V, 3, d)."""
-        num_visits = packing.num_visits
-        group, size = _groups(edges.relation * num_visits + packing.visit[edges.target])
-        last = size.cumsum(0) - 1
-        sums = SparseMap.of(group, edges.source, len(size), len(hidden), share)(hidden)
-        projected = self.second.project(sums, self._sizes(edges.relation[last]))
-        goal = packing.group[edges.target[last]]
-        return _gather(projected, goal, 3 * num_visits).view(num_visits, 3, -1)
 
     def _add_slots(
         self, sums: torch.Tensor, messages: torch.Tensor, batch: Batch
@@ -125,10 +143,6 @@ class HeterogeneousBranch(nn.Module):
             batch.counts + at_slot,
         )
 
-    def _sizes(self, relation: torch.Tensor) -> list[int]:
-        sizes: list[int] = torch.bincount(relation, minlength=self.relations.number).tolist()
-        return sizes
-
 
 def _groups(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Numbers the runs of equal keys; gives each element's run and each run's length."""
@@ -136,10 +150,18 @@ def _groups(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return group, size
 
 
-def _gather(rows: torch.Tensor, target: torch.Tensor, num_targets: int) -> torch.Tensor:
-    """Adds rows (G, d) up by target, int64 (G,) in any order; gives (num_targets, d)."""
+def _gather(
+    rows: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    num_targets: int,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Adds up weight * rows[source] by target, int64 (E,) in any order; gives (num_targets, d)."""
     order = target.argsort(stable=True)
-    return SparseMap.of(target[order], order, num_targets, len(target))(rows)
+    sorted_weight = None if weight is None else weight[order]
+    mapping = SparseMap.of(target[order], source[order], num_targets, len(rows), sorted_weight)
+    return mapping(rows)
 
 
 class _ByRelation(torch.autograd.Function):

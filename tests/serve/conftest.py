@@ -85,6 +85,12 @@ def served() -> Bundle:
     return make_bundle()
 
 
+@pytest.fixture(scope="session", params=models.NAMES)
+def served_model(request: pytest.FixtureRequest) -> Bundle:
+    """A bundle of each model, in memory."""
+    return make_bundle(model_name=request.param)
+
+
 @pytest.fixture(scope="session")
 def other() -> Bundle:
     """Another bundle with the same vocabularies."""

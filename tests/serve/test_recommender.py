@@ -71,9 +71,10 @@ def direct(bundle: Bundle, patient: EncodedPatient) -> np.ndarray:
     return torch.sigmoid(logits / bundle.preprocessing.temperature).numpy()
 
 
-def test_probabilities_are_those_of_the_model(served: Bundle, recommender: Recommender) -> None:
-    patients = recommender.encode(some_patients(served, 40))
-    expected = np.stack([direct(served, patient) for patient in patients])
+def test_probabilities_are_those_of_the_model(served_model: Bundle) -> None:
+    recommender = Recommender(served_model, 7)
+    patients = recommender.encode(some_patients(served_model, 40))
+    expected = np.stack([direct(served_model, patient) for patient in patients])
     assert expected.std() > 0.05  # the weights do tell patients apart
     # float32: the fixed shapes sum in another order than a patient alone
     np.testing.assert_allclose(recommender.probabilities(patients), expected, atol=1e-6)
@@ -97,10 +98,9 @@ def test_the_temperature_divides_the_logits(served: Bundle, recommender: Recomme
     np.testing.assert_allclose(np.log(warmed_odds), np.log(odds) / 2, atol=1e-5)
 
 
-def test_an_answer_does_not_depend_on_the_others_bit_for_bit(
-    served: Bundle, recommender: Recommender
-) -> None:
-    patients = recommender.encode(some_patients(served, 250))
+def test_an_answer_does_not_depend_on_the_others_bit_for_bit(served_model: Bundle) -> None:
+    recommender = Recommender(served_model, 7)
+    patients = recommender.encode(some_patients(served_model, 250))
     alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
     together = recommender.probabilities(patients)
     np.testing.assert_array_equal(together, alone)
@@ -110,10 +110,9 @@ def test_an_answer_does_not_depend_on_the_others_bit_for_bit(
         np.testing.assert_array_equal(recommender.probabilities(shuffled), alone[order])
 
 
-def test_an_answer_is_the_same_in_every_position_bit_for_bit(
-    served: Bundle, recommender: Recommender
-) -> None:
-    patients = recommender.encode(some_patients(served, 200, seed=2))
+def test_an_answer_is_the_same_in_every_position_bit_for_bit(served_model: Bundle) -> None:
+    recommender = Recommender(served_model, 7)
+    patients = recommender.encode(some_patients(served_model, 200, seed=2))
     shape = batching.shape_of(patients[0])
     others = [p for p in patients[1:] if batching.shape_of(p) == shape][: shape.patients - 1]
     assert len(others) == shape.patients - 1 > 2

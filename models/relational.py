@@ -18,6 +18,9 @@ from models.effect_edges import EffectEdges, EffectRelations
 from models.packing import Packing
 from models.sparse_map import SparseMap
 
+#: Rows of one matrix product of a relation.
+BLOCK = 32
+
 
 class RelationalLayer(nn.Module):
     """Weights of one layer, Glorot-uniform with zero bias, as PyTorch Geometric's RGCNConv.
@@ -46,10 +49,10 @@ class RelationalLayer(nn.Module):
     ) -> torch.Tensor:
         """Adds up share * rows[source] W_relation over the edges that lead to each target.
 
-        In training rows that share a relation and a target are added up before the product: only
-        what has edges is multiplied. In evaluation every row is multiplied by every W_r: the shape
-        of the product is the batch's alone, and so each row's bits do not depend on the others'
-        edges, which serving relies on.
+        Rows that share a relation and a target are added up before the product, so that only what
+        has edges is multiplied, and the products are taken in blocks of a fixed number of rows: in
+        a product of another height a row has other last bits, and serving relies on a patient's
+        bits not depending on the others' edges.
 
         Args:
             rows: (N, d).
@@ -61,20 +64,21 @@ class RelationalLayer(nn.Module):
         Returns:
             (T, d).
         """
-        number, dimension = len(self.weight), rows.shape[1]
-        if not self.training:
-            matrix = self.weight.transpose(0, 1).reshape(dimension, -1)
-            projected = (rows @ matrix).view(-1, dimension)  # row n * R + r
-            return _gather(
-                projected, edges.source * number + edges.relation, target, num_targets, share
-            )
         group, size = _groups(edges.relation * num_targets + target)
         last = size.cumsum(0) - 1
-        sums = SparseMap.of(group, edges.source, len(size), len(rows), share)(rows)
-        sizes: list[int] = torch.bincount(edges.relation[last], minlength=number).tolist()
-        projected = _ByRelation.apply(sums, self.weight, sizes)  # type: ignore[no-untyped-call]
-        every = torch.arange(len(last), device=last.device)
-        return _gather(projected, every, target[last], num_targets)
+        relation = edges.relation[last]
+        # Each relation's sums begin a block; what is left of its last block stays 0.
+        sizes = torch.bincount(relation, minlength=len(self.weight))
+        blocks = (sizes + BLOCK - 1) // BLOCK
+        skipped = (blocks * BLOCK - sizes).cumsum(0) - (blocks * BLOCK - sizes)
+        place = torch.arange(len(last), device=last.device) + skipped[relation]
+        num_blocks: list[int] = blocks.tolist()
+        height = BLOCK * sum(num_blocks)
+        sums = SparseMap.of(place[group], edges.source, height, len(rows), share)(rows)
+        projected = _ByRelation.apply(sums, self.weight, num_blocks)  # type: ignore[no-untyped-call]
+        goal = target[last]
+        order = goal.argsort(stable=True)
+        return SparseMap.of(goal[order], place[order], num_targets, height)(projected)
 
 
 class HeterogeneousBranch(nn.Module):
@@ -150,31 +154,20 @@ def _groups(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return group, size
 
 
-def _gather(
-    rows: torch.Tensor,
-    source: torch.Tensor,
-    target: torch.Tensor,
-    num_targets: int,
-    weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Adds up weight * rows[source] by target, int64 (E,) in any order; gives (num_targets, d)."""
-    order = target.argsort(stable=True)
-    sorted_weight = None if weight is None else weight[order]
-    mapping = SparseMap.of(target[order], source[order], num_targets, len(rows), sorted_weight)
-    return mapping(rows)
-
-
 class _ByRelation(torch.autograd.Function):
+    """Multiplies blocks of rows, those of each relation together, by their relation's matrix."""
+
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, sizes: list[int]
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, num_blocks: list[int]
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
-        ctx.sizes = sizes
+        ctx.sizes = [BLOCK * number for number in num_blocks]
         out = torch.empty_like(rows)
-        parts = (torch.split(t, sizes) for t in (out, rows))
+        parts = (torch.split(t.view(-1, BLOCK, t.shape[1]), num_blocks) for t in (out, rows))
         for part, given, matrix in zip(*parts, weight, strict=True):
-            torch.mm(given, matrix, out=part)
+            if len(given):
+                torch.bmm(given, matrix.expand(len(given), -1, -1), out=part)
         return out
 
     @staticmethod

@@ -219,7 +219,7 @@ def commands_with(text: str) -> list[str]:
     return found
 
 
-def test_another_model_is_searched_in_its_own_space(root: Path, experiment: Path):
+def test_another_model_is_searched_in_its_own_space(root: Path):
     options = ["model=causalmed", "search.num_samples=1", "train.epochs=2", "force=true"]
     status, out, err = run(root, "tune", "name=small", *options)
     assert (status, err) == (0, "")

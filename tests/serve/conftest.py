@@ -53,7 +53,7 @@ def make_bundle(
     )
     rows = tuple(node_name(kind, c) for kind in KINDS[:2] for c in VOCABULARIES[kind])
     columns = tuple(node_name("medication", c) for c in VOCABULARIES["medication"])
-    effect = rng.normal(0, 0.1, (len(rows), len(columns))).astype(np.float32)
+    effect = rng.normal(0, 0.3, (len(rows), len(columns))).astype(np.float32)
     effects = EffectTable.known(rows, columns, effect, np.full_like(effect, 0.01), "raw")
     ddi = np.triu(rng.random((len(columns), len(columns))) < 0.3, 1)
     ddi |= ddi.T

@@ -16,6 +16,7 @@ from cafemed.config import Range
 from cafemed.errors import ArtifactError, ConfigError
 from models.charm import Charm
 from models.cwg import CausalWeightGenerator, EntityWeights
+from models.direct import DirectPath
 from models.dropout import FastDropout
 from models.homogeneous import ClassMask
 from models.packing import Packing, pack, sum_groups
@@ -54,6 +55,9 @@ class CafeMedOptions:
         first_visit_slot: a first visit has one medication position, a zero vector.
         homogeneous_input: the class mask on raw or on modulated embeddings.
         duplicate_state: the head sees [h; o] with h = o (equation (16)), or o once.
+        direct: one chance for each code and medication beside the deep path, joined to it as
+            independent causes ("noisy_or") or on the log-odds ("additive"); "none": as published.
+        direct_start: the direct path starts from the causal effects, or evenly.
         use_cwg: False: "w/o CWG", alpha = 0 and no gate.
         use_charm: False: "w/o CHARM", u = e~.
     """
@@ -81,6 +85,8 @@ class CafeMedOptions:
     first_visit_slot: bool = True
     homogeneous_input: Literal["raw", "modulated"] = "raw"
     duplicate_state: bool = True
+    direct: Literal["noisy_or", "additive", "none"] = "noisy_or"
+    direct_start: Literal["effects", "even"] = "effects"
     use_cwg: bool = True
     use_charm: bool = True
 
@@ -135,6 +141,9 @@ class CafeMed(nn.Module):
         self.dropout = FastDropout(options.dropout)
         self.grus = ParallelGRU(3, d)
         self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
+        self.direct = None
+        if options.direct != "none":
+            self.direct = DirectPath(inputs, options.direct, options.direct_start)
 
     def _build_cwg(self, options: CafeMedOptions) -> CausalWeightGenerator:
         return CausalWeightGenerator(
@@ -168,7 +177,7 @@ class CafeMed(nn.Module):
             batch: B patients, at most T visits each.
 
         Returns:
-            float32 (B, T, N_m), y^ of docs/models.md 1.11; 0 after a patient's last visit.
+            float32 (B, T, N_m), y^ of docs/models.md 1.12; 0 after a patient's last visit.
 
         Raises:
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
@@ -184,7 +193,10 @@ class CafeMed(nn.Module):
         patient = torch.relu(self.grus(visits, batch).flatten(1))
         if self.options.duplicate_state:
             patient = torch.cat([patient, patient], 1)
-        return batch.pad(self.head(patient))
+        logits = self.head(patient)
+        if self.direct is not None:
+            logits = self.direct(logits, packing)
+        return batch.pad(logits)
 
     def encode_visits(self, packing: Packing) -> torch.Tensor:
         """Equations (1) to (13) and (15): z, float32 (V, 3, d)."""

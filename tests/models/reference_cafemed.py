@@ -26,8 +26,25 @@ def patient_logits(weights, effects, sizes, options, visits):
         outputs = [_gru(weights, k, [z[k] for z in inputs[: t + 1]]) for k in range(3)]
         last = [o[-1] for o in outputs]
         state = torch.cat([*last, *last] if options["duplicate_state"] else last)
-        logits.append(weights["head.weight"] @ state.clamp(min=0) + weights["head.bias"])
+        y = weights["head.weight"] @ state.clamp(min=0) + weights["head.bias"]
+        logits.append(_direct(weights, sizes, options, visits[t], y))
     return torch.stack(logits)
+
+
+def _direct(weights, sizes, options, visit, y):
+    """The direct path: the deep path and each code as causes, by their chances."""
+    if options["direct"] == "none":
+        return y
+    offset = (0, sizes[0], sizes[0] + sizes[1])
+    none_of_codes = torch.ones_like(y)
+    for k in range(3):
+        for code in visit["codes"][k]:
+            chance = torch.sigmoid(5 * weights["direct.table"][offset[k] + code])
+            none_of_codes = none_of_codes * (1 - chance)
+    if options["direct"] == "additive":
+        return y - torch.log(none_of_codes)
+    none = (1 - torch.sigmoid(y)) * none_of_codes
+    return torch.log(1 - none) - torch.log(none)
 
 
 def _entity_weight(effects, sizes, options, visit, k, code):

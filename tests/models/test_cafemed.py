@@ -42,6 +42,8 @@ VARIANTS = {
     "no_first_visit_slot": {"first_visit_slot": False},
     "modulated_homogeneous": {"homogeneous_input": "modulated"},
     "single_state": {"duplicate_state": False},
+    "published": {"direct": "none"},
+    "additive": {"direct": "additive"},
     "without_cwg": {"use_cwg": False},
     "without_charm": {"use_charm": False},
     "without_both": {"use_cwg": False, "use_charm": False},
@@ -196,7 +198,11 @@ def test_parameter_count_at_mimic3_sizes():
     sizes = (1958, 1430, 131)
     effects = np.zeros((sizes[0] + sizes[1], sizes[2]), np.float32)
     inputs = ModelInputs(sizes, effects, np.zeros((sizes[2], sizes[2]), np.bool_))
-    for options, expected in (({}, 501_801), ({"kernel_storage": "full"}, 1_275_945)):
+    for options, expected in (
+        ({}, 501_801 + sum(sizes) * sizes[2]),
+        ({"direct": "none"}, 501_801),
+        ({"direct": "none", "kernel_storage": "full"}, 1_275_945),
+    ):
         model = models.build("cafemed", inputs, options)
         assert sum(p.numel() for p in model.parameters()) == expected
 

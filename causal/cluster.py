@@ -32,6 +32,11 @@ _CONNECT_TIMEOUT_S = 3
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": 64 << 20, "MALLOC_MMAP_THRESHOLD_": 32 << 20}
 
 
+#: Dask looks at every thread's frame a hundred times a second; where that meets Python's garbage
+#: collector, the process may wait for itself for ever (CPython issue 106883, in 3.11).
+_NO_PROFILE = {"distributed.worker.profile.enabled": False}
+
+
 def check(where: str) -> None:
     """Refuses a value of `causal.cluster` that names nothing.
 
@@ -81,8 +86,11 @@ def _local(workers: int) -> Iterator[Client]:
     with contextlib.ExitStack() as stack:
         with _interrupts_deferred():
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cafemed-dask-"))
-            settings = {f"distributed.nanny.pre-spawn-environ.{k}": v for k, v in _MALLOC.items()}
-            stack.enter_context(dask.config.set({"temporary-directory": folder, **settings}))
+            settings: dict[str, Any] = {
+                f"distributed.nanny.pre-spawn-environ.{k}": v for k, v in _MALLOC.items()
+            }
+            settings |= {"temporary-directory": folder, **_NO_PROFILE}
+            stack.enter_context(dask.config.set(settings))
             processes = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
@@ -174,6 +182,7 @@ class _SchedulerActor:
     async def start(self) -> str:
         from distributed import Scheduler
 
+        dask.config.set(_NO_PROFILE)
         self.scheduler = await Scheduler(port=0, dashboard=False, dashboard_address=":0")
         return str(self.scheduler.address)
 
@@ -184,6 +193,7 @@ class _WorkerActor:
     async def start(self, scheduler: str) -> None:
         from distributed import Worker
 
+        dask.config.set(_NO_PROFILE)
         self.folder = tempfile.TemporaryDirectory(prefix="cafemed-dask-")
         self.worker = await Worker(
             scheduler,

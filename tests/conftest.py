@@ -15,6 +15,9 @@ from cafemed import paths
 # each other, and one thread gives the same bits as the processes under test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# As `causal.cluster` sets it, for the tests' own clusters: Dask's profiler may hang a process.
+os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")
+
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -12,7 +12,17 @@ from causal import cluster
 from causal.discovery import CausalConfig
 
 
-def test_local_starts_processes_and_closes_them() -> None:
+def profiled(client: Client) -> set[bool]:
+    """Whether the workers run Dask's profiler, which may hang them."""
+    return set(
+        client.run(
+            lambda: __import__("dask").config.get("distributed.worker.profile.enabled")
+        ).values()
+    )
+
+
+def test_local_starts_processes_and_closes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED")
     with cluster.connect("local", 2) as client:
         info = client.scheduler_info()["workers"].values()
         pids = set(client.run(__import__("os").getpid).values())
@@ -22,6 +32,7 @@ def test_local_starts_processes_and_closes_them() -> None:
         environments = client.run(lambda: dict(__import__("os").environ)).values()
         assert all(int(e["MALLOC_MMAP_THRESHOLD_"]) >= 1 << 20 for e in environments)
         assert all(folder.exists() for folder in folders)
+        assert profiled(client) == {False}
     assert not any(folder.exists() for folder in folders)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -73,8 +84,10 @@ def test_ray_runs_tasks_in_actors_and_leaves_nothing(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED")
     with cluster.connect("ray", 2) as client:
         assert len(client.scheduler_info()["workers"]) == 2
         assert client.gather(client.map(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
         assert ray.is_initialized()
+        assert profiled(client) == {False}
     assert not ray.is_initialized()

@@ -1,9 +1,10 @@
 """Small random cohorts for the tests of discovery and effects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
 from cafemed.codes import CodeLists
 from cafemed.cohort import Cohort
@@ -55,6 +56,18 @@ def random_cohort(
         age=np.full(num_visits, 50, np.float32),
         inputs="history" if inputs == "history" else "current",
     )
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[Client]:
+    """Dask without processes: the same code path, started at once."""
+    with (
+        LocalCluster(
+            n_workers=1, processes=False, dashboard_address=":0", worker_dashboard_address=None
+        ) as local,
+        Client(local) as client,
+    ):
+        yield client
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 
 from cafemed import artifacts, cohort, graphs, paths
 from cafemed.cohort import Cohort
@@ -29,18 +29,6 @@ MakeCohort = Callable[..., Cohort]
 
 #: Blocks so small that the small cohort falls into several, whose edges have to be merged.
 SMALL = BlocksConfig(max_size=2, max_boundary=1)
-
-
-@pytest.fixture(scope="module")
-def in_process() -> Iterator[Client]:
-    """Dask without processes: the same code path, started at once."""
-    with (
-        LocalCluster(
-            n_workers=1, processes=False, dashboard_address=":0", worker_dashboard_address=None
-        ) as local,
-        Client(local) as client,
-    ):
-        yield client
 
 
 def edges(graph: graphs.CausalGraph) -> set[tuple[str, str, bool]]:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -24,17 +24,6 @@ from causal.workers import Alone
 
 MakeCohort = Callable[..., Cohort]
 GAUSSIAN = LearningConfig(score="extended_bic", gamma=0.5, min_support=3)
-
-
-@pytest.fixture(scope="module")
-def in_process() -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=1, processes=False, dashboard_address=":0", worker_dashboard_address=None
-        ) as local,
-        Client(local) as client,
-    ):
-        yield client
 
 
 def groups(number: int, size: int, n: int, seed: int) -> Columns:

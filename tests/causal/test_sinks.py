@@ -1,12 +1,12 @@
 """Causes of this visit's medications against regressions on the rows; the rest stays as it was."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from numpy.typing import NDArray
 
 from cafemed import batches
@@ -17,17 +17,6 @@ from causal.discovery import CausalConfig, Discovery
 from causal.scores import Rule
 
 MakeCohort = Callable[..., Cohort]
-
-
-@pytest.fixture(scope="module")
-def in_process() -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=1, processes=False, dashboard_address=":0", worker_dashboard_address=None
-        ) as local,
-        Client(local) as client,
-    ):
-        yield client
 
 
 def parents(graph: CausalGraph) -> dict[str, dict[str, tuple[float, int]]]:

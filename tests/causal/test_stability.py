@@ -1,11 +1,11 @@
 """Bootstraps against draws by hand, thresholds against counts, planted graphs' false edges."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
 from scipy import sparse
 
 from cafemed import config
@@ -23,17 +23,6 @@ MakeCohort = Callable[..., Cohort]
 
 #: Less than the BIC's penalty finds many edges that are chance, which is what a threshold is for.
 LOOSE = LearningConfig(score="gaussian_bic", penalty=0.7, min_support=1)
-
-
-@pytest.fixture(scope="module")
-def in_process() -> Iterator[Client]:
-    with (
-        LocalCluster(
-            n_workers=1, processes=False, dashboard_address=":0", worker_dashboard_address=None
-        ) as local,
-        Client(local) as client,
-    ):
-        yield client
 
 
 def planted(p: int, n: int, seed: int) -> tuple[Columns, set[tuple[int, int]]]:

@@ -62,7 +62,9 @@ def test_imports_go_one_way(folder: str):
 
 
 def test_every_third_party_import_is_declared():
-    declared = {canonicalize_name(Requirement(r).name) for r in project_table()["dependencies"]}
+    project = project_table()
+    for_users = [*project["dependencies"], *project["optional-dependencies"]["molecules"]]
+    declared = {canonicalize_name(Requirement(r).name) for r in for_users}
     for folder in MAY_IMPORT:
         for path in python_files(folder):
             for name in imported(path) - set(sys.stdlib_module_names) - set(PACKAGES):
@@ -96,7 +98,8 @@ def test_lock_file_is_exact_and_satisfies_pyproject():
     pins = locked()
     assert pins["torch"] == "2.13.0"
     project = project_table()
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]  # type: ignore[call-overload]
+    extras = project["optional-dependencies"]  # type: ignore[index]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["molecules"]]
     for line in wanted:
         requirement = Requirement(line)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line

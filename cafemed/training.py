@@ -1,31 +1,27 @@
 """Training of one model: what every trial, single run and later distributed run shares."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cafemed import checkpoints, losses, metrics, randomness
-from cafemed.batches import Batch, ModelInputs, VisitArrays, collate
+from cafemed import checkpoints, metrics, randomness
+from cafemed.batches import ModelInputs, VisitArrays
 from cafemed.checkpoints import Checkpoint
 from cafemed.config import Range
 from cafemed.errors import ArtifactError, ConfigError, DataError, TrainingError
 from cafemed.evaluation import EvaluationSet
 from cafemed.metrics import Metrics
+from cafemed.stepping import Stepper
 
 #: Builds a model from its name, inputs, options and seed; jobs pass `models.build`.
 Builder = Callable[[str, ModelInputs, Mapping[str, Any], int], nn.Module]
-
-_TERMS = ("loss", "bce", "margin", "ddi")
-#: Steps between two looks at the losses on a GPU, where every look waits for the device.
-_STEPS_BETWEEN_CHECKS_GPU = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +42,9 @@ class FitConfig:
         margin_weight: share of the multilabel margin in the accuracy terms.
         threshold: a medication is predicted if its probability reaches this.
         num_threads: torch's threads; with 1, a seed gives the same weights to the bit.
+        precision: of the model's products in training; with "bfloat16" it runs under torch's
+            autocast, while weights, gradients of weights, losses and Adam stay float32. Meant for
+            GPUs; validation and everything after training are in float32.
     """
 
     epochs: Annotated[int, Range(1)] = 100
@@ -60,6 +59,7 @@ class FitConfig:
     margin_weight: Annotated[float, Range(0, 1)] = 0.05
     threshold: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.5
     num_threads: Annotated[int, Range(1)] = 1
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,13 +219,8 @@ class _Run:
         self.model, self.arrays, self.patients = model, arrays, patients
         self.validation, self.config, self.device = validation, config, device
         self.ddi_pairs = inputs.ddi
-        self.ddi = torch.from_numpy(inputs.ddi.astype(np.float32)).to(device)
-        self.optimizer = torch.optim.Adam(
-            model.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.stepper = Stepper(model, inputs.ddi, config, device)
+        self.optimizer = self.stepper.optimizer
         self.history: list[EpochReport] = []
         self.best_weights: dict[str, Tensor] = {}
 
@@ -242,7 +237,7 @@ class _Run:
     def epoch(self) -> EpochReport:
         """One pass over the training patients, then validation."""
         started, number, best = time.perf_counter(), len(self.history) + 1, self.best()
-        mean_losses = self._train(number)
+        mean_losses = self.stepper.epoch(self.arrays, self.patients, number)
         found = self._validate(number)
         improved = best is None or found.jaccard > best.metrics.jaccard
         if improved:
@@ -250,61 +245,6 @@ class _Run:
         seconds = time.perf_counter() - started
         self.history.append(EpochReport(number, mean_losses, found, improved, seconds))
         return self.history[-1]
-
-    def _train(self, number: int) -> dict[str, float]:
-        """Steps through the batches of an epoch; gives the mean losses over its visits."""
-        shuffle = np.random.default_rng((self.config.seed, number))
-        order, size = shuffle.permutation(self.patients), self.config.batch_size
-        chunks = [order[i : i + size] for i in range(0, len(order), size)]
-        terms = torch.zeros(len(chunks), len(_TERMS), device=self.device)
-        visits = torch.zeros(len(chunks), 1)
-        interval = _STEPS_BETWEEN_CHECKS_GPU if self.device.type == "cuda" else 1
-        self.model.train()
-        for step, chunk in enumerate(chunks):
-            batch = collate(self.arrays, chunk).to(self.device)
-            found = self._losses(batch)
-            loss = found.loss.mean()
-            terms[step] = torch.stack(
-                [loss.detach(), *(getattr(found, name).detach().mean() for name in _TERMS[1:])]
-            )
-            visits[step] = len(batch.targets)
-            if (step + 1) % interval == 0 or step + 1 == len(chunks):
-                first = step - step % interval
-                self._require_finite(terms[first : step + 1].cpu(), number, first, len(chunks))
-            self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-        means = (terms.cpu() * visits).sum(dim=0) / visits.sum()
-        return dict(zip(_TERMS, means.tolist(), strict=True))
-
-    def _losses(self, batch: Batch) -> losses.VisitLosses:
-        config = self.config
-        return losses.visit_losses(
-            batch.flatten(self.model(batch)),
-            batch.targets,
-            self.ddi,
-            ddi_target=config.ddi_target,
-            ddi_coefficient=config.ddi_coefficient,
-            ddi_weight=config.ddi_weight,
-            margin_weight=config.margin_weight,
-            threshold=config.threshold,
-        )
-
-    def _require_finite(self, terms: Tensor, epoch: int, first: int, num_steps: int) -> None:
-        """Refuses losses (steps, terms) that are not finite, naming the first batch and term."""
-        bad = torch.nonzero(~torch.isfinite(terms))
-        if len(bad) == 0:
-            return
-        step = int(bad[0, 0])
-        values = dict(zip(_TERMS, terms[step].tolist(), strict=True))
-        found = {name: x for name, x in values.items() if not math.isfinite(x)}
-        if len(found) > 1:
-            del found["loss"]  # their sum: name the cause
-        raise TrainingError(
-            f"training stopped in epoch {epoch}, batch {first + step + 1} of {num_steps}: "
-            f"expected finite loss terms, got {', '.join(f'{n} {x}' for n, x in found.items())}; "
-            f"try a train.learning_rate below {self.config.learning_rate:g}"
-        )
 
     def _validate(self, number: int) -> Metrics:
         probabilities = self.validation.predict(self.model)

@@ -78,7 +78,7 @@ def test_patients_come_in_a_new_order_every_epoch(run, monkeypatch):
         seen.append(patients.tolist())
         return collate(arrays, patients)
 
-    monkeypatch.setattr("cafemed.training.collate", spy)
+    monkeypatch.setattr("cafemed.stepping.collate", spy)
     run(epochs=2, batch_size=10)
     first, second = ([p for batch in part for p in batch] for part in (seen[:3], seen[3:]))
     assert sorted(first) == sorted(second) == TRAIN.tolist()

@@ -1,0 +1,186 @@
+"""One pass of training: batches made ready on the host, steps on the device.
+
+What has a shape that depends on the data (which codes exist, which edges) is worked out on the
+host by the model's `prepare`, where it has one, so that a step on a GPU never waits for the
+device: while it computes, the host makes the next batch ready in pinned memory and queues its
+copy. The losses are looked at every `STEPS_BETWEEN_CHECKS_GPU` steps there, and at every step on
+a CPU.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cafemed import losses
+from cafemed.batches import Batch, VisitArrays, collate
+from cafemed.errors import TrainingError
+
+if TYPE_CHECKING:
+    from cafemed.training import FitConfig
+
+TERMS = ("loss", "bce", "margin", "ddi")
+#: Steps between two looks at the losses on a GPU, where every look waits for the device.
+STEPS_BETWEEN_CHECKS_GPU = 50
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A batch as a step takes it.
+
+    Attributes:
+        batch: on the model's device.
+        prepared: what the model's `prepare` made of it, on that device; None if it has none.
+    """
+
+    batch: Batch
+    prepared: Any
+
+
+def make_ready(model: nn.Module, batch: Batch, device: torch.device) -> Ready:
+    """Lets the model prepare a batch that is on the host, and moves both to the device."""
+    prepare = getattr(model, "prepare", None)
+    with torch.no_grad():
+        prepared = None if prepare is None else prepare(batch)
+    return moved(Ready(batch, prepared), device)
+
+
+def moved(value: T, device: torch.device) -> T:
+    """The same value with every tensor in it on a device; the host does not wait for copies.
+
+    Args:
+        value: a tensor, or dataclasses, tuples, lists and plain values that hold some.
+        device: to a GPU the copies go through pinned memory.
+    """
+    if device.type == "cpu":
+        return value
+    return _moved(value, device)  # type: ignore[no-any-return]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(item, device) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        changed = {name: _moved(item, device) for name, item in fields.items()}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+def run_model(model: nn.Module, ready: Ready, precision: str = "float32") -> Tensor:
+    """Logits of the visits that exist, float32 (V, N_m).
+
+    Args:
+        model: on the device of `ready`.
+        ready: of `make_ready`.
+        precision: "float32", or "bfloat16": the model runs under autocast, its weights stay
+            float32.
+    """
+    arguments = () if ready.prepared is None else (ready.prepared,)
+    context: Any = contextlib.nullcontext()
+    if precision != "float32":
+        context = torch.autocast(ready.batch.counts.device.type, dtype=getattr(torch, precision))
+    with context:
+        logits = model(ready.batch, *arguments)
+    return ready.batch.flatten(logits).float()
+
+
+class Stepper:
+    """Steps a model through its training patients.
+
+    Args:
+        model: on `device`.
+        ddi: bool (N_m, N_m), the interacting pairs.
+        config: see FitConfig.
+        device: where the steps are.
+    """
+
+    def __init__(
+        self, model: nn.Module, ddi: NDArray[np.bool_], config: "FitConfig", device: torch.device
+    ) -> None:
+        self.model, self.config, self.device = model, config, device
+        self.ddi = torch.from_numpy(ddi.astype(np.float32)).to(device)
+        self.optimizer = torch.optim.Adam(
+            model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
+        )
+
+    def epoch(
+        self, arrays: VisitArrays, patients: NDArray[np.int64], number: int
+    ) -> dict[str, float]:
+        """One pass over the patients, in an order drawn from the seed and the epoch's number.
+
+        Returns:
+            Means of TERMS over the visits, in training mode.
+
+        Raises:
+            TrainingError: if a term is not finite; names epoch, batch and term. The weights are
+                then those of the last look at the losses or later, to be thrown away.
+        """
+        shuffle = np.random.default_rng((self.config.seed, number))
+        order, size = shuffle.permutation(patients), self.config.batch_size
+        chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        terms = torch.zeros(len(chunks), len(TERMS), device=self.device)
+        visits = torch.zeros(len(chunks), 1)
+        interval = STEPS_BETWEEN_CHECKS_GPU if self.device.type == "cuda" else 1
+        self.model.train()
+        for step, ready in enumerate(self._ready(arrays, chunks)):
+            visits[step] = ready.batch.num_visits
+            found = self._losses(ready)
+            means = torch.stack([getattr(found, name) for name in TERMS]).mean(1)
+            terms[step] = means.detach()
+            if (step + 1) % interval == 0 or step + 1 == len(chunks):
+                first = step - step % interval
+                self._require_finite(terms[first : step + 1].cpu(), number, first, len(chunks))
+            self.optimizer.zero_grad()
+            means[0].backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+        means = (terms.cpu() * visits).sum(dim=0) / visits.sum()
+        return dict(zip(TERMS, means.tolist(), strict=True))
+
+    def _ready(self, arrays: VisitArrays, chunks: list[NDArray[np.int64]]) -> Iterator[Ready]:
+        for chunk in chunks:
+            yield make_ready(self.model, collate(arrays, chunk), self.device)
+
+    def _losses(self, ready: Ready) -> losses.VisitLosses:
+        config = self.config
+        return losses.visit_losses(
+            run_model(self.model, ready, config.precision),
+            ready.batch.targets,
+            self.ddi,
+            ddi_target=config.ddi_target,
+            ddi_coefficient=config.ddi_coefficient,
+            ddi_weight=config.ddi_weight,
+            margin_weight=config.margin_weight,
+            threshold=config.threshold,
+        )
+
+    def _require_finite(self, terms: Tensor, epoch: int, first: int, num_steps: int) -> None:
+        """Refuses losses (steps, terms) that are not finite, naming the first batch and term."""
+        bad = torch.nonzero(~torch.isfinite(terms))
+        if len(bad) == 0:
+            return
+        step = int(bad[0, 0])
+        values = dict(zip(TERMS, terms[step].tolist(), strict=True))
+        found = {name: x for name, x in values.items() if not math.isfinite(x)}
+        if len(found) > 1:
+            del found["loss"]  # their sum: name the cause
+        raise TrainingError(
+            f"training stopped in epoch {epoch}, batch {first + step + 1} of {num_steps}: "
+            f"expected finite loss terms, got {', '.join(f'{n} {x}' for n, x in found.items())}; "
+            f"try a train.learning_rate below {self.config.learning_rate:g}"
+        )

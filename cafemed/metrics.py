@@ -6,8 +6,8 @@ visits. What is undefined counts as 0, as in the published evaluation code: the 
 and F1 of a visit without target medications, the Jaccard and F1 of two empty sets, and the DDI
 rate where no predicted set has a pair.
 
-Every score is computed once a visit, for all visits together; `aggregate` and `bootstrap` only
-average them.
+Every score is computed once a visit, for all visits together; `aggregate`, `bootstrap` and
+`intervals` only average them.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cafemed.intervals import LEVEL, ROUNDS, percentile
 
 #: Thresholds that `best_threshold` tries.
 THRESHOLDS = tuple(round(0.01 * i, 2) for i in range(2, 99))
@@ -67,6 +69,19 @@ class Bootstrap:
 
     mean: Metrics
     sd: Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+    """Lower and upper ends of the metrics' confidence intervals."""
+
+    low: Metrics
+    high: Metrics
+
+    def as_dict(self) -> dict[str, list[float]]:
+        """Name → [low, high], for JSON."""
+        low, high = self.low.as_dict(), self.high.as_dict()
+        return {name: [low[name], high[name]] for name in low}
 
 
 def score_visits(
@@ -161,7 +176,7 @@ def bootstrap(
     """Metrics of `rounds` draws of `round(share * P)` patients with replacement.
 
     Ten rounds of 80 % are what the literature reports as mean ± standard deviation; that is a
-    spread between draws, not a confidence interval.
+    spread between draws, not a confidence interval (see `intervals`).
     """
     sums = _PatientSums.of(scores, patient_offsets)
     num_patients = len(patient_offsets) - 1
@@ -172,6 +187,39 @@ def bootstrap(
         for _ in range(rounds)
     ]
     return Bootstrap(Metrics(*np.mean(drawn, axis=0)), Metrics(*np.std(drawn, axis=0)))
+
+
+def intervals(
+    scores: VisitScores,
+    patient_offsets: NDArray[np.integer[Any]],
+    rounds: int = ROUNDS,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Intervals:
+    """Percentile confidence intervals of what `aggregate` gives, from draws of whole patients.
+
+    Args:
+        scores, patient_offsets: see `aggregate`.
+        rounds: draws of as many patients as there are, with replacement.
+        level: 0.95 for a 95 % interval.
+        seed: of the draws.
+    """
+    found = percentile(terms(scores, patient_offsets), from_sums, rounds, level, seed)
+    return Intervals(Metrics(*found.low.tolist()), Metrics(*found.high.tolist()))
+
+
+def terms(scores: VisitScores, patient_offsets: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """What each patient adds to the sums that `from_sums` makes the metrics of, (P, 8)."""
+    sums = _PatientSums.of(scores, patient_offsets)
+    return np.hstack([sums.means, np.ones((len(sums.means), 1)), sums.totals])
+
+
+def from_sums(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The metrics, in the order of `Metrics`, of sums of `terms`: (..., 8) → (..., 5)."""
+    averaged = sums[..., :3] / sums[..., 3:4]
+    interactions, pairs, medications, visits = np.moveaxis(sums[..., 4:], -1, 0)
+    pooled = np.stack([_ratio(interactions, pairs), medications / visits], axis=-1)
+    return np.concatenate([averaged, pooled], axis=-1)
 
 
 def best_threshold(

@@ -128,6 +128,31 @@ def test_bootstrap_equals_recomputing_every_round():
     assert got.sd.ddi_rate > 0
 
 
+def test_intervals_equal_recomputing_every_round():
+    probabilities, targets, offsets, ddi = _case(6, patients=20)
+    scores = metrics.score_visits(probabilities, targets, ddi)
+    got = metrics.intervals(scores, offsets, rounds=40, level=0.9, seed=2)
+    rng = np.random.default_rng(2)
+    drawn = []
+    for chosen in rng.integers(20, size=(40, 20)):
+        rows = np.concatenate([np.arange(offsets[p], offsets[p + 1]) for p in chosen])
+        lengths = [offsets[p + 1] - offsets[p] for p in chosen]
+        again = np.concatenate([[0], np.cumsum(lengths)])
+        drawn.append(_plain(probabilities[rows], targets[rows], again, ddi, 0.5))
+    low, high = np.quantile(drawn, (0.05, 0.95), axis=0)
+    np.testing.assert_allclose(list(got.low.as_dict().values()), low)
+    np.testing.assert_allclose(list(got.high.as_dict().values()), high)
+    assert got.as_dict()["prauc"] == [got.low.prauc, got.high.prauc]
+
+
+def test_metrics_from_sums_are_those_of_aggregate():
+    probabilities, targets, offsets, ddi = _case(7)
+    scores = metrics.score_visits(probabilities, targets, ddi)
+    found = metrics.from_sums(metrics.terms(scores, offsets).sum(axis=0))
+    expected = list(metrics.aggregate(scores, offsets).as_dict().values())
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 def test_best_threshold_is_the_best_of_a_plain_search():
     probabilities, targets, offsets, ddi = _case(4, patients=30)
     tried = {

@@ -16,10 +16,13 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from cafemed.codes import KINDS, CodeLists, node_name
+from cafemed import scaling as scalings
+from cafemed.codes import KINDS, LABORATORY, CodeLists, node_name
 from cafemed.cohort import Cohort
 from cafemed.errors import ArtifactError
 from cafemed.graphs import ORPHAN, CausalGraph, EffectTable, node_classes
+from cafemed.laboratory import Laboratory
+from cafemed.scaling import Scaling
 
 #: The graph node kind of each modality. The medications are those of the previous visit, so the
 #: graph restricted to a visit's inputs never holds the medications that are to be recommended.
@@ -34,15 +37,23 @@ class ModelInputs:
         sizes: (N_d, N_p, N_m).
         effects: float32 (N_d + N_p, N_m), E of models' equation (1); diagnoses first.
         ddi: bool (N_m, N_m), symmetric, zero diagonal; the interacting pairs.
+        num_laboratory_items: N_lab, of which `Batch.laboratory_items` are indices; 0: none.
+        molecules: bool (N_m, N_molecules), which medication has which molecule; the molecules in
+            the order of their canonical SMILES. A medication may have none; None: nothing is known.
     """
 
     sizes: tuple[int, int, int]
     effects: NDArray[np.float32]
     ddi: NDArray[np.bool_]
+    num_laboratory_items: int = 0
+    molecules: NDArray[np.bool_] | None = None
 
 
 def model_inputs(
-    vocabularies: Mapping[str, tuple[str, ...]], effects: EffectTable, ddi: NDArray[np.bool_]
+    vocabularies: Mapping[str, tuple[str, ...]],
+    effects: EffectTable,
+    ddi: NDArray[np.bool_],
+    molecules: Mapping[str, tuple[str, ...]] | None = None,
 ) -> ModelInputs:
     """Checks that effects and interactions belong to the vocabularies, and gives the inputs.
 
@@ -50,6 +61,8 @@ def model_inputs(
         vocabularies: kind → codes (`Cohort.vocabularies`).
         effects: rows and columns named by graph nodes.
         ddi: bool (N_m, N_m).
+        molecules: medication code → canonical SMILES (`Cohort.molecules`); None or empty: none
+            are known.
 
     Raises:
         ArtifactError: if names or shapes differ from the vocabularies, or an effect is not finite.
@@ -66,7 +79,28 @@ def model_inputs(
         raise ArtifactError("effects: expected finite numbers, got NaN or infinity")
     if ddi.shape != (len(m), len(m)):
         raise ArtifactError(f"ddi: expected shape {(len(m), len(m))}, got {ddi.shape}")
-    return ModelInputs((len(d), len(p), len(m)), effects.effect.astype(np.float32), ddi)
+    return ModelInputs(
+        (len(d), len(p), len(m)),
+        effects.effect.astype(np.float32),
+        ddi,
+        len(vocabularies.get(LABORATORY, ())),
+        molecule_matrix(m, molecules) if molecules else None,
+    )
+
+
+def molecule_matrix(
+    medications: Sequence[str], molecules: Mapping[str, tuple[str, ...]]
+) -> NDArray[np.bool_]:
+    """Says which medication has which molecule, bool (N_m, N_molecules).
+
+    The columns are the distinct SMILES in sorted order.
+    """
+    names = sorted({smiles for of_one in molecules.values() for smiles in of_one})
+    column = {smiles: i for i, smiles in enumerate(names)}
+    matrix = np.zeros((len(medications), len(names)), np.bool_)
+    for row, code in enumerate(medications):
+        matrix[row, [column[smiles] for smiles in molecules.get(code, ())]] = True
+    return matrix
 
 
 def _require_names(what: str, got: tuple[str, ...], expected: list[str]) -> None:
@@ -95,7 +129,11 @@ class VisitArrays:
         targets: bool (V, N_m); all False in a request.
         patient_offsets: int64 (P + 1,).
         sex: int8 (P,), index into `cohort.SEXES`.
-        age: float32 (V,), years; NaN where unknown.
+        age: float32 (V,), scaled (`scaling.Scaling`); NaN where unknown.
+        laboratory_items: int32 (V, E), E >= 0 the largest number of a visit; padding is 0 and
+            means nothing.
+        laboratory_values: float32 (V, E), scaled; padding is NaN.
+        laboratory_counts: int32 (V,), values that exist.
         sizes: (N_d, N_p, N_m).
     """
 
@@ -106,6 +144,9 @@ class VisitArrays:
     patient_offsets: NDArray[np.int64]
     sex: NDArray[np.int8]
     age: NDArray[np.float32]
+    laboratory_items: NDArray[np.int32]
+    laboratory_values: NDArray[np.float32]
+    laboratory_counts: NDArray[np.int32]
     sizes: tuple[int, int, int]
 
     @property
@@ -137,6 +178,8 @@ def visit_arrays(
     vocabularies: Mapping[str, tuple[str, ...]],
     sex: NDArray[np.int8],
     age: NDArray[np.float32],
+    scaling: Scaling,
+    laboratory: Laboratory | None = None,
     adjacencies: Sequence[sparse.csr_array] | None = None,
 ) -> VisitArrays:
     """Pads code lists and finds their node classes; the one entry for cohorts and requests.
@@ -149,7 +192,9 @@ def visit_arrays(
         graph: gives the node classes; codes that it does not name are orphans.
         vocabularies: kind → codes.
         sex: int8 (P,).
-        age: float32 (V,).
+        age: float32 (V,), years; NaN where unknown.
+        scaling: of ages and laboratory values, as fitted on the training patients.
+        laboratory: what is known at each visit, in the source's units; None: nothing.
         adjacencies: what `input_adjacencies` gives for this graph, where many small requests
             follow one another; None: it is called here.
 
@@ -158,7 +203,8 @@ def visit_arrays(
     """
     sizes = tuple(len(vocabularies[kind]) for kind in KINDS)
     num_visits = int(patient_offsets[-1])
-    _require_lengths(known, targets, num_visits, len(patient_offsets) - 1, sex, age)
+    laboratory = laboratory or Laboratory.none(num_visits)
+    _require_lengths(known, targets, laboratory, num_visits, len(patient_offsets) - 1, sex, age)
     if adjacencies is None:
         adjacencies = input_adjacencies(graph, vocabularies)
     longest = max([1, *(int(lists.counts.max(initial=0)) for lists in known)])
@@ -184,13 +230,33 @@ def visit_arrays(
         targets=wanted,
         patient_offsets=np.asarray(patient_offsets, np.int64),
         sex=np.asarray(sex, np.int8),
-        age=np.asarray(age, np.float32),
+        age=scaling.ages(age),
+        **_laboratory_arrays(laboratory, scaling),
         sizes=(sizes[0], sizes[1], sizes[2]),
     )
 
 
+def _laboratory_arrays(laboratory: Laboratory, scaling: Scaling) -> dict[str, Any]:
+    """Pads laboratory values to (V, E); items 0 and values NaN in the padding."""
+    lists = laboratory.items
+    _require_inside("laboratory", lists, scaling.num_items)
+    shape = (len(lists), int(lists.counts.max(initial=0)))
+    items, values = np.zeros(shape, np.int32), np.full(shape, np.nan, np.float32)
+    exists = np.arange(shape[1]) < lists.counts[:, None]
+    items[exists] = lists.ids
+    values[exists] = scaling.values(lists.ids, laboratory.values)
+    return {
+        "laboratory_items": items,
+        "laboratory_values": values,
+        "laboratory_counts": lists.counts.astype(np.int32),
+    }
+
+
 def cohort_arrays(cohort: Cohort, graph: CausalGraph) -> VisitArrays:
-    """The arrays of a whole cohort: every patient of every split, in cohort order."""
+    """The arrays of a whole cohort: every patient of every split, in cohort order.
+
+    Ages and laboratory values are scaled by what the training patients' are (`scaling.fit`).
+    """
     return visit_arrays(
         cohort.known_inputs(),
         cohort.targets,
@@ -199,12 +265,15 @@ def cohort_arrays(cohort: Cohort, graph: CausalGraph) -> VisitArrays:
         cohort.vocabularies,
         cohort.sex,
         cohort.age,
+        scalings.fit(cohort),
+        cohort.known_laboratory(),
     )
 
 
 def _require_lengths(
     known: tuple[CodeLists, CodeLists, CodeLists],
     targets: CodeLists | None,
+    laboratory: Laboratory,
     num_visits: int,
     num_patients: int,
     sex: NDArray[np.int8],
@@ -212,6 +281,7 @@ def _require_lengths(
 ) -> None:
     found = {f"{kind} lists": len(lists) for kind, lists in zip(KINDS, known, strict=True)}
     found["ages"] = len(age)
+    found["laboratory lists"] = len(laboratory)
     if targets is not None:
         found["target lists"] = len(targets)
     for what, length in found.items():
@@ -244,7 +314,12 @@ class Batch:
         lengths: int64 (B,), visits of each patient.
         targets: float32 (V, N_m), 1 where the medication was given.
         sex: int64 (B,), index into `cohort.SEXES`.
-        age: float32 (V,), years; NaN where unknown.
+        age: float32 (V,), scaled; NaN where unknown.
+        laboratory_items: int64 (V, E), indices of laboratory items, E >= 0; padding is arbitrary
+            but valid: mask by `laboratory_counts`.
+        laboratory_values: float32 (V, E), scaled; padding may be NaN: mask by `where`, not by a
+            product.
+        laboratory_counts: int64 (V,), values that exist.
         slots: int64 (V,), where each visit lies in the flattened (B, T) grid: b * T + t.
         num_steps: T.
         sizes: (N_d, N_p, N_m), of the vocabularies that `codes` index.
@@ -257,6 +332,9 @@ class Batch:
     targets: torch.Tensor
     sex: torch.Tensor
     age: torch.Tensor
+    laboratory_items: torch.Tensor
+    laboratory_values: torch.Tensor
+    laboratory_counts: torch.Tensor
     slots: torch.Tensor
     num_steps: int
     sizes: tuple[int, int, int]
@@ -312,6 +390,8 @@ def collate(arrays: VisitArrays, patients: NDArray[np.int64]) -> Batch:
     slots = np.repeat(np.arange(len(patients)) * num_steps, lengths) + step
     counts = arrays.counts[visits]
     longest = max(int(counts.max(initial=1)), 1)
+    measured = arrays.laboratory_counts[visits]
+    most = int(measured.max(initial=0))
     return Batch(
         codes=_tensor(arrays.codes[visits, :, :longest], np.int64),
         counts=_tensor(counts, np.int64),
@@ -320,6 +400,9 @@ def collate(arrays: VisitArrays, patients: NDArray[np.int64]) -> Batch:
         targets=_tensor(arrays.targets[visits], np.float32),
         sex=_tensor(arrays.sex[patients], np.int64),
         age=_tensor(arrays.age[visits], np.float32),
+        laboratory_items=_tensor(arrays.laboratory_items[visits, :most], np.int64),
+        laboratory_values=_tensor(arrays.laboratory_values[visits, :most], np.float32),
+        laboratory_counts=_tensor(measured, np.int64),
         slots=_tensor(slots, np.int64),
         num_steps=num_steps,
         sizes=arrays.sizes,

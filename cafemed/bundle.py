@@ -1,9 +1,9 @@
 """The bundle: everything that a served model needs, in one folder, and no patient's record.
 
 Files: `model.safetensors` (weights), `config.json` (model name and options), `vocabulary.json`,
-`graph.parquet`, `effects.npz`, `ddi.parquet`, `preprocessing.json`, `reference.json`,
-`metrics.json`, `manifest.json` (format version, fingerprints, SHA-256 of every file). Plain
-formats only: nothing in it is ever unpickled.
+`graph.parquet`, `effects.npz`, `ddi.parquet`, `molecules.json`, `preprocessing.json`,
+`reference.json`, `metrics.json`, `manifest.json` (format version, fingerprints, SHA-256 of every
+file). Plain formats only: nothing in it is ever unpickled.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from torch import nn
 
 from cafemed import artifacts, bundle_files, reference
 from cafemed.batches import ModelInputs, model_inputs
-from cafemed.codes import KINDS, node_name
-from cafemed.cohort import read_ddi, read_vocabulary, write_ddi
+from cafemed.codes import KINDS, LABORATORY, node_name
+from cafemed.cohort import read_ddi, read_molecules, read_vocabulary, write_ddi
 from cafemed.config import Range, from_mapping
 from cafemed.errors import ArtifactError, ConfigError
 from cafemed.graphs import (
@@ -38,6 +38,7 @@ from cafemed.graphs import (
     write_graph,
 )
 from cafemed.reference import Reference
+from cafemed.scaling import Scaling
 
 _MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 1 << 20  # a tensor's entry takes about 100 bytes
@@ -55,6 +56,7 @@ class Preprocessing:
             the stay.
         threshold: a medication is recommended if its probability reaches this.
         temperature: logits are divided by this before the sigmoid; 1 leaves them alone.
+        scaling: of ages and laboratory values.
     """
 
     inputs: Literal["current", "history"] = "current"
@@ -62,6 +64,7 @@ class Preprocessing:
     target_window_h: Annotated[float, Range(0, open_low=True)] | None = None
     threshold: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.5
     temperature: Annotated[float, Range(0, math.inf, open_low=True, open_high=True)] = 1.0
+    scaling: Scaling = dataclasses.field(default_factory=Scaling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Bundle:
         model_name: name in the registry of models.
         model_options: the model's options; JSON values.
         weights: state dict on the CPU.
-        vocabularies: kind → codes, index = position.
+        vocabularies: kind → codes, index = position; "laboratory" → items, where there are any.
         graph: gives the node classes of visits.
         effects: of diagnoses and procedures on medications, in vocabulary order.
         ddi: bool (N_m, N_m), symmetric, zero diagonal.
@@ -80,6 +83,7 @@ class Bundle:
         reference: see cafemed/reference.py.
         metrics: what was measured on which split; JSON values.
         sources: name of each input (cohort, graph) → its fingerprint.
+        molecules: medication code → canonical SMILES; empty where nothing is known.
         fingerprint: of the manifest; "" for a bundle that was never saved.
     """
 
@@ -94,6 +98,7 @@ class Bundle:
     reference: Reference
     metrics: Mapping[str, Any]
     sources: Mapping[str, str]
+    molecules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -114,11 +119,11 @@ def write(target: Path, bundle: Bundle) -> str:
     with artifacts.new_folder(target, bundle_files.STAGE, sources, config) as (folder, _):
         (folder / "model.safetensors").write_bytes(weights)
         _write_json(folder / "config.json", model)
-        vocabulary = {kind: list(bundle.vocabularies[kind]) for kind in KINDS}
-        _write_json(folder / "vocabulary.json", vocabulary)
+        _write_json(folder / "vocabulary.json", {LABORATORY: (), **bundle.vocabularies})
         write_graph(bundle.graph, folder / "graph.parquet")
         write_effects(bundle.effects, folder / "effects.npz")
         write_ddi(bundle.ddi, bundle.vocabularies["medication"], folder / "ddi.parquet")
+        _write_json(folder / "molecules.json", dict(bundle.molecules))
         _write_json(folder / "preprocessing.json", preprocessing)
         _write_json(folder / "reference.json", reference.to_json(bundle.reference))
         _write_json(folder / "metrics.json", dict(bundle.metrics))
@@ -148,6 +153,7 @@ def load(folder: Path) -> Bundle:
             graph=read_graph(folder / "graph.parquet"),
             effects=read_effects(folder / "effects.npz"),
             ddi=_read_ddi(folder / "ddi.parquet", vocabularies["medication"]),
+            molecules=read_molecules(folder / "molecules.json", vocabularies["medication"]),
             preprocessing=_read_preprocessing(folder / "preprocessing.json"),
             reference=reference.from_json(_read_json(folder / "reference.json"), vocabularies),
             metrics=_read_json(folder / "metrics.json"),
@@ -162,7 +168,7 @@ def load(folder: Path) -> Bundle:
 
 def inputs(bundle: Bundle) -> ModelInputs:
     """What `models.build` takes besides name and options."""
-    return model_inputs(bundle.vocabularies, bundle.effects, bundle.ddi)
+    return model_inputs(bundle.vocabularies, bundle.effects, bundle.ddi, bundle.molecules)
 
 
 def self_check(bundle: Bundle, model: nn.Module) -> float:
@@ -172,7 +178,11 @@ def self_check(bundle: Bundle, model: nn.Module) -> float:
         ArtifactError: if it is more than rounding.
     """
     return reference.run_self_check(
-        bundle.reference.self_check, model, bundle.graph, bundle.vocabularies
+        bundle.reference.self_check,
+        model,
+        bundle.graph,
+        bundle.vocabularies,
+        bundle.preprocessing.scaling,
     )
 
 
@@ -205,8 +215,7 @@ def restore_model(bundle: Bundle, build: Callable[..., nn.Module]) -> nn.Module:
 
 
 def _require_vocabularies(vocabularies: Mapping[str, tuple[str, ...]]) -> None:
-    for kind in KINDS:
-        codes = vocabularies[kind]
+    for kind, codes in vocabularies.items():
         if not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
             raise ArtifactError(f"vocabulary.json: {kind}: expected distinct codes")
     if not vocabularies["medication"]:  # there may be cohorts without procedures
@@ -215,6 +224,12 @@ def _require_vocabularies(vocabularies: Mapping[str, tuple[str, ...]]) -> None:
 
 def _require_consistent(bundle: Bundle) -> None:
     _require_vocabularies(bundle.vocabularies)
+    num_items = len(bundle.vocabularies.get(LABORATORY, ()))
+    if bundle.preprocessing.scaling.num_items != num_items:
+        raise ArtifactError(
+            f"preprocessing.json: scaling: expected {num_items} laboratory items, the "
+            f"vocabulary's, got {bundle.preprocessing.scaling.num_items}"
+        )
     try:
         inputs(bundle)
     except ArtifactError as err:

@@ -16,6 +16,7 @@ FILES = (
     "graph.parquet",
     "effects.npz",
     "ddi.parquet",
+    "molecules.json",
     "preprocessing.json",
     "reference.json",
     "metrics.json",

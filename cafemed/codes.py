@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 #: The modalities in the order of the papers: k = 0, 1, 2.
 KINDS = ("diagnosis", "procedure", "medication")
 
+#: The vocabulary of laboratory items ("lab:50912"); they are measured, not coded, and no modality.
+LABORATORY = "laboratory"
+
 #: Kinds of graph nodes: the codes of visit t, and the medications of visit t - 1.
 NODE_KINDS = ("diagnosis", "procedure", "previous_medication", "medication")
 

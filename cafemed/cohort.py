@@ -1,7 +1,7 @@
 """The cohort: patients in visit order as integer codes, with vocabularies, DDI pairs and split.
 
 Files of a cohort folder (stage "cohort", private): `visits.parquet`, `vocabulary.json`,
-`ddi.parquet`, `split.parquet`, `manifest.json`.
+`ddi.parquet`, `molecules.json`, `split.parquet`, `manifest.json`.
 """
 
 import dataclasses
@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cafemed import artifacts
-from cafemed.codes import KINDS, CodeLists
+from cafemed.codes import KINDS, LABORATORY, CodeLists
 from cafemed.errors import ArtifactError
+from cafemed.laboratory import Laboratory
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -46,12 +47,15 @@ class Cohort:
         targets: what is to be recommended at each visit: `medications`, or those started within
             `target_window_h`.
         vocabularies: kind → codes ("icd9:4019"), index = position; from training patients only.
+            "laboratory" → items ("lab:50912"), () where there are none.
         ddi: bool (N_m, N_m), symmetric, zero diagonal; the interacting pairs.
         split: int8 (P,), index into SPLITS.
         sex: int8 (P,), index into SEXES.
         age: float32 (V,), years at admission; NaN where unknown.
         inputs: "current": a visit's own diagnoses and procedures are known when recommending;
             "history": only those of earlier visits.
+        laboratory: values of the V visits; left out, no visit has any.
+        molecules: medication code → canonical SMILES, sorted; empty where the cohort has none.
         fingerprint: of the manifest; "" for a cohort that was never saved.
     """
 
@@ -69,7 +73,16 @@ class Cohort:
     sex: NDArray[np.int8]
     age: NDArray[np.float32]
     inputs: Literal["current", "history"] = "current"
+    laboratory: Laboratory = dataclasses.field(default_factory=lambda: Laboratory.none(0))
+    molecules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        """Spells out that there are no laboratory values, where they were left out."""
+        if LABORATORY not in self.vocabularies:
+            object.__setattr__(self, "vocabularies", {**self.vocabularies, LABORATORY: ()})
+        if len(self.laboratory) == 0 != self.num_visits:
+            object.__setattr__(self, "laboratory", Laboratory.none(self.num_visits))
 
     @property
     def num_patients(self) -> int:
@@ -113,12 +126,8 @@ class Cohort:
 
         `previous(cohort.medications)` are the M_{t-1} that a model sees at visit t.
         """
-        before = np.maximum(np.arange(self.num_visits) - 1, 0)
-        counts = np.where(self.is_first_visit(), 0, lists.counts[before])
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        starts = np.repeat(lists.offsets[before], counts)
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
-        return CodeLists(lists.ids[starts + within], offsets)
+        places, offsets = self._places_before(lists)
+        return CodeLists(lists.ids[places], offsets)
 
     def known_inputs(self) -> tuple[CodeLists, CodeLists, CodeLists]:
         """What may be seen at each visit: diagnoses, procedures, previous medications.
@@ -129,6 +138,23 @@ class Cohort:
         if self.inputs == "history":
             return self.previous(self.diagnoses), self.previous(self.procedures), history
         return self.diagnoses, self.procedures, history
+
+    def known_laboratory(self) -> Laboratory:
+        """The laboratory values that may be seen at each visit, as `known_inputs`."""
+        if self.inputs == "current":
+            return self.laboratory
+        items = self.laboratory.items
+        places, offsets = self._places_before(items)
+        return Laboratory(CodeLists(items.ids[places], offsets), self.laboratory.values[places])
+
+    def _places_before(self, lists: CodeLists) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the previous visits' entries lie in `lists.ids`, and the offsets that they get."""
+        before = np.maximum(np.arange(self.num_visits) - 1, 0)
+        counts = np.where(self.is_first_visit(), 0, lists.counts[before])
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        starts = np.repeat(lists.offsets[before], counts)
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], counts)
+        return starts + within, offsets
 
 
 def write(cohort: Cohort, folder: Path) -> None:
@@ -142,6 +168,9 @@ def write(cohort: Cohort, folder: Path) -> None:
     for name in ("diagnoses", "procedures", "medications", "targets"):
         lists: CodeLists = getattr(cohort, name)
         columns[name] = pa.LargeListArray.from_arrays(lists.offsets, lists.ids)
+    items, values = cohort.laboratory.items, cohort.laboratory.values
+    columns["laboratory_items"] = pa.LargeListArray.from_arrays(items.offsets, items.ids)
+    columns["laboratory_values"] = pa.LargeListArray.from_arrays(items.offsets, values)
     pq.write_table(pa.table(columns), folder / "visits.parquet")
     pq.write_table(
         pa.table(
@@ -153,8 +182,8 @@ def write(cohort: Cohort, folder: Path) -> None:
         ),
         folder / "split.parquet",
     )
-    vocabulary = {kind: list(cohort.vocabularies[kind]) for kind in KINDS}
-    (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
+    (folder / "vocabulary.json").write_text(json.dumps(dict(cohort.vocabularies)))
+    (folder / "molecules.json").write_text(json.dumps(dict(cohort.molecules)))
     write_ddi(cohort.ddi, cohort.vocabularies["medication"], folder / "ddi.parquet")
 
 
@@ -162,10 +191,15 @@ def load(folder: Path) -> Cohort:
     """Reads a cohort folder.
 
     Raises:
-        ArtifactError: if a file is missing, truncated or edited, or they do not belong together.
+        ArtifactError: if a file is missing, truncated or edited, they do not belong together, or
+            an earlier version of the program made them.
     """
     manifest = artifacts.verify(folder, "cohort")
     visits = pq.read_table(folder / "visits.parquet")
+    if "laboratory_items" not in visits.column_names:
+        raise ArtifactError(
+            f"{folder}: made by an earlier version of this program; run jobs/prepare.py again"
+        )
     patients = pq.read_table(folder / "split.parquet")
     vocabularies = read_vocabulary(folder / "vocabulary.json")
     patient_ids = tuple(patients["patient"].to_pylist())
@@ -173,13 +207,12 @@ def load(folder: Path) -> Cohort:
     starts = np.flatnonzero(np.concatenate([[True], of_visit[1:] != of_visit[:-1]]))
     if tuple(of_visit[starts]) != patient_ids:
         raise ArtifactError(f"{folder}: visits.parquet and split.parquet list other patients")
-    lists = {}
-    for name in ("diagnoses", "procedures", "medications", "targets"):
-        column = visits[name].combine_chunks()
-        lists[name] = CodeLists(
-            np.array(column.values.to_numpy(zero_copy_only=False), np.int32),
-            np.array(column.offsets.to_numpy(), np.int64),
-        )
+    names = ("diagnoses", "procedures", "medications", "targets", "laboratory_items")
+    lists = {name: _read_lists(visits, name) for name in names}
+    values = visits["laboratory_values"].combine_chunks().values
+    laboratory = Laboratory(
+        lists.pop("laboratory_items"), np.array(values.to_numpy(zero_copy_only=False), np.float32)
+    )
     return Cohort(
         patient_offsets=np.concatenate([starts, [len(of_visit)]]).astype(np.int64),
         patient_ids=patient_ids,
@@ -191,18 +224,49 @@ def load(folder: Path) -> Cohort:
         sex=np.array([SEXES.index(s) for s in patients["sex"].to_pylist()], np.int8),
         age=np.array(visits["age"].to_numpy(), np.float32),
         inputs=manifest.config.get("inputs", "current"),
+        laboratory=laboratory,
+        molecules=read_molecules(folder / "molecules.json", vocabularies["medication"]),
         fingerprint=manifest.fingerprint,
         **lists,
     )
 
 
 def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
-    """Reads `vocabulary.json`: kind → codes."""
+    """Reads `vocabulary.json`: kind → codes, and "laboratory" → items."""
+    kinds = (*KINDS, LABORATORY)
     try:
         content = json.loads(path.read_text())
-        return {kind: tuple(content[kind]) for kind in KINDS}
-    except (ValueError, KeyError) as err:
-        raise ArtifactError(f"{path}: expected a list of codes for each of {KINDS}") from err
+        return {kind: tuple(content[kind]) for kind in kinds}
+    except (ValueError, KeyError, TypeError) as err:
+        raise ArtifactError(f"{path}: expected a list of codes for each of {kinds}") from err
+
+
+def read_molecules(path: Path, medications: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Reads `molecules.json`: medication code → canonical SMILES.
+
+    Raises:
+        ArtifactError: if it is not of this form, or names a medication that the vocabulary does
+            not have.
+    """
+    try:
+        content = json.loads(path.read_text())
+        molecules = {str(code): tuple(smiles) for code, smiles in content.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as err:
+        raise ArtifactError(f"{path}: expected SMILES strings by medication") from err
+    for code, smiles in molecules.items():
+        if code not in medications:
+            raise ArtifactError(f"{path}: {code} is not in the medication vocabulary")
+        if not smiles or not all(isinstance(text, str) and text for text in smiles):
+            raise ArtifactError(f"{path}: {code}: expected SMILES strings")
+    return molecules
+
+
+def _read_lists(table: pa.Table, name: str) -> CodeLists:
+    column = table[name].combine_chunks()
+    return CodeLists(
+        np.array(column.values.to_numpy(zero_copy_only=False), np.int32),
+        np.array(column.offsets.to_numpy(), np.int64),
+    )
 
 
 def write_ddi(ddi: NDArray[np.bool_], medications: tuple[str, ...], path: Path) -> None:

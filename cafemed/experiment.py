@@ -64,6 +64,8 @@ def load_inputs(folder: Path) -> Experiment:
         graph=graph,
         effects=effects,
         arrays=batches.cohort_arrays(patients, graph),
-        inputs=batches.model_inputs(patients.vocabularies, effects, patients.ddi),
+        inputs=batches.model_inputs(
+            patients.vocabularies, effects, patients.ddi, patients.molecules
+        ),
         sources=sources,
     )

@@ -1,10 +1,20 @@
 """From a sweep's best trial to a published model: tested again, bundled, put into the registry."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cafemed import artifacts, bundle, bundle_files, evaluation, reference, registry, trials
+from cafemed import (
+    artifacts,
+    bundle,
+    bundle_files,
+    evaluation,
+    reference,
+    registry,
+    scaling,
+    trials,
+)
 from cafemed.bundle import Bundle, Preprocessing
 from cafemed.errors import ArtifactError
 from cafemed.experiment import Experiment
@@ -27,7 +37,7 @@ def make_bundle(
         trial: has a checkpoint.
         data: what the sweep's trials shared.
         given: cohort, graph and effects that they were trained on.
-        preprocessing: see bundle.Preprocessing.
+        preprocessing: see bundle.Preprocessing; its scaling is replaced by the cohort's.
 
     Raises:
         ArtifactError: if the weights do not reach the Jaccard that the trial reported.
@@ -49,7 +59,7 @@ def make_bundle(
             f"its weights give {found.metrics.jaccard:.4f}; run the sweep again"
         )
     probabilities = evaluation.predict(model, given.arrays, data.validation_patients)
-    vocabularies = given.cohort.vocabularies
+    vocabularies, scaled = given.cohort.vocabularies, scaling.fit(given.cohort)
     return Bundle(
         model_name=data.model_name,
         model_options=options,
@@ -58,10 +68,10 @@ def make_bundle(
         graph=given.graph,
         effects=given.effects,
         ddi=given.inputs.ddi,
-        preprocessing=preprocessing,
+        preprocessing=dataclasses.replace(preprocessing, scaling=scaled),
         reference=Reference(
             reference.score_histogram(probabilities),
-            reference.make_self_check(model, given.graph, vocabularies),
+            reference.make_self_check(model, given.graph, vocabularies, scaled),
         ),
         metrics={
             "validation": found.metrics.as_dict(),
@@ -70,6 +80,7 @@ def make_bundle(
             "validation_visits": found.num_visits,
         },
         sources=given.sources,
+        molecules=given.cohort.molecules,
     )
 
 

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cafemed.batches import VisitArrays, collate, visit_arrays
-from cafemed.codes import KINDS, CodeLists
+from cafemed.codes import KINDS, LABORATORY, CodeLists
 from cafemed.cohort import SEXES
 from cafemed.errors import ArtifactError
 from cafemed.graphs import CausalGraph
+from cafemed.laboratory import Laboratory
+from cafemed.scaling import Scaling
 
 NUM_BINS = 20
 #: Largest difference of a logit between machines that is still rounding: float32 sums of a few
@@ -48,8 +50,9 @@ class SelfCheck:
     """Invented patients and the logits that a model has to give them.
 
     Attributes:
-        patients: one mapping a patient: `sex` and `visits`, each with `age` (years) and the code
-            lists `diagnoses`, `procedures`, `previous_medications`.
+        patients: one mapping a patient: `sex` and `visits`, each with `age` (years), the code
+            lists `diagnoses`, `procedures`, `previous_medications`, and `laboratory`, a mapping of
+            item to value in the item's unit.
         logits: float32 (visits of all patients, N_m).
         tolerance: largest allowed absolute difference of a logit.
     """
@@ -74,9 +77,12 @@ def score_histogram(probabilities: NDArray[np.floating]) -> ScoreHistogram:
 
 
 def invent_patients(
-    vocabularies: Mapping[str, tuple[str, ...]], seed: int = 0
+    vocabularies: Mapping[str, tuple[str, ...]], scaling: Scaling, seed: int = 0
 ) -> tuple[dict[str, Any], ...]:
-    """Draws patients for a self-check: random codes, at most six of a kind in a visit."""
+    """Draws patients for a self-check: random codes, at most six of a kind in a visit.
+
+    Laboratory values are drawn around each item's mean.
+    """
     random = np.random.default_rng(seed)
 
     def draw(kind: str) -> list[str]:
@@ -87,11 +93,21 @@ def invent_patients(
         chosen = random.choice(len(vocabulary), int(random.integers(1, most + 1)), replace=False)
         return [vocabulary[i] for i in chosen]
 
+    def measure() -> dict[str, float]:
+        items = vocabularies.get(LABORATORY, ())
+        if not items:
+            return {}
+        most = min(_MAX_CODES, len(items))
+        chosen = random.choice(len(items), int(random.integers(0, most + 1)), replace=False)
+        mean, sd = scaling.laboratory_mean, scaling.laboratory_sd
+        return {items[i]: mean[i] + sd[i] * float(random.normal()) for i in chosen}
+
     def visit(number: int) -> dict[str, Any]:
         lists = {key: draw(kind) for key, kind in zip(_LISTS, KINDS, strict=True)}
         if number == 0:  # nothing was prescribed before a first visit
             lists["previous_medications"] = []
-        return {"age": float(random.integers(20, 90)), **lists}
+        age = float(random.integers(20, 90))
+        return {"age": age, **lists, "laboratory": measure()}
 
     return tuple(
         {"sex": SEXES[i % len(SEXES)], "visits": [visit(t) for t in range(length)]}
@@ -100,11 +116,14 @@ def invent_patients(
 
 
 def make_self_check(
-    model: nn.Module, graph: CausalGraph, vocabularies: Mapping[str, tuple[str, ...]]
+    model: nn.Module,
+    graph: CausalGraph,
+    vocabularies: Mapping[str, tuple[str, ...]],
+    scaling: Scaling,
 ) -> SelfCheck:
     """Invents patients and records what the model answers."""
-    patients = invent_patients(vocabularies)
-    return SelfCheck(patients, _logits(model, patients, graph, vocabularies))
+    patients = invent_patients(vocabularies, scaling)
+    return SelfCheck(patients, _logits(model, patients, graph, vocabularies, scaling))
 
 
 def run_self_check(
@@ -112,13 +131,14 @@ def run_self_check(
     model: nn.Module,
     graph: CausalGraph,
     vocabularies: Mapping[str, tuple[str, ...]],
+    scaling: Scaling,
 ) -> float:
     """Computes the logits again; gives the largest absolute difference.
 
     Raises:
         ArtifactError: if a logit differs by more than the tolerance, or is not finite.
     """
-    logits = _logits(model, check.patients, graph, vocabularies)
+    logits = _logits(model, check.patients, graph, vocabularies, scaling)
     difference = float(np.max(np.abs(logits - check.logits), initial=0.0))
     if not difference <= check.tolerance:  # also refuses NaN
         raise ArtifactError(
@@ -164,11 +184,14 @@ def from_json(content: Mapping[str, Any], vocabularies: Mapping[str, tuple[str, 
             ),
         )
         offsets, _ = _code_lists(reference.self_check.patients, vocabularies)
+        measured = _laboratory(reference.self_check.patients, vocabularies).values
     except (KeyError, TypeError, ValueError) as err:
         raise ArtifactError(
             f"reference.json: not a reference of this vocabulary ({type(err).__name__}: {err})"
         ) from err
     _require_shapes(reference, int(offsets[-1]), len(vocabularies["medication"]))
+    if not np.isfinite(measured).all():
+        raise ArtifactError("reference.json: expected finite laboratory values")
     return reference
 
 
@@ -207,15 +230,27 @@ def _code_lists(
     return offsets, (diagnoses, procedures, medications)
 
 
+def _laboratory(
+    patients: tuple[Mapping[str, Any], ...], vocabularies: Mapping[str, tuple[str, ...]]
+) -> Laboratory:
+    """Laboratory values of every visit; KeyError for an unknown item."""
+    position = {item: i for i, item in enumerate(vocabularies.get(LABORATORY, ()))}
+    visits = [visit["laboratory"] for patient in patients for visit in patient["visits"]]
+    items = CodeLists.of([[position[item] for item in measured] for measured in visits])
+    return Laboratory(items, np.array([v for m in visits for v in m.values()], np.float32))
+
+
 def _arrays(
     patients: tuple[Mapping[str, Any], ...],
     graph: CausalGraph,
     vocabularies: Mapping[str, tuple[str, ...]],
+    scaling: Scaling,
 ) -> VisitArrays:
     offsets, known = _code_lists(patients, vocabularies)
     sex = np.array([SEXES.index(patient["sex"]) for patient in patients], np.int8)
     age = np.array([visit["age"] for p in patients for visit in p["visits"]], np.float32)
-    return visit_arrays(known, None, offsets, graph, vocabularies, sex, age)
+    laboratory = _laboratory(patients, vocabularies)
+    return visit_arrays(known, None, offsets, graph, vocabularies, sex, age, scaling, laboratory)
 
 
 def _logits(
@@ -223,9 +258,10 @@ def _logits(
     patients: tuple[Mapping[str, Any], ...],
     graph: CausalGraph,
     vocabularies: Mapping[str, tuple[str, ...]],
+    scaling: Scaling,
 ) -> NDArray[np.float32]:
     """Logits of every visit in evaluation mode, float32 (V, N_m); the mode is put back."""
-    arrays = _arrays(patients, graph, vocabularies)
+    arrays = _arrays(patients, graph, vocabularies, scaling)
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     was_training = model.training

@@ -22,6 +22,8 @@ from torch.nn.functional import pad
 from cafemed.batches import Batch, collate, visit_arrays
 from cafemed.codes import CodeLists
 from cafemed.graphs import CausalGraph
+from cafemed.laboratory import Laboratory
+from cafemed.scaling import Scaling
 from serve.encoding import EncodedPatient
 from serve.schema import MAX_CODES
 
@@ -100,6 +102,7 @@ def batch_of(
     shape: Shape,
     graph: CausalGraph,
     vocabularies: Mapping[str, tuple[str, ...]],
+    scaling: Scaling,
     adjacencies: Sequence[sparse.csr_array],
 ) -> Batch:
     """Makes the tensors of one run.
@@ -109,11 +112,12 @@ def batch_of(
         shape: see Shape.
         graph: of the bundle.
         vocabularies: of the bundle.
+        scaling: of the bundle.
         adjacencies: of the graph (`batches.input_adjacencies`).
 
     Returns:
         a batch of exactly shape.patients patients with shape.steps visits each; the given ones
-        come first.
+        come first. Its laboratory arrays are as wide as there are items.
     """
     repeated = [*patients, *[patients[0]] * (shape.patients - len(patients))]
     arrays = visit_arrays(
@@ -124,6 +128,8 @@ def batch_of(
         vocabularies,
         np.array([patient.sex for patient in repeated], np.int8),
         np.repeat(np.array([patient.age for patient in repeated], np.float32), shape.steps),
+        scaling,
+        _laboratory(repeated, shape),
         adjacencies,
     )
     batch = collate(arrays, np.arange(shape.patients))
@@ -133,8 +139,13 @@ def batch_of(
     # A batch is as wide as its longest list; what the fillers' counts now cover is padding, which
     # holds valid indices.
     missing = (0, shape.width - batch.codes.shape[2])
+    unmeasured = (0, scaling.num_items - batch.laboratory_items.shape[1])
     return dataclasses.replace(
-        batch, codes=pad(batch.codes, missing), classes=pad(batch.classes, missing)
+        batch,
+        codes=pad(batch.codes, missing),
+        classes=pad(batch.classes, missing),
+        laboratory_items=pad(batch.laboratory_items, unmeasured),
+        laboratory_values=pad(batch.laboratory_values, unmeasured, value=math.nan),
     )
 
 
@@ -164,3 +175,14 @@ def _lists(
             lists[k].extend([()] * (shape.steps - patient.num_visits))
     diagnoses, procedures, medications = map(CodeLists.of, lists)
     return diagnoses, procedures, medications
+
+
+def _laboratory(patients: Sequence[EncodedPatient], shape: Shape) -> Laboratory:
+    """What is measured at each visit, with nothing for the fillers."""
+    visits: list[tuple[tuple[int, float], ...]] = []
+    for patient in patients:
+        visits.extend(patient.laboratory)
+        visits.extend([()] * (shape.steps - patient.num_visits))
+    items = CodeLists.of([[item for item, _ in measured] for measured in visits])
+    values = [value for measured in visits for _, value in measured]
+    return Laboratory(items, np.array(values, np.float32))

@@ -42,6 +42,8 @@ class EncodedPatient:
         taken: indices of the medications that the patient already takes.
         sex: index into cohort.SEXES.
         age: years at the current visit; NaN if unknown.
+        laboratory: T tuples of (item, value): indices of items, each at most once a visit, and
+            values in the items' units; what may be seen at the visit.
         unknown: the request's codes that the vocabularies do not have.
     """
 
@@ -49,6 +51,7 @@ class EncodedPatient:
     taken: tuple[int, ...]
     sex: int
     age: float
+    laboratory: tuple[tuple[tuple[int, float], ...], ...]
     unknown: tuple[UnknownCode, ...]
 
     @property
@@ -94,6 +97,7 @@ class Encoder:
             taken=medications[-1] if patient.visits[-1].medications else previous[-1],
             sex=SEXES.index(patient.sex),
             age=math.nan if patient.age is None else patient.age,
+            laboratory=((),) * len(patient.visits),
             unknown=tuple(unknown),
         )
 

@@ -148,7 +148,14 @@ class Recommender:
         last = torch.tensor([patient.num_visits - 1 for patient in patients])
         with torch.inference_mode():
             bundle = self.bundle
-            batch = batch_of(patients, shape, bundle.graph, bundle.vocabularies, self._adjacencies)
+            batch = batch_of(
+                patients,
+                shape,
+                bundle.graph,
+                bundle.vocabularies,
+                bundle.preprocessing.scaling,
+                self._adjacencies,
+            )
             logits = self._model(batch)
             logits = logits[torch.arange(len(patients)), last]
             logits = logits / self.bundle.preprocessing.temperature

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from cafemed.codes import CodeLists
+from cafemed.codes import KINDS, CodeLists
 from cafemed.cohort import SPLITS, Cohort
 
 
@@ -45,7 +45,7 @@ def summary(cohort: Cohort) -> dict[str, Any]:
     return {
         "patients": cohort.num_patients,
         "visits": cohort.num_visits,
-        "codes": {kind: len(codes) for kind, codes in cohort.vocabularies.items()},
+        "codes": {kind: len(cohort.vocabularies[kind]) for kind in KINDS},
         "codes_per_visit": {k: round(float(v.counts.mean()), 2) for k, v in lists.items()},
         "most_codes": {kind: int(v.counts.max()) for kind, v in lists.items()},
         "split": {name: len(cohort.patients_of(name)) for name in SPLITS},

@@ -72,5 +72,8 @@ def small_arrays():
         patient_offsets=offsets,
         sex=np.zeros(40, np.int8),
         age=np.full(shape[0], np.nan, np.float32),
+        laboratory_items=np.zeros((shape[0], 0), np.int32),
+        laboratory_values=np.zeros((shape[0], 0), np.float32),
+        laboratory_counts=np.zeros(shape[0], np.int32),
         sizes=SIZES,
     )

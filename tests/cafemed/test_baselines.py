@@ -31,6 +31,9 @@ def arrays() -> VisitArrays:
         patient_offsets=OFFSETS,
         sex=np.zeros(3, np.int8),
         age=np.zeros(num_visits, np.float32),
+        laboratory_items=np.zeros((num_visits, 0), np.int32),
+        laboratory_values=np.zeros((num_visits, 0), np.float32),
+        laboratory_counts=np.zeros(num_visits, np.int32),
         sizes=(1, 1, 4),
     )
 

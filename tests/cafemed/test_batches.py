@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cafemed import scaling as scalings
 from cafemed.batches import (
     ModelInputs,
     cohort_arrays,
@@ -17,15 +18,19 @@ from cafemed.codes import CodeLists
 from cafemed.cohort import Cohort
 from cafemed.errors import ArtifactError
 from cafemed.graphs import ORPHAN, CausalGraph, EffectTable
+from cafemed.laboratory import Laboratory
+from cafemed.scaling import Scaling
 
 VOCABULARIES = {
     "diagnosis": tuple(f"icd9:{i}" for i in range(14)),
     "procedure": tuple(f"icd9:{i}" for i in range(9)),
     "medication": tuple(f"atc:A{i:02}B" for i in range(7)),
+    "laboratory": ("lab:1", "lab:2", "lab:3", "lab:4"),
 }
 SIZES = (14, 9, 7)
 VISITS = (1, 4, 2, 1, 3)
-TENSORS = ("codes", "counts", "classes", "lengths", "targets", "sex", "age", "slots")
+LABORATORY = ("laboratory_items", "laboratory_values", "laboratory_counts")
+TENSORS = ("codes", "counts", "classes", "lengths", "targets", "sex", "age", "slots", *LABORATORY)
 
 
 def _lists(rng, size, low, high):
@@ -82,6 +87,76 @@ def graph():
     )
 
 
+@pytest.fixture(scope="module")
+def measured():
+    """Laboratory values of eleven visits: item → value."""
+    rng = np.random.default_rng(8)
+    numbers = [2, 0, 3, 4, 0, 0, 1, 2, 3, 0, 1]
+    return [
+        {int(i): float(np.float32(rng.normal(10 * i, 1 + i))) for i in rng.permutation(4)[:n]}
+        for n in numbers
+    ]
+
+
+@pytest.fixture(scope="module")
+def measured_cohort(cohort, measured):
+    values = [x for visit in measured for x in visit.values()]
+    laboratory = Laboratory(CodeLists.of([list(v) for v in measured]), np.array(values, np.float32))
+    return dataclasses.replace(
+        cohort, laboratory=laboratory, split=np.array([0, 0, 1, 2, 0], np.int8)
+    )
+
+
+@pytest.mark.parametrize("patients", [[0], [3], [1, 3], [4, 2, 0, 1]])
+@pytest.mark.parametrize("inputs", ["current", "history"])
+def test_a_batch_has_scaled_ages_and_laboratory_values(
+    patients, inputs, measured_cohort, measured, graph
+):
+    cohort = dataclasses.replace(measured_cohort, inputs=inputs)
+    scaling = scalings.fit(cohort)
+    batch = collate(cohort_arrays(cohort, graph), np.array(patients))
+    visits = cohort.visits_of(np.array(patients))
+    starts = cohort.patient_offsets.tolist()
+    expected = [
+        measured[v] if inputs == "current" else {} if v in starts else measured[v - 1]
+        for v in visits.tolist()
+    ]
+    width = max(len(visit) for visit in expected)
+    assert batch.laboratory_items.shape == batch.laboratory_values.shape == (len(visits), width)
+    assert batch.laboratory_counts.tolist() == [len(visit) for visit in expected]
+    for row, visit in enumerate(expected):
+        assert batch.laboratory_items[row, : len(visit)].tolist() == list(visit)
+        for place, (item, value) in enumerate(visit.items()):
+            z = (value - scaling.laboratory_mean[item]) / scaling.laboratory_sd[item]
+            z = min(max(z, -10), 10)
+            assert batch.laboratory_values[row, place].item() == pytest.approx(z, rel=1e-6)
+        assert torch.isnan(batch.laboratory_values[row, len(visit) :]).all()
+        assert not batch.laboratory_items[row, len(visit) :].any()
+        z = (float(cohort.age[visits[row]]) - scaling.age_mean) / scaling.age_sd
+        assert batch.age[row].item() == pytest.approx(z, rel=1e-6)
+    assert batch.laboratory_items.dtype == batch.laboratory_counts.dtype == torch.int64
+    assert batch.laboratory_values.dtype == torch.float32
+
+
+def test_what_was_measured_has_no_influence_on_the_other_arrays(cohort, measured_cohort, graph):
+    ours, theirs = cohort_arrays(cohort, graph), cohort_arrays(measured_cohort, graph)
+    for name in ("codes", "counts", "classes", "targets", "patient_offsets", "sex"):
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name))
+    assert ours.laboratory_items.shape == (11, 0)
+
+
+def test_laboratory_items_outside_the_scaling_are_refused(graph):
+    empty = CodeLists.of([[]])
+    laboratory = Laboratory(CodeLists.of([[1]]), np.ones(1, np.float32))
+    arguments = (np.array([0, 1]), graph, VOCABULARIES, np.array([0]), np.array([np.nan]))
+    scaling = Scaling(0.0, 1.0, (0.0,), (1.0,))
+    with pytest.raises(ArtifactError, match=r"laboratory codes: expected indices in 0 \.\. 0"):
+        visit_arrays((empty, empty, empty), None, *arguments, scaling, laboratory)
+    two = Laboratory.none(2)
+    with pytest.raises(ArtifactError, match="expected 1 laboratory lists, one a visit, got 2"):
+        visit_arrays((empty, empty, empty), None, *arguments, scaling, two)
+
+
 def _seen(plain, visit):
     """What a model may see at a visit: ids of the three modalities."""
     starts = np.concatenate([[0], np.cumsum(VISITS)])
@@ -133,6 +208,9 @@ def test_types_are_those_stated(cohort, graph):
         "patient_offsets": np.int64,
         "sex": np.int8,
         "age": np.float32,
+        "laboratory_items": np.int32,
+        "laboratory_values": np.float32,
+        "laboratory_counts": np.int32,
     }
 
 
@@ -172,7 +250,7 @@ def test_batch_holds_the_visits_of_its_patients_in_order(patients, cohort, graph
             assert batch.codes[row, k, : len(codes)].tolist() == codes
             longest = max(longest, len(codes))
         assert batch.targets[row].nonzero().flatten().tolist() == sorted(plain["targets"][visit])
-        assert batch.age[row] == cohort.age[visit]
+        assert batch.age[row] == arrays.age[visit]
         assert bool(batch.is_first[row]) == (visit in cohort.patient_offsets)
     assert batch.codes.shape == (len(visits), 3, longest)
     assert batch.sex.tolist() == cohort.sex[patients].tolist()
@@ -230,6 +308,7 @@ def test_a_request_has_no_targets_and_may_have_no_codes(graph):
         VOCABULARIES,
         np.array([0]),
         np.array([np.nan]),
+        Scaling(),
     )
     batch = collate(arrays, np.array([0]))
     assert batch.codes.shape == (1, 3, 1)
@@ -256,6 +335,7 @@ def test_codes_outside_the_vocabulary_are_refused(ids, message, graph):
             VOCABULARIES,
             np.array([0]),
             np.array([40.0, 41.0]),
+            Scaling(),
         )
 
 
@@ -275,6 +355,17 @@ def test_model_inputs_take_effects_of_this_vocabulary(effects):
     assert inputs.sizes == SIZES
     assert np.array_equal(inputs.effects, effects.effect)
     assert inputs.ddi is ddi
+    assert (inputs.num_laboratory_items, inputs.molecules) == (4, None)
+
+
+def test_model_inputs_say_which_medication_has_which_molecule(effects):
+    names = VOCABULARIES["medication"]
+    molecules = {names[4]: ("CO", "N"), names[1]: ("C", "CO"), names[6]: ("N",)}
+    inputs = model_inputs(VOCABULARIES, effects, np.zeros((7, 7), np.bool_), molecules)
+    expected = {(1, 0), (1, 1), (4, 1), (4, 2), (6, 2)}  # columns: C, CO, N
+    assert inputs.molecules.shape == (7, 3)
+    assert inputs.molecules.dtype == np.bool_
+    assert set(zip(*np.nonzero(inputs.molecules), strict=True)) == expected
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,13 @@ from cafemed.batches import Batch, ModelInputs
 from cafemed.codes import KINDS, node_name
 from cafemed.errors import ArtifactError
 from cafemed.graphs import CausalGraph, EffectTable, write_effects, write_graph
+from cafemed.scaling import Scaling
 
 VOCABULARIES = {
     "diagnosis": tuple(f"icd9:{i}" for i in range(7)),
     "procedure": tuple(f"icd9:P{i}" for i in range(5)),
     "medication": tuple(f"atc:M{i}" for i in range(4)),
+    "laboratory": (),
 }
 
 
@@ -80,7 +82,10 @@ def made() -> bundle.Bundle:
     return made_of(VOCABULARIES)
 
 
-def made_of(vocabularies: Mapping[str, tuple[str, ...]]) -> bundle.Bundle:
+def made_of(
+    vocabularies: Mapping[str, tuple[str, ...]], scaling: Scaling | None = None
+) -> bundle.Bundle:
+    scaling = scaling or Scaling(61.5, 17.0)
     graph = graph_of(
         ("diagnosis/icd9:0", "diagnosis/icd9:1"),
         ("diagnosis/icd9:1", "diagnosis/icd9:2"),
@@ -99,13 +104,14 @@ def made_of(vocabularies: Mapping[str, tuple[str, ...]]) -> bundle.Bundle:
         graph=graph,
         effects=effects,
         ddi=ddi,
-        preprocessing=bundle.Preprocessing(inputs="history", target_window_h=24.0),
+        preprocessing=bundle.Preprocessing(inputs="history", target_window_h=24.0, scaling=scaling),
         reference=reference.Reference(
             reference.score_histogram(np.array([0.0, 0.04, 0.5, 1.0])),
-            reference.make_self_check(model, graph, vocabularies),
+            reference.make_self_check(model, graph, vocabularies, scaling),
         ),
         metrics={"validation": {"jaccard": 0.5}},
         sources={"cohort": "c0", "graph": "a0"},
+        molecules={"atc:M1": ("C", "CO")},
     )
 
 
@@ -158,7 +164,8 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[
 def test_what_was_written_comes_back(made: bundle.Bundle, folder: Path):
     loaded = bundle.load(folder)
     assert loaded.fingerprint == artifacts.read_manifest(folder, "bundle").fingerprint
-    for name in ("model_name", "model_options", "vocabularies", "preprocessing", "metrics"):
+    names = ("model_name", "model_options", "vocabularies", "preprocessing", "metrics", "molecules")
+    for name in names:
         assert getattr(loaded, name) == getattr(made, name)
     assert loaded.sources == made.sources
     assert loaded.graph.nodes == made.graph.nodes
@@ -179,10 +186,50 @@ def test_a_cohort_may_have_no_procedures_but_needs_medications(tmp_path: Path):
         bundle.write(tmp_path / "none", made_of(VOCABULARIES | {"medication": ()}))
 
 
+class WithLaboratory(Sums):
+    """Adds what a visit's scaled age and laboratory values say, each item in its own way."""
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        exists = torch.arange(batch.laboratory_items.shape[1]) < batch.laboratory_counts[:, None]
+        values = torch.where(exists, batch.laboratory_values, 0) * (1 + batch.laboratory_items)
+        measured = values.sum(dim=1) + torch.nan_to_num(batch.age)
+        return super().forward(batch) + batch.pad(measured[:, None])
+
+
+def test_laboratory_scaling_travels_with_the_bundle_and_the_self_check_uses_it(tmp_path: Path):
+    vocabularies = {**VOCABULARIES, "laboratory": ("lab:1", "lab:2", "lab:3")}
+    scaling = Scaling(61.5, 17.25, (140.1, 0.1, 3.0), (3.3, 0.07, 1.0))
+    made = made_of(vocabularies, scaling)
+    model = WithLaboratory((7, 5, 4), torch.tensor(made.effects.effect))
+    check = reference.make_self_check(model, made.graph, vocabularies, scaling)
+    made = dataclasses.replace(
+        made, reference=dataclasses.replace(made.reference, self_check=check)
+    )
+    bundle.write(tmp_path / "bundle", made)
+    loaded = bundle.load(tmp_path / "bundle")
+    assert loaded.preprocessing.scaling == scaling
+    assert bundle.inputs(loaded).num_laboratory_items == 3
+    assert bundle.self_check(loaded, model) == 0
+    other = dataclasses.replace(
+        loaded,
+        preprocessing=dataclasses.replace(
+            loaded.preprocessing, scaling=dataclasses.replace(scaling, laboratory_sd=(3.3, 0.14, 1))
+        ),
+    )
+    with pytest.raises(ArtifactError, match="self_check"):
+        bundle.self_check(other, model)
+
+
 def test_the_files_are_those_of_the_layout_and_no_others(folder: Path):
     names = sorted(path.name for path in folder.iterdir())
     wanted = {"model.safetensors", "config.json", "vocabulary.json", "graph.parquet"}
-    wanted |= {"effects.npz", "ddi.parquet", "preprocessing.json", "reference.json"}
+    wanted |= {
+        "effects.npz",
+        "ddi.parquet",
+        "molecules.json",
+        "preprocessing.json",
+        "reference.json",
+    }
     assert names == sorted(wanted | {"metrics.json", "manifest.json"})
 
 
@@ -287,6 +334,21 @@ FEWER = {**VOCABULARIES, "diagnosis": VOCABULARIES["diagnosis"][:-1]}
             "preprocessing.json: scale: unknown key",
         ),
         (
+            edit_json(
+                "preprocessing.json",
+                lambda c: c | {"scaling": c["scaling"] | {"age_sd": 0}},
+            ),
+            "preprocessing.json: scaling.age_sd: expected a value in",
+        ),
+        (
+            edit_json("vocabulary.json", lambda c: c | {"laboratory": ["lab:1"]}),
+            "preprocessing.json: scaling: expected 1 laboratory items, the vocabulary's, got 0",
+        ),
+        (
+            edit_json("molecules.json", lambda _: {"atc:?": ["C"]}),
+            "molecules.json: atc:? is not in the medication vocabulary",
+        ),
+        (
             edit_json("preprocessing.json", lambda c: c | {"temperature": float("nan")}),
             "preprocessing.json: temperature: expected a value in",
         ),
@@ -367,7 +429,7 @@ def test_no_bundle_there_is_one_line(tmp_path: Path):
 
 
 def test_invented_patients_have_no_history_at_first_and_known_codes():
-    patients = reference.invent_patients(VOCABULARIES)
+    patients = reference.invent_patients(VOCABULARIES, Scaling())
     assert [len(p["visits"]) for p in patients] == [1, 2, 4]
     assert all(p["visits"][0]["previous_medications"] == [] for p in patients)
     for visit in (v for p in patients for v in p["visits"]):

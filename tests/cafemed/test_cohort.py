@@ -10,8 +10,10 @@ from cafemed import cohort as cohorts
 from cafemed.codes import KINDS, CodeLists
 from cafemed.cohort import Cohort
 from cafemed.errors import ArtifactError
+from cafemed.laboratory import Laboratory
 
 PATIENTS = [3, 1, 2]  # visits of each
+FIELDS = dataclasses.fields(Cohort)
 
 
 def draw(seed=0, inputs="current"):
@@ -27,6 +29,7 @@ def draw(seed=0, inputs="current"):
         )
 
     upper = np.triu(rng.random((5, 5)) < 0.4, 1)
+    items = lists(3)
     return Cohort(
         patient_offsets=np.concatenate([[0], np.cumsum(PATIENTS)]),
         patient_ids=("10", "20", "30"),
@@ -38,8 +41,10 @@ def draw(seed=0, inputs="current"):
         targets=lists(5),
         vocabularies={
             kind: tuple(f"x:{kind}{i}" for i in range(size))
-            for kind, size in zip(KINDS, (7, 4, 5), strict=True)
+            for kind, size in zip((*KINDS, "laboratory"), (7, 4, 5, 3), strict=True)
         },
+        laboratory=Laboratory(items, rng.normal(7, 3, len(items.ids)).astype(np.float32)),
+        molecules={"x:medication1": ("C", "CO"), "x:medication4": ("CO",)},
         ddi=upper | upper.T,
         split=np.array([0, 2, 1], np.int8),
         sex=np.array([0, 1, 2], np.int8),
@@ -62,17 +67,19 @@ def test_a_saved_cohort_comes_back(tmp_path, inputs):
     cohort = draw(inputs=inputs)
     loaded = cohorts.load(save(cohort, tmp_path / "cohort", inputs))
     assert loaded.fingerprint == artifacts.fingerprint("cohort", {"x": "1"}, {"inputs": inputs})
-    for field in dataclasses.fields(Cohort):
-        ours, theirs = getattr(cohort, field.name), getattr(loaded, field.name)
+    pairs = {f.name: (getattr(cohort, f.name), getattr(loaded, f.name)) for f in FIELDS}
+    ours, theirs = pairs.pop("laboratory")
+    pairs |= {"items": (ours.items, theirs.items), "values": (ours.values, theirs.values)}
+    for name, (ours, theirs) in pairs.items():
         if isinstance(ours, CodeLists):
             assert ours.offsets.dtype == theirs.offsets.dtype
             assert ours.ids.dtype == theirs.ids.dtype
             np.testing.assert_array_equal(ours.ids, theirs.ids)
             np.testing.assert_array_equal(ours.offsets, theirs.offsets)
         elif isinstance(ours, np.ndarray):
-            assert ours.dtype == theirs.dtype, field.name
+            assert ours.dtype == theirs.dtype, name
             np.testing.assert_array_equal(ours, theirs)
-        elif field.name != "fingerprint":
+        elif name != "fingerprint":
             assert ours == theirs
 
 
@@ -105,8 +112,61 @@ def test_known_inputs_hide_the_current_visit_only_where_asked():
     assert shifted[2].ids.tolist() == history.previous(history.medications).ids.tolist()
 
 
+def test_laboratory_values_are_seen_when_the_codes_are():
+    current, history = draw(), draw(inputs="history")
+    assert current.known_laboratory() is current.laboratory
+    seen, first = history.known_laboratory(), history.is_first_visit()
+
+    def measured(laboratory, visit):
+        start, end = laboratory.items.offsets[visit : visit + 2]
+        pairs = zip(laboratory.items.ids[start:end], laboratory.values[start:end], strict=True)
+        return list(pairs)
+
+    for visit in range(history.num_visits):
+        expected = [] if first[visit] else measured(history.laboratory, visit - 1)
+        assert measured(seen, visit) == expected
+
+
+def test_a_cohort_without_laboratory_has_an_empty_list_a_visit():
+    given = draw()
+    left_out = {"vocabularies": {k: given.vocabularies[k] for k in KINDS}}
+    cohort = dataclasses.replace(given, laboratory=Laboratory.none(0), molecules={}, **left_out)
+    assert cohort.vocabularies["laboratory"] == ()
+    assert cohort.laboratory.items.counts.tolist() == [0] * 6
+    assert cohort.laboratory.is_empty
+
+
+def test_a_cohort_of_an_earlier_version_is_refused(tmp_path):
+    with artifacts.new_folder(tmp_path / "cohort", "cohort", {}, {}) as (partial, _):
+        cohorts.write(draw(), partial)
+        visits = pq.read_table(partial / "visits.parquet")
+        visits = visits.drop_columns(["laboratory_items", "laboratory_values"])
+        pq.write_table(visits, partial / "visits.parquet")
+    with pytest.raises(ArtifactError, match=r"made by an earlier version.*run jobs/prepare\.py"):
+        cohorts.load(tmp_path / "cohort")
+
+
 @pytest.mark.parametrize(
-    "name", ["visits.parquet", "vocabulary.json", "ddi.parquet", "split.parquet"]
+    ("content", "message"),
+    [
+        ('{"x:other": ["C"]}', "x:other is not in the medication vocabulary"),
+        ('{"x:medication1": [3]}', "x:medication1: expected SMILES strings"),
+        ('{"x:medication1": []}', "x:medication1: expected SMILES strings"),
+        ('["C"]', "expected SMILES strings by medication"),
+        ("{", "expected SMILES strings by medication"),
+    ],
+)
+def test_molecules_that_are_none_are_refused(tmp_path, content, message):
+    with artifacts.new_folder(tmp_path / "cohort", "cohort", {}, {}) as (partial, _):
+        cohorts.write(draw(), partial)
+        (partial / "molecules.json").write_text(content)
+    with pytest.raises(ArtifactError, match=rf"molecules\.json: {message}"):
+        cohorts.load(tmp_path / "cohort")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["visits.parquet", "vocabulary.json", "ddi.parquet", "split.parquet", "molecules.json"],
 )
 def test_a_truncated_or_edited_or_missing_file_is_refused(tmp_path, name):
     path = save(draw(), tmp_path / "cohort") / name

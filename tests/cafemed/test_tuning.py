@@ -34,6 +34,7 @@ from cafemed.cohort import Cohort
 from cafemed.errors import ArtifactError, ConfigError, TrainingError
 from cafemed.experiment import Experiment
 from cafemed.graphs import CausalGraph, EffectTable
+from cafemed.scaling import Scaling
 from cafemed.sweep import SweepResult, TrialRecord
 from cafemed.training import FitConfig
 from cafemed.trials import TrialData, trial_seed
@@ -311,7 +312,7 @@ def make_published(given: Experiment, tmp_path: Path) -> tuple[Path, Path]:
         bundle.Preprocessing(),
         reference.Reference(
             reference.score_histogram(np.zeros(1)),
-            reference.make_self_check(model, given.graph, given.cohort.vocabularies),
+            reference.make_self_check(model, given.graph, given.cohort.vocabularies, Scaling()),
         ),
         {},
         given.sources,

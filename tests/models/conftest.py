@@ -59,6 +59,9 @@ def _arrays(patients, width):
         patient_offsets=np.concatenate([[0], np.cumsum(lengths)]),
         sex=np.zeros(len(patients), np.int8),
         age=np.full(len(visits), np.nan, np.float32),
+        laboratory_items=np.zeros((len(visits), 0), np.int32),
+        laboratory_values=np.zeros((len(visits), 0), np.float32),
+        laboratory_counts=np.zeros(len(visits), np.int32),
         sizes=SIZES,
     )
 

@@ -31,6 +31,7 @@ def make_bundle(
     preprocessing: Preprocessing | None = None, seed: int = 0, model_name: str = "cafemed"
 ) -> Bundle:
     """A bundle whose model has random weights, larger than at a start, so that scores differ."""
+    preprocessing = preprocessing or Preprocessing()
     rng = np.random.default_rng(seed)
     nodes = sorted(
         node_name(kind, code)
@@ -70,9 +71,10 @@ def make_bundle(
         graph=graph,
         effects=effects,
         ddi=ddi,
-        preprocessing=preprocessing or Preprocessing(),
+        preprocessing=preprocessing,
         reference=Reference(
-            score_histogram(rng.random(100)), make_self_check(model, graph, VOCABULARIES)
+            score_histogram(rng.random(100)),
+            make_self_check(model, graph, VOCABULARIES, preprocessing.scaling),
         ),
         metrics={"jaccard": 0.5},
         sources={"cohort": "0" * 64},

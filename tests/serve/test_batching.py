@@ -8,7 +8,9 @@ from serve.encoding import EncodedPatient
 
 def patient(sizes: list[tuple[int, int, int]]) -> EncodedPatient:
     known = tuple(tuple(tuple(range(size[k])) for size in sizes) for k in range(3))
-    return EncodedPatient(known=known, taken=(), sex=0, age=50.0, unknown=())
+    return EncodedPatient(
+        known=known, taken=(), sex=0, age=50.0, laboratory=((),) * len(sizes), unknown=()
+    )
 
 
 RANDOM = np.random.default_rng(0)
@@ -58,7 +60,14 @@ def batch(bundle: Bundle, *visits: list[tuple[int, int, int]]) -> Batch:
     patients = [patient(sizes) for sizes in visits]
     adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
     shape = shape_of(patients[0])
-    return batch_of(patients, shape, bundle.graph, bundle.vocabularies, adjacencies)
+    return batch_of(
+        patients,
+        shape,
+        bundle.graph,
+        bundle.vocabularies,
+        bundle.preprocessing.scaling,
+        adjacencies,
+    )
 
 
 def test_a_batch_has_the_same_numbers_whoever_is_in_it(served: Bundle) -> None:

@@ -62,6 +62,7 @@ def direct(bundle: Bundle, patient: EncodedPatient) -> np.ndarray:
         bundle.vocabularies,
         np.array([patient.sex], np.int8),
         np.full(visits, patient.age, np.float32),
+        bundle.preprocessing.scaling,
     )
     model = models.build(bundle.model_name, bundles.inputs(bundle), bundle.model_options)
     model.load_state_dict(dict(bundle.weights))

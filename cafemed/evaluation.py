@@ -52,17 +52,27 @@ class EvaluationSet:
         )
 
     def predict(self, model: nn.Module) -> NDArray[np.float32]:
-        """Probabilities in evaluation mode, float32 (V, N_m); the model's mode is put back."""
+        """Probabilities of the logits as they are, float32 (V, N_m); see `logits`."""
+        return sigmoid(self.logits(model))
+
+    def logits(self, model: nn.Module) -> NDArray[np.float32]:
+        """Logits in evaluation mode, float32 (V, N_m); the model's mode is put back."""
         was_training = model.training
         model.eval()
         try:
             with torch.inference_mode():
-                parts = [torch.sigmoid(b.flatten(model(b))).cpu().numpy() for b in self.batches]
+                parts = [b.flatten(model(b)).cpu().numpy() for b in self.batches]
         finally:
             model.train(was_training)
-        probabilities = np.empty(self.targets.shape, np.float32)
-        probabilities[self.rows] = np.concatenate(parts)
-        return probabilities
+        logits = np.empty(self.targets.shape, np.float32)
+        logits[self.rows] = np.concatenate(parts)
+        return logits
+
+
+def sigmoid(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np.float32]:
+    """Probabilities of logits divided by a temperature, float32, as the endpoint computes them."""
+    found: NDArray[np.float32] = torch.sigmoid(torch.from_numpy(logits) / temperature).numpy()
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

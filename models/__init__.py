@@ -21,6 +21,7 @@ from cafemed.errors import ConfigError
 _REGISTRY = {
     "cafemed": ("models.cafemed", "CafeMed", "CafeMedOptions"),
     "causalmed": ("models.causalmed", "CausalMed", "CausalMedOptions"),
+    "graphdiffmed": ("models.graphdiffmed", "GraphDiffMed", "GraphDiffMedOptions"),
 }
 
 #: The names that `build` knows.

@@ -39,6 +39,10 @@ class RelationalLayer(nn.Module):
         for weights in (self.weight, self.root):
             nn.init.uniform_(weights, -bound, bound)
 
+    def own(self, rows: torch.Tensor) -> torch.Tensor:
+        """What nodes (N, d) keep of themselves: x W_root + bias."""
+        return torch.addmm(self.bias, rows, self.root)
+
     def messages(
         self,
         rows: torch.Tensor,
@@ -117,8 +121,7 @@ class HeterogeneousBranch(nn.Module):
         group, size = _groups(edges.relation * len(embedded) + edges.target)
         share = size.to(embedded.dtype).reciprocal()[group]
         received = self.first.messages(embedded, edges, share, edges.target, len(embedded))
-        own = torch.addmm(self.first.bias, embedded, self.first.root)
-        hidden = torch.relu(own + received)
+        hidden = torch.relu(self.first.own(embedded) + received)
 
         num_groups, goal = 3 * packing.num_visits, packing.group[edges.target]
         sums = to_visits(hidden).view(packing.num_visits, 3, -1)

@@ -126,3 +126,8 @@ def logits_of():
 @pytest.fixture(scope="session")
 def reference_causalmed():
     return _load("reference_causalmed")
+
+
+@pytest.fixture(scope="session")
+def reference_graphdiffmed():
+    return _load("reference_graphdiffmed")

@@ -1,0 +1,234 @@
+"""GraphDiffMed: differential attention within a visit and over visits, with drug interactions.
+
+As in CafeMed, all visits of a batch of patients are encoded at once and what the model says of
+visit t is what it says of a patient whose last visit is t: the input of visit t holds nothing
+later, and attention over visits is causal.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import torch
+from torch import nn
+
+from cafemed.batches import Batch, ModelInputs
+from cafemed.cohort import SEXES
+from cafemed.config import Range
+from cafemed.errors import ConfigError
+from models.differential import InterVisitAttention, IntraVisitAttention, VisitPairs
+from models.direct import DirectPath
+from models.dropout import FastDropout
+from models.embeddings import EMBEDDING_BOUND, embedding_table, require_sizes
+from models.homogeneous import ClassMask
+from models.molecules import MoleculeBranch
+from models.packing import Packing, pack
+from models.recurrent import ParallelGRU
+from models.review import CausalReview
+from models.sparse_map import SparseMap
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphDiffMedOptions:
+    """Options of GraphDiffMed; docs/models.md says whose each is.
+
+    Attributes:
+        dimension: d, of embeddings, attention and GRUs.
+        dropout: on looked-up embeddings, in training.
+        attention_dropout: on the differences of attention's contexts, in training.
+        heads: H, pairs of query heads; a divisor of dimension.
+        graph_bias: lambda_g, of the interaction rates added to attention between visits.
+        modalities: besides codes: G the sex, Y the age.
+        molecules: medications and messages from their molecules: where the cohort has them, always
+            (an error where it has none), or never.
+        relation_levels: classes of relevance to a molecule, each 1 / relation_levels wide; the
+            lowest gives no edge.
+        virtual_edges: at visits without any relevance: from all molecules, or none.
+        review: whether logits are moved by the effects of the visit's codes.
+        review_quantiles: of the effects of each kind of code, or of all effects.
+        duplicate_state: the head sees the GRUs' outputs twice, or once.
+        direct: one chance for each code and medication beside the deep path, joined to it as
+            independent causes ("noisy_or") or on the log-odds ("additive"); "none": as published.
+        direct_start: the direct path starts from the causal effects, or evenly.
+    """
+
+    dimension: Annotated[int, Range(1)] = 64
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.7
+    attention_dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.3
+    heads: Annotated[int, Range(1)] = 8
+    graph_bias: Annotated[float, Range(0)] = 0.1
+    modalities: Literal["none", "G", "GY"] = "none"
+    molecules: Literal["auto", "always", "none"] = "auto"
+    relation_levels: Annotated[int, Range(2, 100)] = 6
+    virtual_edges: Literal["all", "none"] = "all"
+    review: bool = True
+    review_quantiles: Literal["kind", "all"] = "kind"
+    duplicate_state: bool = True
+    direct: Literal["noisy_or", "additive", "none"] = "none"
+    direct_start: Literal["effects", "even"] = "effects"
+
+    def __post_init__(self) -> None:
+        if self.dimension % self.heads:
+            raise ConfigError(
+                f"heads: expected a divisor of dimension = {self.dimension}, got {self.heads}"
+            )
+
+
+class GraphDiffMed(nn.Module):
+    """GraphDiffMed over batches of patients.
+
+    Args:
+        inputs: sizes, effects, interactions and molecules.
+        options: see GraphDiffMedOptions.
+
+    Raises:
+        ConfigError: if molecules are asked for and `inputs` has none.
+    """
+
+    ddi: torch.Tensor
+
+    def __init__(self, inputs: ModelInputs, options: GraphDiffMedOptions) -> None:
+        super().__init__()
+        self.sizes = inputs.sizes
+        self.options = options
+        d = options.dimension
+        self.embedding = embedding_table(sum(inputs.sizes), d)
+        self.dropout = FastDropout(options.dropout)
+        self.molecules = _molecule_branch(inputs, options)
+        self.class_mask = ClassMask(d)
+        self.demographics = Demographics(options.modalities, d, self.dropout)
+        self.grus = ParallelGRU(3, d)
+        self.intra = IntraVisitAttention(d, options.heads, options.attention_dropout)
+        self.inter = InterVisitAttention(
+            d, options.heads, options.attention_dropout, options.graph_bias
+        )
+        width = (6 if options.duplicate_state else 3) + self.demographics.number + 2
+        self.head = nn.Linear(width * d, inputs.sizes[2])
+        self.review = CausalReview(inputs, options.review_quantiles) if options.review else None
+        self.direct = None
+        if options.direct != "none":
+            self.direct = DirectPath(inputs, options.direct, options.direct_start)
+        self.register_buffer("ddi", torch.tensor(inputs.ddi, dtype=torch.float32), persistent=False)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Gives logits for every visit from the visits before it and its known codes.
+
+        Args:
+            batch: B patients, at most T visits each.
+
+        Returns:
+            float32 (B, T, N_m), y of docs/models.md 3.6; 0 after a patient's last visit.
+
+        Raises:
+            ArtifactError: if the batch's codes are of vocabularies of other sizes.
+        """
+        require_sizes(batch, self.sizes)
+        packing = pack(batch, self.sizes, first_visit_slot=False)
+        visits = self.encode_visits(packing)
+        about = self.demographics(batch, visits.dtype)
+        states = self.grus(visits, batch)
+        pairs = VisitPairs.of(batch)
+        bias = self.interaction_rates(pairs, packing, visits.dtype)
+        attended = [
+            self.inter(torch.cat([visits, about], 1), states, pairs, bias),
+            self.intra(visits, batch),
+        ]
+        # A layer's last state is its last output, h_k = o_k^t: o stands for both.
+        state = states.flatten(1)
+        parts = [state, about.flatten(1), *attended]
+        if self.options.duplicate_state:
+            parts.append(state)
+        logits = self.head(torch.relu(torch.cat(parts, 1)))
+        if self.review is not None:
+            logits = self.review(logits, packing)
+        if self.direct is not None:
+            logits = self.direct(logits, packing)
+        return batch.pad(logits)
+
+    def encode_visits(self, packing: Packing) -> torch.Tensor:
+        """Sums of each modality's masked codes: s, float32 (V, 3, d)."""
+        table: torch.Tensor = self.embedding
+        branch, first = self.molecules, sum(self.sizes[:2])
+        if branch is not None:
+            table = torch.cat([table[:first], branch.medications(table[first:])])
+        num_codes = len(packing.ids)
+        every = torch.arange(num_codes, device=packing.ids.device)
+        embedded = self.dropout(SparseMap.of(every, packing.ids, num_codes, len(table))(table))
+        if branch is not None:
+            embedded = branch(embedded, packing)
+        masked = self.class_mask(embedded, packing.modality, packing.classes)
+        sums = SparseMap.of(packing.group, every, 3 * packing.num_visits, num_codes)(masked)
+        return sums.view(packing.num_visits, 3, -1)
+
+    def interaction_rates(
+        self, pairs: VisitPairs, packing: Packing, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Share of interacting pairs between the medications known at two visits, (P,).
+
+        Ordered pairs, a medication with itself included; 0 where one of the visits knows none.
+        """
+        chosen = (packing.modality == 2).nonzero()[:, 0]
+        given = torch.zeros(packing.num_visits, self.sizes[2], device=chosen.device, dtype=dtype)
+        given[packing.visit[chosen], packing.ids[chosen] - sum(self.sizes[:2])] = 1
+        interacting = given @ self.ddi.to(dtype)  # small integers, exact
+        number = given.sum(1)
+        found = (interacting[pairs.later] * given[pairs.earlier]).sum(1)
+        return found / (number[pairs.later] * number[pairs.earlier]).clamp(min=1)
+
+
+class Demographics(nn.Module):
+    """Vectors of the patient at each visit: sex ("G"), sex and age ("GY"), or none.
+
+    A patient of unknown sex has a row of its own, which starts at 0; an unknown age counts as the
+    mean of the training patients.
+
+    Args:
+        modalities: see GraphDiffMedOptions.
+        dimension: d.
+        dropout: the model's, on what is looked up.
+    """
+
+    def __init__(self, modalities: str, dimension: int, dropout: FastDropout) -> None:
+        super().__init__()
+        self.dimension, self.dropout = dimension, dropout
+        self.sex, self.age = None, None
+        if "G" in modalities:
+            self.sex = embedding_table(len(SEXES), dimension)
+            with torch.no_grad():
+                self.sex[SEXES.index("unknown")] = 0
+        if "Y" in modalities:
+            self.age = nn.Linear(1, dimension)
+            nn.init.uniform_(self.age.weight, -EMBEDDING_BOUND, EMBEDDING_BOUND)
+
+    @property
+    def number(self) -> int:
+        """Vectors a visit, G."""
+        return (self.sex is not None) + (self.age is not None)
+
+    def forward(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+        """Gives (V, G, d)."""
+        found = [torch.empty(batch.num_visits, 0, self.dimension, dtype=dtype)]
+        found[0] = found[0].to(batch.sex.device)
+        if self.sex is not None:
+            patient = batch.slots // batch.num_steps
+            found.append(self.dropout(self.sex[batch.sex[patient]])[:, None])
+        if self.age is not None:
+            age = torch.where(torch.isnan(batch.age), 0.0, batch.age).to(dtype)
+            found.append(self.dropout(self.age(age[:, None]))[:, None])
+        return torch.cat(found, 1)
+
+
+def _molecule_branch(inputs: ModelInputs, options: GraphDiffMedOptions) -> MoleculeBranch | None:
+    if options.molecules == "none" or (options.molecules == "auto" and inputs.molecules is None):
+        return None
+    if inputs.molecules is None:
+        raise ConfigError(
+            "model.molecules: expected a cohort with molecules for always, this one has none; "
+            "prepare it with data.molecules=true or use model.molecules=auto"
+        )
+    return MoleculeBranch(
+        inputs,
+        inputs.molecules,
+        options.dimension,
+        options.relation_levels,
+        options.virtual_edges,
+    )

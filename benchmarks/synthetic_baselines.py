@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,18 @@ from typing import Any
 import numpy as np
 import sklearn
 import torch
-from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 
-from cafemed import config, drugs, metrics, paths, protocols, synthetic
-from cafemed.cohort import Cohort, Split
-from cafemed.protocols import CohortConfig
-from cafemed.sources import mimic3
-from cafemed.synthetic import SyntheticConfig, ceiling
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
 
-Floats = NDArray[np.float32]
+from benchmarks.recommenders.learners import Data, logistic_regression, noisy_or  # noqa: E402
+from cafemed import config, drugs, metrics, paths, protocols, synthetic  # noqa: E402
+from cafemed.cohort import Cohort  # noqa: E402
+from cafemed.protocols import CohortConfig  # noqa: E402
+from cafemed.sources import mimic3  # noqa: E402
+from cafemed.synthetic import SyntheticConfig, ceiling  # noqa: E402
 
 CASES = ("synthetic_demo", "synthetic", "synthetic_mimic3")
-_EPOCHS, _BATCH, _LEARNING_RATE = 30, 256, 0.05
 
 
 def population_config(case: str) -> SyntheticConfig:
@@ -53,68 +53,6 @@ def make_cohort(case: str, seed: int, folder: Path) -> Cohort:
     synthetic.write_tables(synthetic.generate(population_config(case), seed), folder)
     knowledge = drugs.read(drugs.locate(folder / "drugs"))
     return protocols.clean(mimic3.read(folder), knowledge, CohortConfig(seed=seed))[0]
-
-
-class Data:
-    """Inputs (diagnoses, procedures, previous medications) and targets of each split's visits."""
-
-    def __init__(self, cohort: Cohort) -> None:
-        known, sizes = cohort.known_inputs(), cohort.sizes
-        hot = [lists.multi_hot(n) for lists, n in zip(known, sizes, strict=True)]
-        self.inputs = np.hstack(hot).astype(np.float32)
-        self.targets = cohort.targets.multi_hot(sizes[2])
-        self.num_codes = sizes[0] + sizes[1]
-        self.cohort = cohort
-
-    def of(self, split: Split) -> tuple[Floats, NDArray[np.bool_]]:
-        """Inputs (v, N) and targets (v, N_m)."""
-        visits = self.cohort.visits_of(self.cohort.patients_of(split))
-        return self.inputs[visits], self.targets[visits]
-
-
-def logistic_regression(data: Data, num_inputs: int) -> Floats:
-    """Probabilities (test visits, N_m) of one L1 regression a medication on the first inputs."""
-    (train, targets), (test, _) = data.of("train"), data.of("test")
-    found = np.zeros((len(test), targets.shape[1]), np.float32)
-    for j, outcome in enumerate(targets.T):
-        if outcome.any() and not outcome.all():
-            model = LogisticRegression(C=1.0, l1_ratio=1.0, solver="liblinear", random_state=0)
-            model.fit(train[:, :num_inputs], outcome)
-            found[:, j] = model.predict_proba(test[:, :num_inputs])[:, 1]
-        else:
-            found[:, j] = outcome.mean()
-    return found
-
-
-def noisy_or(data: Data, seed: int) -> Floats:
-    """Probabilities (test visits, N_m) of a noisy-or, the epoch with the best validation loss."""
-    torch.manual_seed(seed)
-    inputs, outcomes = (torch.from_numpy(a).float() for a in data.of("train"))
-    validation, validation_targets = data.of("validation")
-    strength = torch.full((inputs.shape[1], outcomes.shape[1]), -5.0, requires_grad=True)
-    leak = torch.full((outcomes.shape[1],), -4.0, requires_grad=True)
-    optimizer = torch.optim.Adam([strength, leak], lr=_LEARNING_RATE)
-
-    def log_miss(rows: torch.Tensor) -> torch.Tensor:
-        positive = torch.nn.functional.softplus
-        return -(rows @ positive(strength) + positive(leak))
-
-    best, found = np.inf, np.zeros(0, np.float32)
-    for _ in range(_EPOCHS):
-        order = torch.randperm(len(inputs))
-        for start in range(0, len(order), _BATCH):
-            rows = order[start : start + _BATCH]
-            miss, outcome = log_miss(inputs[rows]), outcomes[rows]
-            loss = -(outcome * torch.log(1e-6 - torch.expm1(miss)) + (1 - outcome) * miss).mean()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        with torch.no_grad():
-            checked = -torch.expm1(log_miss(torch.from_numpy(validation))).numpy()
-            if (value := ceiling.log_loss(checked, validation_targets)) < best:
-                best = value
-                found = -torch.expm1(log_miss(torch.from_numpy(data.of("test")[0]))).numpy()
-    return found
 
 
 def measure(case: str, seed: int) -> list[dict[str, Any]]:
@@ -142,9 +80,9 @@ def measure(case: str, seed: int) -> list[dict[str, Any]]:
     for name, probabilities in (
         ("ceiling", best),
         ("copy", last),
-        ("l1_codes", logistic_regression(data, data.num_codes)),
-        ("l1", logistic_regression(data, data.inputs.shape[1])),
-        ("noisy_or", noisy_or(data, seed)),
+        ("l1_codes", logistic_regression(data, data.num_codes).test),
+        ("l1", logistic_regression(data, data.inputs.shape[1]).test),
+        ("noisy_or", noisy_or(data, seed, lambda p, y: -ceiling.log_loss(p, y)).test),
     ):
         at_half = metrics.evaluate(probabilities, targets, offsets, cohort.ddi)
         rows += [

@@ -1,6 +1,7 @@
 """What a published model reaches on the test patients, beside baselines and the ceiling.
 
-The artifact of `jobs/evaluate.py`, stage "evaluation": `report.json`. Nothing at patient level.
+This is the content of `report.json`, of the artifact of `jobs/evaluate.py`. Nothing in it is at
+patient level.
 """
 
 import dataclasses
@@ -13,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import baselines, evaluation, fits, metrics
+from cafemed import baselines, evaluation, fits, metrics, subgroups, suppression
 from cafemed.batches import VisitArrays
+from cafemed.calibration import Decision, Predictions, Reliability
 from cafemed.cohort import Cohort, Split
 from cafemed.config import Range
 from cafemed.errors import DataError
@@ -27,7 +29,7 @@ class EvaluationConfig:
     """How a model is evaluated (section `evaluation`).
 
     Attributes:
-        seed: of the bootstrap, and of the ceiling's simulation.
+        seed: of the bootstraps, and of the ceiling's simulation.
         ceiling_draws: simulated visits behind each probability of the ceiling, where one has to be
             simulated.
     """
@@ -38,12 +40,15 @@ class EvaluationConfig:
 
 _NAMES = tuple(field.name for field in dataclasses.fields(metrics.Metrics))
 
+#: Characters of a value with its interval.
+_WIDTH = {name: 20 if name == "num_medications" else 22 for name in _NAMES}
+
 
 def measure(
     model: nn.Module,
     arrays: VisitArrays,
     cohort: Cohort,
-    threshold: float,
+    decision: Decision,
     seed: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
@@ -52,14 +57,16 @@ def measure(
     Args:
         model: on `device`.
         arrays: of the whole cohort, with the model's graph.
-        cohort: gives split and interacting pairs.
-        threshold: of the predicted sets.
-        seed: of the bootstrap.
+        cohort: gives split, interacting pairs, sex, ages and previous medications.
+        decision: temperature and threshold, as they are served.
+        seed: of the bootstraps.
         device: where the model is.
 
     Returns:
-        JSON values: "model" (`fits.measure`) and "baselines", name → "metrics",
-        "bootstrap_mean" and "bootstrap_sd" on the test patients.
+        JSON values: "model" (`fits.measure`), and on the test patients "subgroups"
+        (`subgroups.measure`), "reliability" ("before" and "after" temperature, rows of
+        `_reliability`), and "baselines", name → "metrics", "intervals", "bootstrap_mean" and
+        "bootstrap_sd".
 
     Raises:
         DataError: if a split has no patients.
@@ -75,19 +82,24 @@ def measure(
     test = patients["test"]
     makers = {"most frequent": baselines.most_frequent, "last visit": baselines.last_visit}
     scores = {name: make(arrays, patients["train"], test) for name, make in makers.items()}
+    predictions = fits.predict(model, arrays, patients, device)
+    of_test = predictions["test"]
     return {
-        "model": fits.measure(
-            model,
-            arrays,
-            {"validation": patients["validation"], "test": test},
+        "model": fits.measure(predictions, cohort.ddi, decision, seed),
+        "subgroups": subgroups.measure(
+            of_test.probabilities(decision.temperature),
+            of_test.targets,
+            subgroups.Visits.of(cohort, test),
             cohort.ddi,
-            threshold,
+            decision.threshold,
             seed,
-            device,
         ),
+        "reliability": {
+            "before": _reliability(of_test, 1.0),
+            "after": _reliability(of_test, decision.temperature),
+        },
         "baselines": {
-            name: _measure(values, arrays, test, cohort.ddi, seed)
-            for name, values in scores.items()
+            name: _measure(values, of_test, cohort.ddi, seed) for name, values in scores.items()
         },
     }
 
@@ -148,16 +160,16 @@ def measure_ceiling(
 def describe(report: Mapping[str, Any]) -> str:
     """The report as a table, one row for each of model, baselines and ceiling on the test split.
 
-    ± is the spread of ten draws of 80 % of the patients, as the literature gives it.
+    In brackets the 95 % interval over patients.
     """
     model = report["model"]
     test = model["test"]
-    rows = [("model", f"{model['threshold']:.2f}", test["metrics"], test["bootstrap_sd"])]
-    rows.append(
-        ("model", f"{model['best_threshold']:.2f}", test["metrics_at_best_threshold"], None)
-    )
+    rows = [("model", f"{model['threshold']:.2f}", test["metrics"], test["intervals"])]
+    if model["best_threshold"] != model["threshold"]:
+        at_best = test["metrics_at_best_threshold"]
+        rows.append(("model", f"{model['best_threshold']:.2f}", at_best, None))
     rows += [
-        (name, "", found["metrics"], found["bootstrap_sd"])
+        (name, "", found["metrics"], found["intervals"])
         for name, found in report["baselines"].items()
     ]
     ceiling = report.get("ceiling")
@@ -166,28 +178,53 @@ def describe(report: Mapping[str, Any]) -> str:
         rows.append(("ceiling", f"{ceiling['threshold']:.2f}", ceiling["at_best"], None))
     lines = [
         f"{test['patients']:,} test patients, {test['visits']:,} visits",
-        f"{'':<14} {'threshold':>9} " + " ".join(f"{name:>16}" for name in _NAMES),
+        f"{'':<14} {'threshold':>9} " + " ".join(f"{name:<{_WIDTH[name]}}" for name in _NAMES),
     ]
-    for name, threshold, found, spread in rows:
-        cells = [
-            f"{found[n]:.4f}" + ("" if spread is None else f" ±{spread[n]:.4f}") for n in _NAMES
-        ]
-        lines.append(f"{name:<14} {threshold:>9} " + " ".join(f"{cell:>16}" for cell in cells))
-    return "\n".join(lines)
+    for name, threshold, found, ends in rows:
+        cells = [_cell(n, found[n], None if ends is None else ends[n]) for n in _NAMES]
+        lines.append(f"{name:<14} {threshold:>9} {' '.join(cells)}".rstrip())
+    return "\n".join([*lines, *fits.calibration_lines(model)])
+
+
+def _cell(name: str, value: float, ends: list[float] | None) -> str:
+    digits = 2 if name == "num_medications" else 4
+    text = f"{value:.{digits}f}"
+    if ends is not None:
+        text += f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return f"{text:<{_WIDTH[name]}}"
 
 
 def _measure(
-    scores: NDArray[np.float32],
-    arrays: VisitArrays,
-    patients: NDArray[np.int64],
-    ddi: NDArray[np.bool_],
-    seed: int,
+    scores: NDArray[np.float32], given: Predictions, ddi: NDArray[np.bool_], seed: int
 ) -> dict[str, Any]:
-    offsets = evaluation.patient_offsets(arrays, patients)
-    of_visits = metrics.score_visits(scores, evaluation.targets(arrays, patients), ddi)
+    """Metrics of a baseline's scores for the visits of `given`."""
+    offsets = given.patient_offsets
+    of_visits = metrics.score_visits(scores, given.targets, ddi)
     drawn = metrics.bootstrap(of_visits, offsets, seed=seed)
     return {
         "metrics": metrics.aggregate(of_visits, offsets).as_dict(),
+        "intervals": metrics.intervals(of_visits, offsets, seed=seed).as_dict(),
         "bootstrap_mean": drawn.mean.as_dict(),
         "bootstrap_sd": drawn.sd.as_dict(),
     }
+
+
+def _reliability(predictions: Predictions, temperature: float) -> list[dict[str, Any]]:
+    """The reliability table, a row for every bin with pairs.
+
+    Each has its edges "low" and "high", and either "hidden" (too few patients) or its "pairs",
+    mean "probability" and the "share" of them that were given.
+    """
+    table = Reliability.of(predictions, temperature)
+    kept_back = suppression.hidden(table.present, counted=False)
+    rows = []
+    for b in np.flatnonzero(table.pairs).tolist():
+        row: dict[str, Any] = {"low": float(table.edges[b]), "high": float(table.edges[b + 1])}
+        if kept_back[b]:
+            row["hidden"] = True
+        else:
+            row["pairs"] = int(table.pairs[b])
+            row["probability"] = float(table.probability[b])
+            row["share"] = float(table.share[b])
+        rows.append(row)
+    return rows

@@ -22,9 +22,10 @@ from cafemed.evaluation import EvaluationSet
 #: Bins of the calibration error, equally wide, as in Guo et al.
 NUM_BINS = 15
 
-#: A temperature is looked for between these. Logits that separate the validation visits perfectly
-#: would take 0, logits that are worse than none would take infinity.
-_LOWEST, _HIGHEST = 0.01, 100.0
+#: A temperature is looked for between these (an assumption: models that learned anything take 0.5
+#: to 5). Logits that are never wrong, as few visits may have it, would take 0 and be sure of
+#: everything; logits that are worse than none would take infinity.
+_LOWEST, _HIGHEST = 0.1, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_
 
     The log loss is convex in β = 1 / T, with the derivative mean(l (σ(β l) - y)): its only zero is
     looked for by Brent's method, which is deterministic. Where the loss falls up to an end of
-    [0.01, 100], the end is taken.
+    [0.1, 10], the end is taken.
 
     Args:
         logits: l, (V, N_m), finite.

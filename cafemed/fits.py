@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import artifacts, metrics
+from cafemed import artifacts, calibration, metrics
 from cafemed.batches import VisitArrays
+from cafemed.calibration import Decision, Predictions
 from cafemed.cohort import Split
-from cafemed.evaluation import EvaluationSet
 from cafemed.training import FitResult
 
 STAGE = "fit"
@@ -39,7 +39,7 @@ def write(
     Args:
         folder: of the artifact.
         sources: fingerprints of cohort and graph.
-        config: {"model": {"name", "options"}, "train": {…}}; JSON values.
+        config: {"model": {"name", "options"}, "train": {…}, "calibration": {…}}; JSON values.
         result: of `training.fit`.
         measured: of `measure`.
     """
@@ -55,54 +55,69 @@ def write(
         report |= {"best_epoch": result.best_epoch, "epochs": len(history), "metrics": measured}
 
 
-def measure(
+def predict(
     model: nn.Module,
     arrays: VisitArrays,
     patients: Mapping[Split, NDArray[np.int64]],
-    ddi: NDArray[np.bool_],
-    threshold: float,
-    seed: int,
     device: torch.device | str = "cpu",
-) -> dict[str, Any]:
-    """Measures a trained model at its threshold and at the one best for validation Jaccard.
+) -> dict[Split, Predictions]:
+    """Runs a model, which is on `device`, on the validation and test patients.
 
     Args:
-        model: on `device`.
+        model: trained.
         arrays: of the whole cohort.
         patients: of "validation" (at least one) and "test" (left out if there are none).
-        ddi: bool (N_m, N_m).
-        threshold: of the predicted sets.
-        seed: of the bootstrap.
         device: where the model is.
-
-    Returns:
-        JSON values: "threshold", "best_threshold", and for each split its numbers of "patients"
-        and "visits", "metrics" with "bootstrap_mean" and "bootstrap_sd" at the threshold, and
-        "metrics_at_best_threshold".
     """
-    sets = {
-        split: EvaluationSet.of(arrays, patients[split], device=device)
+    return {
+        split: Predictions.of(model, arrays, patients[split], device)
         for split in _MEASURED
         if len(patients[split])
     }
-    predicted = {split: chosen.predict(model) for split, chosen in sets.items()}
-    chosen = sets["validation"]
+
+
+def measure(
+    predictions: Mapping[Split, Predictions],
+    ddi: NDArray[np.bool_],
+    decision: Decision,
+    seed: int,
+) -> dict[str, Any]:
+    """Measures what is recommended, and what would be at the threshold best for validation Jaccard.
+
+    Args:
+        predictions: of "validation" and perhaps "test".
+        ddi: bool (N_m, N_m).
+        decision: temperature and threshold.
+        seed: of the bootstraps.
+
+    Returns:
+        JSON values: "temperature", "threshold", "best_threshold" (after temperature), and for each
+        split its numbers of "patients" and "visits", "metrics" with "intervals" (name → [low,
+        high]), "bootstrap_mean" and "bootstrap_sd", "metrics_at_best_threshold", and "calibration"
+        (`calibration.measure`).
+    """
+    probabilities = {
+        split: found.probabilities(decision.temperature) for split, found in predictions.items()
+    }
+    chosen = predictions["validation"]
     best, _ = metrics.best_threshold(
-        predicted["validation"], chosen.targets, chosen.patient_offsets
+        probabilities["validation"], chosen.targets, chosen.patient_offsets
     )
-    measured: dict[str, Any] = {"threshold": threshold, "best_threshold": best}
-    for split, chosen in sets.items():
-        offsets = chosen.patient_offsets
-        scores = metrics.score_visits(predicted[split], chosen.targets, ddi, threshold)
-        at_best = metrics.evaluate(predicted[split], chosen.targets, offsets, ddi, best)
+    measured: dict[str, Any] = {**dataclasses.asdict(decision), "best_threshold": best}
+    for split, found in predictions.items():
+        offsets = found.patient_offsets
+        scores = metrics.score_visits(probabilities[split], found.targets, ddi, decision.threshold)
+        at_best = metrics.evaluate(probabilities[split], found.targets, offsets, ddi, best)
         drawn = metrics.bootstrap(scores, offsets, seed=seed)
         measured[split] = {
-            "patients": len(offsets) - 1,
-            "visits": int(offsets[-1]),
+            "patients": found.num_patients,
+            "visits": found.num_visits,
             "metrics": metrics.aggregate(scores, offsets).as_dict(),
+            "intervals": metrics.intervals(scores, offsets, seed=seed).as_dict(),
             "bootstrap_mean": drawn.mean.as_dict(),
             "bootstrap_sd": drawn.sd.as_dict(),
             "metrics_at_best_threshold": at_best.as_dict(),
+            "calibration": calibration.measure(found, decision.temperature),
         }
     return measured
 
@@ -117,9 +132,24 @@ def describe(measured: Mapping[str, Any]) -> str:
         row = measured[split]
         cells = [f"{row['metrics'][n]:.4f} ±{row['bootstrap_sd'][n]:.4f}" for n in names]
         lines.append(_row(split, measured["threshold"], cells))
-        cells = [f"{row['metrics_at_best_threshold'][name]:.4f}" for name in names]
-        lines.append(_row(split, measured["best_threshold"], cells))
-    return "\n".join(lines)
+        if measured["best_threshold"] != measured["threshold"]:
+            cells = [f"{row['metrics_at_best_threshold'][name]:.4f}" for name in names]
+            lines.append(_row(split, measured["best_threshold"], cells))
+    return "\n".join([*lines, *calibration_lines(measured)])
+
+
+def calibration_lines(measured: Mapping[str, Any]) -> list[str]:
+    """What the temperature did, one line a split of `measure`'s result."""
+    lines = []
+    for split in _MEASURED:
+        if split in measured:
+            before, after = (measured[split]["calibration"][name] for name in ("before", "after"))
+            lines.append(
+                f"{split:<11} temperature {measured['temperature']:.3f}: calibration error "
+                f"{before['ece']:.4f} → {after['ece']:.4f}, log loss {before['log_loss']:.4f} → "
+                f"{after['log_loss']:.4f}"
+            )
+    return lines
 
 
 def _row(split: str, threshold: float, cells: list[str]) -> str:

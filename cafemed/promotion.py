@@ -9,13 +9,16 @@ from cafemed import (
     artifacts,
     bundle,
     bundle_files,
-    evaluation,
+    calibration,
+    fits,
+    metrics,
     reference,
     registry,
     scaling,
     trials,
 )
 from cafemed.bundle import Bundle, Preprocessing
+from cafemed.calibration import CalibrationConfig, Predictions
 from cafemed.errors import ArtifactError
 from cafemed.experiment import Experiment
 from cafemed.reference import Reference
@@ -27,17 +30,29 @@ from cafemed.trials import TrialData
 #: threshold (an assumption, with a margin).
 _TOLERANCE = 0.005
 
+#: Of the bootstrap behind the bundle's intervals.
+_SEED = 0
+
 
 def make_bundle(
-    trial: TrialRecord, data: TrialData, given: Experiment, preprocessing: Preprocessing
+    trial: TrialRecord,
+    data: TrialData,
+    given: Experiment,
+    preprocessing: Preprocessing,
+    calibrated: CalibrationConfig,
 ) -> Bundle:
-    """Rebuilds the model of a trial from its checkpoint, tests it again and bundles it.
+    """Rebuilds the model of a trial from its checkpoint, tests it again, calibrates and bundles it.
+
+    The bundle's metrics are those of what is served: of probabilities after temperature, at the
+    chosen threshold.
 
     Args:
         trial: has a checkpoint.
         data: what the sweep's trials shared.
         given: cohort, graph and effects that they were trained on.
-        preprocessing: see bundle.Preprocessing; its scaling is replaced by the cohort's.
+        preprocessing: see bundle.Preprocessing; its scaling is replaced by the cohort's, its
+            temperature and threshold by what is chosen on the validation patients.
+        calibrated: how they are chosen.
 
     Raises:
         ArtifactError: if the weights do not reach the Jaccard that the trial reported.
@@ -49,16 +64,22 @@ def make_bundle(
     model = data.build(data.model_name, given.inputs, options, config.seed)
     model.load_state_dict(weights)
     model.eval()
-    found = evaluation.evaluate(
-        model, given.arrays, data.validation_patients, given.inputs.ddi, config.threshold
+    predictions = Predictions.of(model, given.arrays, data.validation_patients)
+    found = metrics.evaluate(
+        predictions.probabilities(),
+        predictions.targets,
+        predictions.patient_offsets,
+        given.inputs.ddi,
+        config.threshold,
     )
     reported = float(trial.best_epoch["metrics"]["jaccard"])
-    if not abs(found.metrics.jaccard - reported) <= _TOLERANCE:
+    if not abs(found.jaccard - reported) <= _TOLERANCE:
         raise ArtifactError(
             f"{trial.checkpoint}: trial {trial.number} reported a Jaccard of {reported:.4f}, but "
-            f"its weights give {found.metrics.jaccard:.4f}; run the sweep again"
+            f"its weights give {found.jaccard:.4f}; run the sweep again"
         )
-    probabilities = evaluation.predict(model, given.arrays, data.validation_patients)
+    decision = calibration.choose(predictions, calibrated, config.threshold)
+    measured = fits.measure({"validation": predictions}, given.inputs.ddi, decision, _SEED)
     vocabularies, scaled = given.cohort.vocabularies, scaling.fit(given.cohort)
     return Bundle(
         model_name=data.model_name,
@@ -68,20 +89,30 @@ def make_bundle(
         graph=given.graph,
         effects=given.effects,
         ddi=given.inputs.ddi,
-        preprocessing=dataclasses.replace(preprocessing, scaling=scaled),
+        preprocessing=dataclasses.replace(
+            preprocessing, scaling=scaled, **dataclasses.asdict(decision)
+        ),
         reference=Reference(
-            reference.score_histogram(probabilities),
+            reference.score_histogram(predictions.probabilities(decision.temperature)),
             reference.make_self_check(model, given.graph, vocabularies, scaled),
         ),
-        metrics={
-            "validation": found.metrics.as_dict(),
-            "validation_bootstrap_sd": found.bootstrap.sd.as_dict(),
-            "validation_patients": found.num_patients,
-            "validation_visits": found.num_visits,
-        },
+        metrics=_metrics(measured),
         sources=given.sources,
         molecules=given.cohort.molecules,
     )
+
+
+def _metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of `metrics.json`."""
+    found = measured["validation"]
+    return {
+        "validation": found["metrics"],
+        "validation_intervals": found["intervals"],
+        "validation_bootstrap_sd": found["bootstrap_sd"],
+        "validation_patients": found["patients"],
+        "validation_visits": found["visits"],
+        "validation_calibration": found["calibration"],
+    }
 
 
 def publish(

@@ -37,6 +37,7 @@ def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
     import models  # torch takes seconds to import: not for --help
     from cafemed import assessment, batches, bundle, bundle_files, cohort, config, training
     from cafemed.assessment import EvaluationConfig
+    from cafemed.calibration import Decision
 
     settings = config.from_mapping(EvaluationConfig, values["evaluation"], "evaluation")
     device = training.choose_device(values["device"])
@@ -57,9 +58,8 @@ def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
     patients = cohort.load(folder / "cohort")
     arrays = batches.cohort_arrays(patients, served.graph)
     model = bundle.restore_model(served, models.build).to(device)
-    report = assessment.measure(
-        model, arrays, patients, served.preprocessing.threshold, settings.seed, device
-    )
+    decision = Decision(served.preprocessing.temperature, served.preprocessing.threshold)
+    report = assessment.measure(model, arrays, patients, decision, settings.seed, device)
     truth = folder / "tables" / "truth"
     if assessment.has_ceiling(made_from.config, truth):
         console.say("ceiling", "the best that any model can do, from the population's truth")

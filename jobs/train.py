@@ -26,22 +26,27 @@ from cafemed import artifacts, config, console, invocation, paths
 def main(cfg: DictConfig) -> None:
     """Runs the stage."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    with invocation.job(values, ("model", "train", "device")) as told:
+    with invocation.job(values, ("model", "train", "calibration", "device")) as told:
         run(told.experiment, values)
 
 
 def run(folder: Path, values: dict[str, Any]) -> None:
     """Loads, trains, measures, writes and reports."""
     import models  # torch takes seconds to import: not for --help
-    from cafemed import experiment, fits, training
+    from cafemed import calibration, experiment, fits, training
+    from cafemed.calibration import CalibrationConfig
     from cafemed.cohort import SPLITS
 
     options = dict(values["model"])
     name = options.pop("name")
     models.check_options(name, options)
     fit_config = config.from_mapping(training.FitConfig, values["train"], "train")
+    calibrated = config.from_mapping(CalibrationConfig, values["calibration"], "calibration")
     device = training.choose_device(values["device"])
-    settings = {"model": {"name": name, "options": options}, "train": values["train"]}
+    settings = {
+        "model": {"name": name, "options": options},
+        **{section: values[section] for section in ("train", "calibration")},
+    }
 
     # 1) Skip what is done.
     sources = experiment.read_sources(folder)
@@ -76,18 +81,12 @@ def run(folder: Path, values: dict[str, Any]) -> None:
         device=device,
     )
 
-    # 3) Measure the best epoch, write, report.
+    # 3) Calibrate and measure the best epoch, write, report.
     model = models.build(name, given.inputs, options, fit_config.seed).to(device)
     model.load_state_dict(result.weights)
-    measured = fits.measure(
-        model,
-        given.arrays,
-        patients,
-        given.inputs.ddi,
-        fit_config.threshold,
-        fit_config.seed,
-        device,
-    )
+    predictions = fits.predict(model, given.arrays, patients, device)
+    decision = calibration.choose(predictions["validation"], calibrated, fit_config.threshold)
+    measured = fits.measure(predictions, given.inputs.ddi, decision, fit_config.seed)
     fits.write(target, given.sources, settings, result, measured)
     shutil.rmtree(checkpoint, ignore_errors=True)
     console.say("train", f"best epoch {result.best_epoch} of {len(result.history)}")

@@ -13,6 +13,7 @@ trials run on that cluster, and ROOT has to be a folder that all its nodes see; 
 that is started for the sweep and ends with it.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from cafemed import artifacts, config, console, invocation, paths
 
 if TYPE_CHECKING:
+    from cafemed.calibration import CalibrationConfig
     from cafemed.sweep import SweepResult
     from cafemed.sweep_plan import SweepPlan
 
@@ -31,23 +33,28 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     """Checks the configuration, runs the sweep if it is not there already, publishes."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    with invocation.job(values, ("model", "train", "search", "promote")) as told:
+    with invocation.job(values, ("model", "train", "calibration", "search", "promote")) as told:
         import models  # torch takes seconds to import: not for --help
         from cafemed import experiment, sweep, sweep_plan
+        from cafemed.calibration import CalibrationConfig
 
         promote = config.checked(bool, values["promote"], "promote")
+        calibrated = config.from_mapping(CalibrationConfig, values["calibration"], "calibration")
         plan = sweep_plan.read(
             values["model"], values["train"], values["search"], models.options_class
         )
         folder = told.experiment
         sources = experiment.read_sources(folder)
-        wanted = artifacts.fingerprint(sweep.STAGE, sources, plan.settings())
+        settings = {**plan.settings(), "calibration": dataclasses.asdict(calibrated)}
+        wanted = artifacts.fingerprint(sweep.STAGE, sources, settings)
         if not console.is_done(folder / "sweep", sweep.STAGE, wanted, told.force):
-            run(folder, plan)
-        publish(folder / "sweep", told.registry, wanted, promote)
+            run(folder, plan, calibrated, settings)
+        publish(folder / "sweep", told.registry, promote)
 
 
-def run(folder: Path, plan: "SweepPlan") -> None:
+def run(
+    folder: Path, plan: "SweepPlan", calibrated: "CalibrationConfig", settings: dict[str, Any]
+) -> None:
     """Loads, searches, and writes the sweep's folder with the best trial's bundle."""
     import models
     from cafemed import cluster, experiment, promotion, sweep, trials, tuning
@@ -83,12 +90,12 @@ def run(folder: Path, plan: "SweepPlan") -> None:
         preprocessing = Preprocessing(
             inputs=given.cohort.inputs,
             target_window_h=cohort["target_window_h"],
-            threshold=plan.fit.threshold,
         )
-        made = promotion.make_bundle(result.best, data, given, preprocessing)
-        with artifacts.new_folder(
-            folder / "sweep", sweep.STAGE, given.sources, plan.settings()
-        ) as (partial, report):
+        made = promotion.make_bundle(result.best, data, given, preprocessing, calibrated)
+        with artifacts.new_folder(folder / "sweep", sweep.STAGE, given.sources, settings) as (
+            partial,
+            report,
+        ):
             fingerprint = promotion.write_bundle(partial / "bundle", made)
             sweep.write(result, partial, fingerprint)
             report |= sweep.summary(result)
@@ -106,12 +113,15 @@ def summarise(result: "SweepResult") -> None:
     console.say("best", result.best.describe())
 
 
-def publish(folder: Path, home: Path, sweep_fingerprint: str, promote: bool) -> None:
+def publish(folder: Path, home: Path, promote: bool) -> None:
     """Puts the best trial's bundle into the registry, unless it is there."""
-    from cafemed import promotion, sweep
+    from cafemed import promotion, search_space, sweep
 
     best = sweep.read_best(folder)
-    produced_by = {"job": "tune", "sweep": sweep_fingerprint, **best}
+    made = artifacts.read_manifest(folder, sweep.STAGE)
+    varied = search_space.split(best["parameters"]).get("train", {})
+    train = {**made.config["train"], **varied, "seed": best["seed"]}
+    produced_by = {"job": "tune", "sweep": made.fingerprint, **best, "train": train}
     version, changed = promotion.publish(home, folder / "bundle", produced_by, promote)
     if changed:
         aliases = "candidate and production" if promote else "candidate"

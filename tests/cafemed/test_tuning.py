@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from ray import cloudpickle
+from scipy import special
 from torch import nn
 
 import models
@@ -18,8 +19,10 @@ from cafemed import (
     artifacts,
     batches,
     bundle,
+    calibration,
     cluster,
     evaluation,
+    metrics,
     promotion,
     reference,
     registry,
@@ -29,6 +32,7 @@ from cafemed import (
     tuning,
 )
 from cafemed.batches import ModelInputs
+from cafemed.calibration import Predictions
 from cafemed.codes import CodeLists, node_name
 from cafemed.cohort import Cohort
 from cafemed.errors import ArtifactError, ConfigError, TrainingError
@@ -111,6 +115,10 @@ def given() -> Experiment:
     )
 
 
+#: Probabilities and sets as in the sweep.
+AS_TRAINED = calibration.CalibrationConfig(temperature="fixed", threshold="fixed")
+
+
 def visits_of(total: int) -> range:
     return range(total)
 
@@ -169,7 +177,7 @@ def test_a_sweep_ends_in_a_published_model(given: Experiment, tmp_path: Path):
         )
     )
 
-    made = promotion.make_bundle(best, data, given, bundle.Preprocessing())
+    made = promotion.make_bundle(best, data, given, bundle.Preprocessing(), AS_TRAINED)
     fingerprint = promotion.write_bundle(tmp_path / "bundle", made)
     with artifacts.new_folder(tmp_path / "sweep", sweep.STAGE, {}, {}) as (folder, _):
         sweep.write(result, folder, fingerprint)
@@ -269,7 +277,7 @@ def test_a_bundle_has_the_best_epochs_weights_and_they_are_tested_again(
     assert fitted.best_epoch < 6
     history = tuple(epoch.as_dict() for epoch in fitted.history)
     trial = TrialRecord(0, {}, 0, "finished", None, history, None, 1.0, "h", 1.0, 0.0, tmp_path)
-    made = promotion.make_bundle(trial, data, given, bundle.Preprocessing())
+    made = promotion.make_bundle(trial, data, given, bundle.Preprocessing(), AS_TRAINED)
     assert made.metrics["validation"] == fitted.metrics.as_dict()
     for name, tensor in fitted.weights.items():
         assert made.weights[name].equal(tensor)
@@ -277,8 +285,37 @@ def test_a_bundle_has_the_best_epochs_weights_and_they_are_tested_again(
     better = {**history[0], "metrics": {**history[0]["metrics"], "jaccard": 0.99}}
     with pytest.raises(ArtifactError, match=r"trial 0 reported a Jaccard of 0\.9900, but its"):
         promotion.make_bundle(
-            dataclasses.replace(trial, history=(better,)), data, given, bundle.Preprocessing()
+            dataclasses.replace(trial, history=(better,)),
+            data,
+            given,
+            bundle.Preprocessing(),
+            AS_TRAINED,
         )
+
+    for threshold in ("fixed", "validation"):
+        tuned = calibration.CalibrationConfig(threshold=threshold)
+        made = promotion.make_bundle(trial, data, given, bundle.Preprocessing(), tuned)
+        check_calibrated(made, data, given, threshold == "validation")
+
+
+def check_calibrated(made: bundle.Bundle, data: TrialData, given: Experiment, tuned: bool) -> None:
+    """The bundle's metrics are those of its own temperature and threshold."""
+    model = bundle.restore_model(made, models.build)
+    found = Predictions.of(model, given.arrays, data.validation_patients)
+    served = made.preprocessing
+    assert served.temperature == calibration.fit_temperature(found.logits, found.targets) != 1
+    scaled = special.expit(found.logits.astype(np.float64) / served.temperature)
+    best, _ = metrics.best_threshold(scaled, found.targets, found.patient_offsets)
+    assert served.threshold == (best if tuned else 0.5)
+    expected = metrics.evaluate(
+        scaled, found.targets, found.patient_offsets, given.inputs.ddi, served.threshold
+    )
+    assert made.metrics["validation"] == pytest.approx(expected.as_dict())
+    assert made.metrics["validation_calibration"]["after"]["ece"] == pytest.approx(
+        calibration.expected_error(scaled, found.targets), abs=1e-6
+    )
+    shares = np.histogram(scaled, bins=20, range=(0, 1))[0] / scaled.size
+    np.testing.assert_allclose(made.reference.scores.shares, shares, atol=0.01)
 
 
 def test_publishing_again_changes_nothing(given: Experiment, tmp_path: Path):

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from cafemed import paths
 from cafemed.assessment import EvaluationConfig
+from cafemed.calibration import CalibrationConfig
 from causal.discovery import CausalConfig
 
 JOBS = sorted(path.stem for path in (paths.PROJECT_DIR / "jobs").glob("*.py"))
@@ -49,6 +50,8 @@ def test_group_file_composes_in_the_pipeline(group: str, option: str):
     [
         ("discover", "causal", CausalConfig),
         ("evaluate", "evaluation", EvaluationConfig),
+        ("train", "calibration", CalibrationConfig),
+        ("tune", "calibration", CalibrationConfig),
     ],
 )
 def test_yaml_spells_the_defaults_out(job: str, section: str, settings: type):

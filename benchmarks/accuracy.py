@@ -109,14 +109,28 @@ def choose(bench: Bench, variant: Variant, tuned: bool) -> Learner | None:
     return candidates[best]
 
 
-def train(bench: Bench, wanted: list[Variant], seeds: int, num_workers: int) -> None:
-    """Does every run that is not kept yet: first what there is to choose among, then the rest."""
+def train(
+    bench: Bench,
+    wanted: list[Variant],
+    seeds: int,
+    num_workers: int,
+    thresholds: tuple[bool, ...] = (False, True),
+) -> None:
+    """Does every run that is not kept yet: first what there is to choose among, then the rest.
+
+    Args:
+        bench: keeps the runs.
+        wanted: what to train.
+        seeds: of each that has any.
+        num_workers: processes.
+        thresholds: whether to choose at 0.5 (False), tuned (True) or either way.
+    """
     first = [Task(v.name, c, 0) for v in wanted if v.search for c in v.candidates()]
     workers.do_all(bench.work, bench.folder, _missing(bench, first), num_workers)
     rest = [
         Task(v.name, learner, seed)
         for v in wanted
-        for tuned in (False, True)
+        for tuned in thresholds
         for seed in range(seeds if v.seeded else 1)
         if (learner := choose(bench, v, tuned)) is not None
     ]

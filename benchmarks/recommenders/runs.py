@@ -104,6 +104,7 @@ class Bench:
         checkpoint = self.work / "checkpoints" / name
         started = time.process_time()
         learned, history = self._learn(task, checkpoint)
+        spent = time.process_time() - started
         record = {
             "name": task.name,
             "kind": task.learner.kind,
@@ -112,7 +113,7 @@ class Bench:
             "data": self.fingerprint,
             "best_epoch": learned.best_epoch,
             "epochs": learned.epochs,
-            "cpu_s": time.process_time() - started,
+            "cpu_s": spent,
             "date": datetime.date.today().isoformat(),
             "history": history,
         }
@@ -123,17 +124,18 @@ class Bench:
         changes = " ".join(f"{key}={value}" for key, value in task.learner.changes)
         return (
             f"{task.name} [{changes}] seed {task.seed}: epoch {learned.best_epoch} of "
-            f"{learned.epochs}, {record['cpu_s']:.0f} CPU-s, validation Jaccard {found.jaccard:.4f}"
+            f"{learned.epochs}, {spent:.0f} CPU-s, validation Jaccard {found.jaccard:.4f}"
         )
 
     def _write(self, name: str, record: Mapping[str, Any], learned: Learned) -> None:
         """Writes a run, whole or not at all."""
-        partial, target = self.work / "runs" / f".{name}", self.work / "runs" / name
+        partial, target = self.work / "unfinished" / name, self.work / "runs" / name
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         np.savez(partial / "predictions.npz", validation=learned.validation, test=learned.test)
         (partial / "run.json").write_text(json.dumps(record) + "\n")
         shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
         partial.rename(target)
 
     def _learn(self, task: Task, checkpoint: Path) -> tuple[Learned, list[Any]]:
@@ -157,6 +159,8 @@ class Bench:
         if learner.kind == "logistic_regression":
             options = learner.section("learner")
             return learners.logistic_regression(data, data.inputs.shape[1], **options), []
+        if learner.kind != "noisy_or":
+            raise ValueError(f"no learner is called {learner.kind!r}")
         _, offsets = self.sets("validation")
         ddi = given.inputs.ddi
         fit = config.from_mapping(FitConfig, learner.section("train"), "train")
@@ -171,6 +175,7 @@ class Bench:
     def _fit(self, learner: Learner, seed: int, checkpoint: Path) -> tuple[Learned, list[Any]]:
         given, patients, options = self.given, self.patients, learner.section("model")
         fit = config.from_mapping(FitConfig, learner.section("train"), "train")
+        clock = [time.process_time()]
         result = training.fit(
             models.build,
             learner.kind,
@@ -180,6 +185,7 @@ class Bench:
             patients["train"],
             patients["validation"],
             dataclasses.replace(fit, seed=seed, num_threads=1),
+            on_epoch=lambda _: clock.append(time.process_time()),
             checkpoint_dir=checkpoint,
         )
         model = models.build(learner.kind, given.inputs, options, seed)
@@ -188,7 +194,9 @@ class Bench:
             EvaluationSet.of(given.arrays, patients[split]).predict(model)
             for split in ("validation", "test")
         ]
-        history = [epoch.as_dict() for epoch in result.history]
+        # Of those epochs that this process did: the others were before an interruption.
+        epoch_cpu_s = (clock[-1] - clock[0]) / max(len(clock) - 1, 1)
+        history = [epoch.as_dict() | {"cpu_s": epoch_cpu_s} for epoch in result.history]
         return Learned(parts[0], parts[1], result.best_epoch, len(history)), history
 
 

@@ -170,11 +170,17 @@ class CafeMed(nn.Module):
             gate_place=options.gate_place,
         )
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def prepare(self, batch: Batch) -> Packing:
+        """Works out, on the host, what of a batch has a shape that depends on its content."""
+        slot, window = self.options.first_visit_slot, self.charm is not None
+        return pack(batch, self.sizes, slot, window)
+
+    def forward(self, batch: Batch, prepared: Packing | None = None) -> torch.Tensor:
         """Gives logits for every visit from the visits before it and its known codes.
 
         Args:
             batch: B patients, at most T visits each.
+            prepared: of this batch, on its device; None: it is prepared here.
 
         Returns:
             float32 (B, T, N_m), y^ of docs/models.md 1.12; 0 after a patient's last visit.
@@ -187,10 +193,10 @@ class CafeMed(nn.Module):
                 f"the model was built for vocabularies of {self.sizes} diagnoses, procedures and "
                 f"medications, the batch's have {batch.sizes}"
             )
-        packing = pack(batch, self.sizes, self.options.first_visit_slot)
+        packing = self.prepare(batch) if prepared is None else prepared
         visits = self.encode_visits(packing)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both in (16).
-        patient = torch.relu(self.grus(visits, batch).flatten(1))
+        patient = torch.relu(self.grus(visits, packing.steps).flatten(1))
         if self.options.duplicate_state:
             patient = torch.cat([patient, patient], 1)
         logits = self.head(patient)

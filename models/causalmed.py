@@ -102,7 +102,7 @@ class CausalMed(nn.Module):
         packing = pack(batch, self.sizes, first_visit_slot=False)
         visits = self.encode_visits(batch, packing)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both.
-        patient = torch.relu(self.grus(visits, batch).flatten(1))
+        patient = torch.relu(self.grus(visits, packing.steps).flatten(1))
         if self.options.duplicate_state:
             patient = torch.cat([patient, patient], 1)
         return batch.pad(self.head(patient))

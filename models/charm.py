@@ -73,6 +73,7 @@ class WideConvolution(nn.Module):
 
     def forward(self, features: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Convolves within each visit: (Q, W, C_in) → (Q, W, C_out)."""
+        assert packing.window is not None
         line = convolve(features.flatten(1), self._line_weight(), self._line_bias(), packing.window)
         return line.view(len(features), self.width, -1)
 

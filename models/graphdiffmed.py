@@ -125,7 +125,7 @@ class GraphDiffMed(nn.Module):
         packing = pack(batch, self.sizes, first_visit_slot=False)
         visits = self.encode_visits(packing)
         about = self.demographics(batch, visits.dtype)
-        states = self.grus(visits, batch)
+        states = self.grus(visits, packing.steps)
         pairs = VisitPairs.of(batch)
         bias = self.interaction_rates(pairs, packing, visits.dtype)
         attended = [

@@ -3,12 +3,18 @@
 A map of CHARM has one position for each row of the longest modality of its visit. The positions of
 all visits of a batch follow one another without gaps; `window` says which neighbours of a position
 belong to its own visit, and so where a convolution meets the zeros of its padding.
+
+All of it follows from how many codes each visit has, and is worked out on the host, in NumPy: on a
+GPU, shapes that depend on data would make every step wait for the device.
 """
 
 import dataclasses
-import functools
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cafemed.batches import Batch
 
@@ -38,6 +44,27 @@ class Window:
 
 
 @dataclasses.dataclass(frozen=True)
+class Steps:
+    """The visits of a batch in the order in which recurrent layers meet them.
+
+    Step t holds the t-th visits of the patients who have one, those with most visits first, so
+    that the patients of a step are the first ones of the step before.
+
+    Attributes:
+        order: int64 (V,), the visit row of each place.
+        place: int64 (V,), the place of each visit row.
+        previous: int64 (V - sizes[0],), the place of the visit before, for the places of all steps
+            but the first.
+        sizes: patients of each step.
+    """
+
+    order: torch.Tensor
+    place: torch.Tensor
+    previous: torch.Tensor
+    sizes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Packing:
     """Where the codes of a batch lie. V visits, N codes that exist, S slots, Q positions.
 
@@ -53,12 +80,15 @@ class Packing:
         visit: int64 (N,), the visit row of each code.
         group: int64 (N,), visit * 3 + modality of each code.
         cell: int64 (N,), position * 3 + modality of each code.
-        slot_cell: int64 (S,), the same of each slot.
+        code_starts: int64 (V,), the first code of each visit.
+        slot_cell: int64 (S,), the same as `cell` of each slot.
         slot_group: int64 (S,), visit * 3 + modality of each slot, ascending.
         slot_starts: int64 (V * 3,), the first slot of each visit and modality.
         position_visit: int64 (Q,), the visit row of each position.
         lengths: int64 (V,), max(1, n_0, n_1, n_2), the positions of each visit.
         starts: int64 (V,), the first position of each visit.
+        steps: see Steps.
+        window: the positions' neighbours; None where nobody asked for them.
     """
 
     ids: torch.Tensor
@@ -67,17 +97,15 @@ class Packing:
     visit: torch.Tensor
     group: torch.Tensor
     cell: torch.Tensor
+    code_starts: torch.Tensor
     slot_cell: torch.Tensor
     slot_group: torch.Tensor
     slot_starts: torch.Tensor
     position_visit: torch.Tensor
     lengths: torch.Tensor
     starts: torch.Tensor
-
-    @functools.cached_property
-    def window(self) -> Window:
-        """The positions' neighbours; found when asked for, since only CHARM looks at them."""
-        return _window(self.starts, self.lengths, self.position_visit)
+    steps: Steps
+    window: Window | None
 
     @property
     def num_visits(self) -> int:
@@ -90,63 +118,111 @@ class Packing:
         return len(self.position_visit)
 
 
-def pack(batch: Batch, sizes: tuple[int, int, int], first_visit_slot: bool = True) -> Packing:
+def pack(
+    batch: Batch,
+    sizes: tuple[int, int, int],
+    first_visit_slot: bool = True,
+    window: bool = False,
+) -> Packing:
     """Finds the places of a batch's codes; reads codes only where `counts` says they exist.
 
     Args:
-        batch: V visits.
+        batch: V visits. If it is on another device than the CPU, this waits for the device.
         sizes: (N_d, N_p, N_m).
         first_visit_slot: whether a first visit has a medication slot, its zero vector.
+        window: whether the positions' neighbours are wanted.
     """
-    device = batch.counts.device
-    real = torch.arange(batch.codes.shape[2], device=device) < batch.counts[:, :, None]
-    visit, modality, place = real.nonzero(as_tuple=True)
-    lengths = batch.counts.amax(1).clamp(min=1)
-    starts = lengths.cumsum(0) - lengths
-    slot_visit, slot_modality, slot_place, num_slots = visit, modality, place, batch.counts
+    host = batch.to("cpu")
+    counts, codes, classes = (x.numpy() for x in (host.counts, host.codes, host.classes))
+    group, place = _ranges(counts.reshape(-1))
+    visit = group // 3
+    modality = group - 3 * visit
+    lengths = counts.max(1, initial=1)
+    starts = np.cumsum(lengths) - lengths
+    cell = (starts[visit] + place) * 3 + modality
+    slots, slot_group, slot_cell = counts, group, cell
     if first_visit_slot:
-        kept = real.clone()
-        kept[:, 2, 0] |= batch.is_first
-        slot_visit, slot_modality, slot_place = kept.nonzero(as_tuple=True)
-        num_slots = kept.sum(2)
-    offsets = torch.tensor([0, sizes[0], sizes[0] + sizes[1]], device=device)
-    position_visit = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        slots = counts.copy()
+        slots[:, 2] = np.maximum(counts[:, 2], host.is_first.numpy())
+        slot_group, slot_place = _ranges(slots.reshape(-1))
+        slot_visit = slot_group // 3
+        slot_cell = (starts[slot_visit] + slot_place) * 3 + slot_group - 3 * slot_visit
+    where = group * codes.shape[2] + place
+    found = {
+        "ids": codes.reshape(-1)[where] + np.cumsum([0, *sizes[:2]])[modality],
+        "modality": modality,
+        "classes": classes.reshape(-1)[where],
+        "visit": visit,
+        "group": group,
+        "cell": cell,
+        "code_starts": _starts(counts.sum(1)),
+        "slot_cell": slot_cell,
+        "slot_group": slot_group,
+        "slot_starts": _starts(slots.reshape(-1)),
+        "position_visit": np.repeat(np.arange(len(lengths)), lengths),
+        "lengths": lengths,
+        "starts": starts,
+    }
+    device = batch.counts.device
     return Packing(
-        ids=batch.codes[visit, modality, place] + offsets[modality],
-        modality=modality,
-        classes=batch.classes[visit, modality, place],
-        visit=visit,
-        group=visit * 3 + modality,
-        cell=(starts[visit] + place) * 3 + modality,
-        slot_cell=(starts[slot_visit] + slot_place) * 3 + slot_modality,
-        slot_group=slot_visit * 3 + slot_modality,
-        slot_starts=num_slots.flatten().cumsum(0) - num_slots.flatten(),
-        position_visit=position_visit,
-        lengths=lengths,
-        starts=starts,
+        **_tensors(found, device),
+        steps=_steps(host, device),
+        window=_window(lengths, device) if window else None,
     )
 
 
-def _window(starts: torch.Tensor, lengths: torch.Tensor, position_visit: torch.Tensor) -> Window:
-    device = starts.device
-    first = starts[position_visit][:, None]
-    end = first + lengths[position_visit][:, None]
-    offset = torch.arange(-PADDING, PADDING + 1, device=device)
-    neighbour = torch.arange(len(position_visit), device=device)[:, None] + offset
-    inside = (neighbour >= first) & (neighbour < end)
-    neighbour = torch.where(inside, neighbour, len(position_visit))
-    opposite = neighbour.flip(1)
-    to_sum, to_sum_starts = _rows_to_sum(neighbour, inside)
-    to_sum_back, to_sum_back_starts = _rows_to_sum(opposite, inside.flip(1))
-    return Window(neighbour, opposite, to_sum, to_sum_starts, to_sum_back, to_sum_back_starts)
+def _ranges(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The group of each element, for groups of these sizes, and its place in the group."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - _starts(counts)[group]
 
 
-def _rows_to_sum(
-    neighbour: torch.Tensor, inside: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = neighbour * KERNEL + torch.arange(KERNEL, device=neighbour.device)
-    number = inside.sum(1)
-    return rows[inside], number.cumsum(0) - number
+def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    ends: NDArray[np.int64] = np.cumsum(counts)
+    return ends - counts
+
+
+def _tensors(arrays: Mapping[str, NDArray[np.int64]], device: torch.device) -> dict[str, Any]:
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def _steps(host: Batch, device: torch.device) -> Steps:
+    lengths, slots = host.lengths.numpy(), host.slots.numpy()
+    rank = np.empty(len(lengths), np.int64)
+    rank[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
+    patient = slots // host.num_steps
+    step = slots - patient * host.num_steps
+    sizes = np.bincount(step, minlength=1)
+    place = _starts(sizes)[step] + rank[patient]
+    order = np.empty(len(place), np.int64)
+    order[place] = np.arange(len(place))
+    # The same patient lies as far into the step before as into its own.
+    previous = np.arange(sizes[0], len(place)) - np.repeat(sizes[:-1], sizes[1:])
+    found = {"order": order, "place": place, "previous": previous}
+    return Steps(**_tensors(found, device), sizes=tuple(sizes.tolist()))
+
+
+def _window(lengths: NDArray[np.int64], device: torch.device) -> Window:
+    visit, place = _ranges(lengths)
+    number = len(visit)
+    position, offset = np.arange(number)[:, None], np.arange(KERNEL)
+    # Offsets from `low` to below `high` lead to the position's own visit.
+    low, high = PADDING - place[:, None], PADDING + (lengths[visit] - place)[:, None]
+    inside = (offset >= low) & (offset < high)
+    neighbour = np.where(inside, position + offset - PADDING, number)
+    own = np.minimum(high, KERNEL) - np.maximum(low, 0)
+    # Row q * 7 + o of what is added up lies 7 (o - 3) rows from the position's, q' * 7 + o.
+    rows = np.flatnonzero(inside)
+    opposite_rows = np.flatnonzero(inside[:, ::-1])
+    found = {
+        "neighbour": neighbour,
+        "opposite": np.ascontiguousarray(neighbour[:, ::-1]),
+        "to_sum": rows + KERNEL * (rows % KERNEL - PADDING),
+        "to_sum_starts": _starts(own[:, 0]),
+        "to_sum_back": opposite_rows - KERNEL * (opposite_rows % KERNEL - PADDING),
+        "to_sum_back_starts": _starts(own[:, 0]),
+    }
+    return Window(**_tensors(found, device))
 
 
 def sum_groups(rows: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:

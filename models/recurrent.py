@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from cafemed.batches import Batch
+from models.packing import Steps
 
 
 class ParallelGRU(nn.Module):
@@ -38,71 +38,87 @@ class ParallelGRU(nn.Module):
         self.bias_ih = weights(number, 3 * dimension)
         self.bias_hh = weights(number, 3 * dimension)
 
-    def forward(self, visits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def forward(self, visits: torch.Tensor, steps: Steps) -> torch.Tensor:
         """Runs over each patient's visits.
 
         Args:
             visits: float32 (V, K, d).
-            batch: says which visits follow each other.
+            steps: says which visits follow each other.
 
         Returns:
             float32 (V, K, d), the output of each GRU at each visit.
         """
-        number, dimension = visits.shape[1:]
-        projected = torch.baddbmm(
-            self.bias_ih[:, None], visits.transpose(0, 1), self.weight_ih.transpose(1, 2)
-        )
-        grid = batch.pad(projected.transpose(0, 1))  # (B, T, K, 3d); visits that do not exist: 0
-        steps = grid.permute(1, 2, 0, 3).contiguous()
-        outputs = _Recurrence.apply(steps, self.weight_hh, self.bias_hh)  # type: ignore[no-untyped-call]
-        flat: torch.Tensor = batch.flatten(outputs.permute(2, 0, 1, 3))
-        return flat.view(-1, number, dimension)
+        with torch.autocast(visits.device.type, enabled=False):  # many small steps: float32
+            weight, bias = self.weight_ih.transpose(1, 2), self.bias_ih[:, None]
+            by_step = visits.to(weight.dtype).index_select(0, steps.order).transpose(0, 1)
+            inputs = torch.baddbmm(bias, by_step, weight)
+            outputs = _Recurrence.apply(inputs, self.weight_hh, self.bias_hh, steps)  # type: ignore[no-untyped-call]
+            of_visits: torch.Tensor = outputs.transpose(0, 1).index_select(0, steps.place)
+        return of_visits
 
 
 class _Recurrence(torch.autograd.Function):
-    """Projected inputs (T, K, B, 3d) to outputs (T, K, B, d)."""
+    """Projected inputs (K, V, 3d), in the places of the steps, to outputs (K, V, d)."""
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, steps: Steps
     ) -> torch.Tensor:
-        num_steps, number, size, width = inputs.shape
-        d = width // 3
-        states = inputs.new_zeros(num_steps + 1, number, size, d)
-        gates = inputs.new_empty(num_steps, number, size, 2 * d)
-        news, hidden = (inputs.new_empty(num_steps, number, size, d) for _ in range(2))
-        transposed = weight.transpose(1, 2)
-        for t in range(num_steps):
-            own = torch.baddbmm(bias[:, None], states[t], transposed)
-            torch.add(inputs[t, ..., : 2 * d], own[..., : 2 * d], out=gates[t]).sigmoid_()
-            hidden[t] = own[..., 2 * d :]
-            reset, update = gates[t, ..., :d], gates[t, ..., d:]
-            torch.addcmul(inputs[t, ..., 2 * d :], reset, hidden[t], out=news[t]).tanh_()
-            torch.lerp(news[t], states[t], update, out=states[t + 1])
-        ctx.save_for_backward(states, gates, news, hidden, weight)
-        return states[1:]
+        d = inputs.shape[2] // 3
+        states, news, hidden = (inputs.new_empty(*inputs.shape[:2], d) for _ in range(3))
+        gates = inputs.new_empty(*inputs.shape[:2], 2 * d)
+        transposed, first = weight.transpose(1, 2), bias[:, None]
+        begin = 0
+        for t, size in enumerate(steps.sizes):
+            here, before = slice(begin, begin + size), begin - (steps.sizes[t - 1] if t else 0)
+            given, state = inputs[:, here], states[:, before : before + size]
+            # Before the first visit the state is 0, of which the product is 0.
+            own = torch.baddbmm(first, state, transposed) if t else first.expand(-1, size, -1)
+            hidden[:, here] = own[..., 2 * d :]
+            gate = torch.add(given[..., : 2 * d], own[..., : 2 * d], out=gates[:, here]).sigmoid_()
+            reset, update = gate[..., :d], gate[..., d:]
+            new = torch.addcmul(given[..., 2 * d :], reset, own[..., 2 * d :], out=news[:, here])
+            new.tanh_()
+            if t:
+                torch.lerp(new, state, update, out=states[:, here])
+            else:
+                torch.addcmul(new, update, new, value=-1, out=states[:, here])
+            begin += size
+        ctx.save_for_backward(states, gates, news, hidden, weight, steps.previous)
+        ctx.sizes = steps.sizes
+        return states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        states, gates, news, hidden, weight = ctx.saved_tensors
-        d = news.shape[-1]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        states, gates, news, hidden, weight, before = ctx.saved_tensors
+        sizes, d = ctx.sizes, news.shape[-1]
+        first = sizes[0]
         reset, update = gates[..., :d], gates[..., d:]
+        previous = states.index_select(1, before)
         # What does not depend on the recurrence, for all steps at once.
-        to_new = (1 - update) * (1 - news * news)
-        to_update = (states[:-1] - news) * update * (1 - update)
-        to_reset = hidden * reset * (1 - reset)
-        of_inputs = gates.new_empty(*news.shape[:-1], 3 * d)
+        kept = 1 - update
+        to_new = (1 - news * news).mul_(kept)
+        to_update = torch.cat([-news[:, :first], previous - news[:, first:]], 1)
+        to_update.mul_(kept).mul_(update)
+        to_reset = (1 - reset).mul_(reset).mul_(hidden)
+        of_inputs = gates.new_empty(*news.shape[:2], 3 * d)
         of_own = torch.empty_like(of_inputs)
-        carried = torch.zeros_like(news[0])
-        for t in reversed(range(len(news))):
-            carried = carried + gradient[t]
-            of_new = torch.mul(carried, to_new[t], out=of_inputs[t, ..., 2 * d :])
-            torch.mul(carried, to_update[t], out=of_inputs[t, ..., d : 2 * d])
-            torch.mul(of_new, to_reset[t], out=of_inputs[t, ..., :d])
-            of_own[t, ..., : 2 * d] = of_inputs[t, ..., : 2 * d]
-            torch.mul(of_new, reset[t], out=of_own[t, ..., 2 * d :])
-            carried = torch.baddbmm(carried.mul_(update[t]), of_own[t], weight)
-        by_gru = of_own.transpose(0, 1).flatten(1, 2)
-        previous = states[:-1].transpose(0, 1).flatten(1, 2)
-        return of_inputs, by_gru.transpose(1, 2) @ previous, by_gru.sum(1)
+        end, later = news.shape[1], None
+        for t in reversed(range(len(sizes))):
+            here = slice(end - sizes[t], end)
+            carried = gradient[:, here]
+            if later is not None:
+                carried = carried.clone()
+                carried[:, : later.shape[1]] += later
+            given, own = of_inputs[:, here], of_own[:, here]
+            of_new = torch.mul(carried, to_new[:, here], out=given[..., 2 * d :])
+            torch.mul(carried, to_update[:, here], out=given[..., d : 2 * d])
+            torch.mul(of_new, to_reset[:, here], out=given[..., :d])
+            own[..., : 2 * d] = given[..., : 2 * d]
+            torch.mul(of_new, reset[:, here], out=own[..., 2 * d :])
+            if t:
+                later = torch.baddbmm(carried * update[:, here], own, weight)
+            end -= sizes[t]
+        of_weight = of_own[:, first:].transpose(1, 2) @ previous
+        return of_inputs, of_weight, of_own.sum(1), None

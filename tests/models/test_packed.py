@@ -11,7 +11,7 @@ from models.packing import pack
 
 @pytest.fixture
 def packing(world):
-    return pack(collate(world.arrays, np.array([0, 2, 4])), world.inputs.sizes)
+    return pack(collate(world.arrays, np.array([0, 2, 4])), world.inputs.sizes, window=True)
 
 
 def _visits(packing, rows):

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from cafemed.batches import collate
+from models.packing import pack
 from models.recurrent import ParallelGRU
 
 
@@ -30,7 +31,14 @@ def _both(world):
         own = copies[start : start + length]
         expected.append(torch.stack([singles[k](own[:, k])[0] for k in range(3)], 1))
         start += length
-    return gru, visits, gru(visits, batch), singles, copies, torch.cat(expected)
+    return (
+        gru,
+        visits,
+        gru(visits, pack(batch, world.inputs.sizes).steps),
+        singles,
+        copies,
+        torch.cat(expected),
+    )
 
 
 def test_outputs_are_those_of_torchs_gru(world):

@@ -11,6 +11,7 @@ from cafemed import bundle as bundles
 from cafemed import registry
 from cafemed.batches import collate, visit_arrays
 from cafemed.bundle import Bundle
+from cafemed.calibration import Predictions
 from cafemed.codes import CodeLists
 from cafemed.errors import ArtifactError
 from serve import batching
@@ -97,6 +98,36 @@ def test_the_temperature_divides_the_logits(served: Bundle, recommender: Recomme
     warmed = Recommender(dataclasses.replace(served, preprocessing=warm), 1).probabilities(patients)
     odds, warmed_odds = plain / (1 - plain), warmed / (1 - warmed)
     np.testing.assert_allclose(np.log(warmed_odds), np.log(odds) / 2, atol=1e-5)
+
+
+def test_what_is_recommended_is_what_is_evaluated(served_model: Bundle) -> None:
+    encoder, request = Recommender(served_model, 1), some_patients(served_model, 60)
+    patients = encoder.encode(request)
+    lists = [[codes for p in patients for codes in p.known[k]] for k in range(3)]
+    d, p, m = (CodeLists.of(codes) for codes in lists)
+    counts = [patient.num_visits for patient in patients]
+    arrays = visit_arrays(
+        (d, p, m),
+        None,
+        np.concatenate([[0], np.cumsum(counts)]),
+        served_model.graph,
+        served_model.vocabularies,
+        np.array([patient.sex for patient in patients], np.int8),
+        np.repeat(np.array([patient.age for patient in patients], np.float32), counts),
+        served_model.preprocessing.scaling,
+    )
+    model = bundles.restore_model(served_model, models.build)
+    found = Predictions.of(model, arrays, np.arange(len(patients)))
+    current = found.probabilities(2.2)[found.patient_offsets[1:] - 1]
+    values = np.sort(current.ravel())[200:500]
+    widest = int(np.argmax(np.diff(values)))  # so that no rounding decides
+    threshold = float(values[widest : widest + 2].mean())
+    decided = dataclasses.replace(served_model.preprocessing, temperature=2.2, threshold=threshold)
+    answers = Recommender(dataclasses.replace(served_model, preprocessing=decided), 1)
+    names = served_model.vocabularies["medication"]
+    for answer, row in zip(answers.recommend(request), current, strict=True):
+        codes = {f"{one.system}:{one.code}" for one in answer.medications}
+        assert codes == {names[i] for i in np.flatnonzero(row >= threshold)}
 
 
 def test_an_answer_does_not_depend_on_the_others_bit_for_bit(served_model: Bundle) -> None:

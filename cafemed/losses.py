@@ -3,20 +3,35 @@
     BCE  = mean over medications of the binary cross-entropy of the logits
     MLM  = 1/N_m · Σ_{j in M_t} Σ_{i not in M_t} max(0, 1 - p_j + p_i)
     ACC  = (1 - margin_weight) · BCE + margin_weight · MLM
+
+Objective "mixture", of CafeMed, CausalMed and GraphDiffMed's published code:
+
     DDI  = ddi_weight · Σ_{i,j} A_ij p_i p_j            (ordered pairs)
     rate = interacting pairs / pairs of {m: p_m ≥ threshold}, 0 with fewer than two
     β    = min(1, exp(ddi_coefficient · (1 - rate / ddi_target)))
     loss = β · ACC + (1 - β) · DDI, so ACC alone where rate ≤ ddi_target
 
-(CafeMed's and CausalMed's objective.) β is a weight of the visit and carries no gradient. A batch
-takes the mean over its visits.
+Objective "sum", of GraphDiffMed's paper (which has no MLM: margin_weight 0, and an L2 term, which
+is `train.weight_decay`):
+
+    S    = {m: p_m ≥ threshold}
+    DDI  = ddi_weight / |S|² · Σ_{i,j in S} A_ij p_i p_j, 0 where S is empty
+    rate = the same share, pooled over the predicted sets of the batch
+    β    = max(0, 1 - exp(-ddi_coefficient · (rate - ddi_target) / ddi_target))
+    loss = ACC + β · DDI
+
+The paper leaves β negative below the target, where it would reward interactions; its factor β_0 is
+part of ddi_weight. β carries no gradient. A batch takes the mean over its visits.
 """
 
 import dataclasses
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Objective = Literal["mixture", "sum"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +41,7 @@ class VisitLosses:
     Attributes:
         loss: what is minimised.
         bce, margin, ddi: its terms, before β and margin_weight; ddi with ddi_weight.
-        beta: β, without gradient.
+        beta: β, without gradient: the weight of ACC in "mixture", of the interactions in "sum".
     """
 
     loss: Tensor
@@ -46,6 +61,7 @@ def visit_losses(
     ddi_weight: float = 0.0005,
     margin_weight: float = 0.05,
     threshold: float = 0.5,
+    objective: Objective = "mixture",
 ) -> VisitLosses:
     """Computes the loss of every visit.
 
@@ -58,15 +74,26 @@ def visit_losses(
         ddi_weight: factor of the DDI term.
         margin_weight: share of the margin term in ACC.
         threshold: of the predicted set whose rate counts.
+        objective: see above.
     """
     p = torch.sigmoid(logits)
     bce = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
     margin = multilabel_margin(p, targets)
-    interactions = ddi_weight * ((p @ ddi) * p).sum(dim=1)
-    rate = ddi_rate(p.detach(), ddi, threshold)
-    beta = torch.exp(ddi_coefficient * (1 - rate / ddi_target)).clamp(max=1)
     accuracy = (1 - margin_weight) * bce + margin_weight * margin
-    loss = beta * accuracy + (1 - beta) * interactions
+    if objective == "mixture":
+        interactions = ddi_weight * _interacting(p, ddi)
+        rate = ddi_rate(p.detach(), ddi, threshold)
+        beta = torch.exp(ddi_coefficient * (1 - rate / ddi_target)).clamp(max=1)
+        loss = beta * accuracy + (1 - beta) * interactions
+    else:
+        chosen = (p.detach() >= threshold).to(p.dtype)
+        size = chosen.sum(dim=1)
+        interactions = ddi_weight * _interacting(p * chosen, ddi) / (size * size).clamp(min=1)
+        pairs = (size * (size - 1)).sum().clamp(min=1)
+        rate = _interacting(chosen, ddi).sum() / pairs
+        beta = (-torch.expm1(ddi_coefficient * (1 - rate / ddi_target))).clamp(min=0)
+        beta = beta.expand_as(size)
+        loss = accuracy + beta * interactions
     return VisitLosses(loss, bce, margin, interactions, beta)
 
 
@@ -97,5 +124,9 @@ def ddi_rate(probabilities: Tensor, ddi: Tensor, threshold: float = 0.5) -> Tens
     """
     predicted = (probabilities >= threshold).to(ddi.dtype)
     size = predicted.sum(dim=1)
-    interacting = ((predicted @ ddi) * predicted).sum(dim=1)  # ordered pairs, as size·(size - 1)
-    return interacting / (size * (size - 1)).clamp(min=1)
+    return _interacting(predicted, ddi) / (size * (size - 1)).clamp(min=1)
+
+
+def _interacting(values: Tensor, ddi: Tensor) -> Tensor:
+    """Σ_{i,j} A_ij v_i v_j over ordered pairs, float (V,)."""
+    return ((values @ ddi) * values).sum(dim=1)

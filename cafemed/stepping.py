@@ -167,6 +167,7 @@ class Stepper:
             ddi_weight=config.ddi_weight,
             margin_weight=config.margin_weight,
             threshold=config.threshold,
+            objective=config.objective,
         )
 
     def _require_finite(self, terms: Tensor, epoch: int, first: int, num_steps: int) -> None:

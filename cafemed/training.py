@@ -17,6 +17,7 @@ from cafemed.checkpoints import Checkpoint
 from cafemed.config import Range
 from cafemed.errors import ArtifactError, ConfigError, DataError, TrainingError
 from cafemed.evaluation import EvaluationSet
+from cafemed.losses import Objective
 from cafemed.metrics import Metrics
 from cafemed.stepping import Stepper
 
@@ -36,6 +37,8 @@ class FitConfig:
             at 32 patients a step it has hardly begun to learn when the epochs end.)
         weight_decay: L2 penalty added to Adam's gradient.
         seed: of the initial weights, the order of the patients and dropout.
+        objective: accuracy and interactions mixed by the rate of interactions, or the interactions
+            added to the accuracy terms (`losses.py`).
         ddi_target: DDI rate above which a visit is trained towards fewer interactions.
         ddi_coefficient: how fast the accuracy terms lose weight above it.
         ddi_weight: factor of the DDI term.
@@ -53,6 +56,7 @@ class FitConfig:
     learning_rate: Annotated[float, Range(0, open_low=True)] = 5e-3
     weight_decay: Annotated[float, Range(0)] = 0.0
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    objective: Objective = "mixture"
     ddi_target: Annotated[float, Range(0, 1, open_low=True)] = 0.06
     ddi_coefficient: Annotated[float, Range(0)] = 2.5
     ddi_weight: Annotated[float, Range(0)] = 0.0005

@@ -94,6 +94,7 @@ def test_patients_come_in_a_new_order_every_epoch(run, monkeypatch):
         {"ddi_target": 0.5},
         {"ddi_coefficient": 0.1},
         {"margin_weight": 0.9},
+        {"objective": "sum"},
         {"threshold": 0.3},
         {"learning_rate": 0.03},
         {"batch_size": 7},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from cafemed import artifacts, cohort, graphs, paths
+from cafemed import artifacts, cohort, config, graphs, paths
 from cafemed.codes import node_name
 from cafemed.training import FitConfig
 
@@ -89,6 +89,22 @@ def experiment(root):
 def test_the_yaml_spells_out_the_defaults():
     written = OmegaConf.to_container(OmegaConf.load(paths.CONF_DIR / "train" / "default.yaml"))
     assert written == dataclasses.asdict(FitConfig())
+
+
+def test_graphdiffmeds_preset_is_what_its_paper_states():
+    written = OmegaConf.to_container(OmegaConf.load(paths.CONF_DIR / "train" / "graphdiffmed.yaml"))
+    assert set(written) == {field.name for field in dataclasses.fields(FitConfig)}
+    assert config.from_mapping(FitConfig, written, "train") == FitConfig(
+        epochs=20,
+        batch_size=1,
+        learning_rate=5e-4,
+        weight_decay=2 * 0.005,  # the gradient of 0.005 times the squared weights
+        objective="sum",
+        ddi_target=0.06,
+        ddi_coefficient=2.5,
+        ddi_weight=0.0005,
+        margin_weight=0.0,
+    )
 
 
 def test_a_run_writes_its_artifact_and_a_second_one_is_skipped(root, experiment):

@@ -54,7 +54,7 @@ def _last_visit(weights, inputs, options, visits, sex, age):
             inter = inter + out
     final = [states[k][last] for k in range(3)]
     parts = [*final, *about, inter, intra, *(final if options["duplicate_state"] else [])]
-    state = torch.cat(parts).clamp(min=0)
+    state = torch.relu(torch.cat(parts))  # whose slope at 0 is 0: a vector of 0 begins there
     logits = weights["head.weight"] @ state + weights["head.bias"]
     if options["review"]:
         logits = _review(weights, inputs, options, logits, visits[last]["codes"])

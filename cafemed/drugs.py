@@ -33,14 +33,15 @@ class DrugKnowledge:
     Attributes:
         atc_of_ndc: NDC → ATC level 3; empty if no such table was given.
         interactions: unordered pairs of ATC codes, each sorted and once.
-        molecules: ATC code → SMILES strings; None if no such table was given.
+        molecules: row below the header from 0, ATC code and SMILES; None if no such table was
+            given.
         files: every file read.
         dropped: rows of these tables that say nothing new.
     """
 
     atc_of_ndc: Mapping[str, str]
     interactions: frozenset[tuple[str, str]]
-    molecules: Mapping[str, tuple[str, ...]] | None
+    molecules: tuple[tuple[int, str, str], ...] | None
     files: tuple[SourceFile, ...]
     dropped: tuple[Dropped, ...]
 
@@ -158,14 +159,14 @@ def _read_interactions(
     return frozenset(pairs)
 
 
-def _read_molecules(file: InputFile, sources: list[SourceFile]) -> dict[str, tuple[str, ...]]:
-    molecules: dict[str, list[str]] = {}
+def _read_molecules(file: InputFile, sources: list[SourceFile]) -> tuple[tuple[int, str, str], ...]:
+    molecules = []
     rows = _rows(file, "atc3", "smiles", sources)
     for row, atc, smiles in rows:
         code = _checked(rows.file, "atc3", row, atc, "an ATC code such as A02B", _atc3)
         text = _checked(rows.file, "smiles", row, smiles, "a SMILES string", str.strip)
-        molecules.setdefault(code, []).append(text)
-    return {code: tuple(texts) for code, texts in molecules.items()}
+        molecules.append((row, code, text))
+    return tuple(molecules)
 
 
 @dataclasses.dataclass(frozen=True)

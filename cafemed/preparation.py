@@ -3,14 +3,18 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from cafemed import artifacts, cohort, console, drugs, protocols, synthetic
+from cafemed import artifacts, cohort, console, drugs, molecules, protocols, synthetic
+from cafemed.cohort import Cohort
 from cafemed.config import Range
+from cafemed.drugs import DrugKnowledge
 from cafemed.errors import ConfigError
 from cafemed.protocols import CohortConfig
 from cafemed.records import Dropped, Records, SourceFile
-from cafemed.sources import mimic3, mimic4, tables
+from cafemed.sources import laboratory, mimic3, mimic4, tables
+from cafemed.sources.laboratory import LaboratoryTable
 from cafemed.sources.reading import InputFile
 from cafemed.sources.tables import Systems
 from cafemed.synthetic import SyntheticConfig
@@ -25,6 +29,7 @@ class DataConfig:
         root: folder of the tables; not used by "synthetic".
         drugs: folder with ndc_to_atc3.csv, ddi_atc3.csv and perhaps atc3_smiles.csv.
         ndc_to_atc, ddi, smiles: single files, each instead of that folder's.
+        molecules: read the molecules of medications from the SMILES; needs RDKit.
         systems: code systems of a user's own table, where its rows name none.
         seed: of the synthetic population.
         generator: the synthetic population.
@@ -37,6 +42,7 @@ class DataConfig:
     ndc_to_atc: str | None = None
     ddi: str | None = None
     smiles: str | None = None
+    molecules: bool = False
     systems: Systems = dataclasses.field(default_factory=Systems)
     seed: Annotated[int, Range(0)] = 0
     generator: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
@@ -88,15 +94,16 @@ def locate(config: DataConfig, synthetic_tables: Path) -> Inputs:
     """
     if config.source == "synthetic":
         folder = synthetic_tables
-        return Inputs(folder, mimic3.locate(folder), drugs.locate(folder / "drugs"))
+        found = mimic3.locate(folder, laboratory=config.cohort.max_laboratory > 0)
+        return Inputs(folder, found, drugs.locate(folder / "drugs"))
     if config.root is None:
         raise ConfigError(
             f"data.root: expected where the {config.source} tables are, got null; give "
             "data.root=FOLDER (make demo: ROOT=FOLDER)"
         )
     root = Path(config.root).expanduser()
-    adapter = {"mimic3": mimic3, "mimic4": mimic4, "tables": tables}[config.source]
-    return Inputs(root, adapter.locate(root), _locate_drugs(config))
+    found = _adapter(config).locate(root, laboratory=config.cohort.max_laboratory > 0)
+    return Inputs(root, found, _locate_drugs(config))
 
 
 def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -> dict[str, Any]:
@@ -111,9 +118,12 @@ def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -
     settings = {"source": config.source, **dataclasses.asdict(config.cohort)}
     if config.source == "tables":
         settings["systems"] = dataclasses.asdict(config.systems)
+    settings["molecules"] = config.molecules
     wanted = artifacts.fingerprint("cohort", inputs.fingerprints(), settings)
     if console.is_done(folder, "cohort", wanted, force):
         return artifacts.read_manifest(folder, "cohort").report
+    if config.molecules:
+        molecules.require_rdkit()
     console.say("cohort", f"reading {config.source} tables from {inputs.root}")
     records = _read(config, inputs)
     knowledge = drugs.read(inputs.drugs)
@@ -121,12 +131,18 @@ def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -
     with console.counter("making the cohort", 1) as done:
         made, dropped = protocols.build(records, knowledge, config.cohort)
         done()
+    files = [*records.files, *knowledge.files]
+    del records  # laboratory events come in their place
+    if config.cohort.max_laboratory:
+        made = _with_laboratory(config, inputs, made, files, dropped)
+    if config.molecules:
+        made = _with_molecules(made, knowledge, dropped)
     with artifacts.new_folder(folder, "cohort", inputs.fingerprints(), settings, private=True) as (
         partial,
         report,
     ):
         cohort.write(made, partial)
-        report.update(_report(made, (*records.files, *knowledge.files), dropped))
+        report.update(_report(made, files, dropped))
     return report
 
 
@@ -146,6 +162,15 @@ def describe(report: Mapping[str, Any]) -> str:
         f"DDI            {numbers['ddi_pairs']:,} pairs; rate {numbers['ddi_rate']:.4f} among the "
         "true sets"
     )
+    if "laboratory" in numbers:
+        of = numbers["laboratory"]
+        lines.append(
+            f"laboratory     {of['items']:,} items; {of['values_per_visit']:.2f} values a visit, "
+            f"{of['visits_without']:,} visits without"
+        )
+    if "molecules" in numbers:
+        of = numbers["molecules"]
+        lines.append(f"molecules      {of['molecules']:,} of {of['medications']:,} medications")
     if numbers["empty_targets"]:
         lines.append(f"no target      {numbers['empty_targets']:,} visits")
     lines.append(f"{'rows read':<44}{'rows':>12}")
@@ -165,6 +190,33 @@ def _read(config: DataConfig, inputs: Inputs) -> Records:
     return mimic3.read(inputs.root, inputs.tables)
 
 
+def _adapter(config: DataConfig) -> ModuleType:
+    return {"mimic4": mimic4, "tables": tables}.get(config.source, mimic3)
+
+
+def _with_laboratory(
+    config: DataConfig,
+    inputs: Inputs,
+    made: Cohort,
+    files: list[SourceFile],
+    dropped: list[Dropped],
+) -> Cohort:
+    table: LaboratoryTable = _adapter(config).LABORATORY
+    console.say("cohort", f"reading laboratory events from {inputs.tables[table.name].path}")
+    measured = laboratory.read(inputs.tables[table.name], table, made.visit_ids, made.admitted)
+    files.append(measured.file)
+    added, lost = protocols.with_laboratory(made, measured, config.cohort.max_laboratory)
+    dropped += lost
+    return added
+
+
+def _with_molecules(made: Cohort, knowledge: DrugKnowledge, dropped: list[Dropped]) -> Cohort:
+    assert knowledge.molecules is not None, "locate has found the table"
+    found, lost = molecules.canonical(knowledge.molecules, made.vocabularies["medication"])
+    dropped += lost
+    return dataclasses.replace(made, molecules=found)
+
+
 def _locate_drugs(config: DataConfig) -> dict[str, InputFile]:
     given = {
         name: None if path is None else Path(path).expanduser()
@@ -176,6 +228,11 @@ def _locate_drugs(config: DataConfig) -> dict[str, InputFile]:
     }
     folder = None if config.drugs is None else Path(config.drugs).expanduser()
     found = drugs.locate(folder, **given)
+    if config.molecules and "smiles" not in found:
+        raise ConfigError(
+            "data.molecules: expected atc3_smiles.csv in data.drugs (or data.smiles, a single "
+            "file), got neither; docs/data.md says where to get it"
+        )
     in_ndc = config.source != "tables" or config.systems.medication == "ndc"
     if in_ndc and "ndc_to_atc" not in found:
         where = "data.ndc_to_atc" if folder is None else str(folder)
@@ -186,9 +243,7 @@ def _locate_drugs(config: DataConfig) -> dict[str, InputFile]:
     return found
 
 
-def _report(
-    made: cohort.Cohort, files: tuple[SourceFile, ...], dropped: list[Dropped]
-) -> dict[str, Any]:
+def _report(made: Cohort, files: list[SourceFile], dropped: list[Dropped]) -> dict[str, Any]:
     return {
         "files": [
             {"name": f.path.name, "sha256": f.sha256, "bytes": f.num_bytes, "rows": f.num_rows}

@@ -3,12 +3,13 @@
 from cafemed.cohort import Cohort
 from cafemed.drugs import DrugKnowledge
 from cafemed.protocols.config import CohortConfig
+from cafemed.protocols.laboratory import with_laboratory
 from cafemed.protocols.protocol_clean import clean
 from cafemed.protocols.protocol_published import published
 from cafemed.protocols.summary import ddi_rate, summary
 from cafemed.records import Dropped, Records
 
-__all__ = ["CohortConfig", "build", "clean", "ddi_rate", "published", "summary"]
+__all__ = ["CohortConfig", "build", "clean", "ddi_rate", "published", "summary", "with_laboratory"]
 
 
 def build(

@@ -8,6 +8,9 @@ from cafemed.errors import ConfigError
 
 Kind = Literal["diagnosis", "procedure", "medication"]
 
+#: Settings that the protocol "published" does not fix.
+_FREE = ("protocol", "max_laboratory")
+
 
 @dataclasses.dataclass(frozen=True)
 class CohortConfig:
@@ -15,7 +18,7 @@ class CohortConfig:
 
     Attributes:
         protocol: "clean", or "published": the literature's order, filters and split; it fixes
-            all the other settings, which must then keep their defaults.
+            all the other settings but max_laboratory, which must then keep their defaults.
         inputs: what is known when recommending. "current": the visit's own diagnoses and
             procedures; "history": only those of earlier visits.
         target_window_h: recommend the medications started within so many hours of admission;
@@ -24,6 +27,8 @@ class CohortConfig:
         min_visits: usable visits that a patient needs.
         max_diagnoses, max_procedures, max_medications: keep the codes in most visits of the
             training patients; null: all of theirs.
+        max_laboratory: keep the laboratory items in most visits of the training patients; 0: the
+            laboratory table is not read. Free in either protocol.
         split: "patient": drawn with the seed; "time": patients in order of their last admission.
         split_parts: training, validation and test patients in these proportions.
         seed: of the split by patient.
@@ -37,6 +42,7 @@ class CohortConfig:
     max_diagnoses: Annotated[int | None, Range(1)] = 2000
     max_procedures: Annotated[int | None, Range(1)] = None
     max_medications: Annotated[int | None, Range(1)] = 300
+    max_laboratory: Annotated[int, Range(0)] = 0
     split: Literal["patient", "time"] = "patient"
     split_parts: tuple[Annotated[int, Range(1)], ...] = (4, 1, 1)
     seed: Annotated[int, Range(0)] = 0
@@ -54,7 +60,7 @@ class CohortConfig:
             changed = [
                 field.name
                 for field in dataclasses.fields(self)
-                if field.name != "protocol" and getattr(self, field.name) != field.default
+                if field.name not in _FREE and getattr(self, field.name) != field.default
             ]
             if changed:
                 raise ConfigError(

@@ -118,7 +118,8 @@ def _medications(table: pa.Table, visits: Visits, drugs: DrugKnowledge, ledger: 
     code, names = rows_of.medication_of(given, drugs)
     keep = keep & ledger.keep("prescriptions", "no ATC code known", (code >= 0) | ~keep)
     if drugs.molecules is not None:
-        has_molecule = np.array([name in drugs.molecules for name in names] + [False])[code]
+        known = {medication for _, medication, _ in drugs.molecules}
+        has_molecule = np.array([name in known for name in names] + [False])[code]
         keep = keep & ledger.keep("prescriptions", "no molecule known", has_molecule | ~keep)
     rows = CodeRows(visit, code, (stay, start, np.arange(len(code))), names).filter(keep)
     first = _first_of_equal(rows.visit, *rows.keys[:2], rows.code)

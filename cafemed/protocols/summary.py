@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from cafemed.codes import KINDS, CodeLists
+from cafemed.codes import KINDS, LABORATORY, CodeLists
 from cafemed.cohort import SPLITS, Cohort
 
 
@@ -34,7 +34,9 @@ def summary(cohort: Cohort) -> dict[str, Any]:
     Returns:
         patients, visits, codes (kind → vocabulary size), codes_per_visit (kind → mean), most_codes
         (kind → largest number in a visit), split (name → patients), ddi_pairs, ddi_rate (of the
-        target sets), empty_targets (visits without one), age_known and sex_known (shares).
+        target sets), empty_targets (visits without one), age_known and sex_known (shares). Where
+        there are any: laboratory (items, values_per_visit, visits_without) and molecules
+        (molecules, medications that have one).
     """
     lists = {
         "diagnosis": cohort.diagnoses,
@@ -54,4 +56,27 @@ def summary(cohort: Cohort) -> dict[str, Any]:
         "empty_targets": int((cohort.targets.counts == 0).sum()),
         "age_known": round(float(np.isfinite(cohort.age).mean()), 4),
         "sex_known": round(float((cohort.sex > 0).mean()), 4),
+        **_laboratory(cohort),
+        **_molecules(cohort),
     }
+
+
+def _laboratory(cohort: Cohort) -> dict[str, Any]:
+    items = cohort.vocabularies[LABORATORY]
+    if not items:
+        return {}
+    counts = cohort.laboratory.items.counts
+    return {
+        "laboratory": {
+            "items": len(items),
+            "values_per_visit": round(float(counts.mean()), 2),
+            "visits_without": int((counts == 0).sum()),
+        }
+    }
+
+
+def _molecules(cohort: Cohort) -> dict[str, Any]:
+    if not cohort.molecules:
+        return {}
+    distinct = {smiles for of_one in cohort.molecules.values() for smiles in of_one}
+    return {"molecules": {"molecules": len(distinct), "medications": len(cohort.molecules)}}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cafemed.cohort import SEXES
 from cafemed.errors import DataError
 from cafemed.records import SourceFile
+from cafemed.sources.reading import InputFile
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d)?)?)(?:\.\d+)?Z?")
 _SEX_OF = {"f": "female", "female": "female", "m": "male", "male": "male"}
@@ -54,7 +55,7 @@ def times(file: SourceFile, table: pa.Table, name: str) -> pa.Array:
     Raises:
         DataError: naming file, column and row of the first cell that is no date.
     """
-    return _convert(file, table, name, _time, pa.timestamp("s"), "a date (2101-07-04 13:30:00)")
+    return _convert(file, table, name, time_of, pa.timestamp("s"), "a date (2101-07-04 13:30:00)")
 
 
 def integers(file: SourceFile, table: pa.Table, name: str) -> pa.Array:
@@ -107,7 +108,7 @@ def sexes(column: pa.DictionaryArray) -> pa.Array:
     return pc.fill_null(taken, SEXES.index("unknown"))
 
 
-def bad_cell(file: SourceFile, name: str, row: int, expected: str) -> DataError:
+def bad_cell(file: SourceFile | InputFile, name: str, row: int, expected: str) -> DataError:
     """The error for a cell, which it does not show: it may be a patient's."""
     return DataError(
         f"{file.path}: column {name}, row {row + 1} below the header: expected {expected}, "
@@ -134,8 +135,12 @@ def _convert(
     return pc.take(pa.array(parsed, kind), column.indices)
 
 
-def _time(value: str) -> datetime.datetime:
-    # Fractions of a second are cut off; a time zone other than UTC is no date here.
+def time_of(value: str) -> datetime.datetime:
+    """Reads a date, with or without a time of day; fractions of a second are cut off.
+
+    Raises:
+        ValueError: if it is none, or names a time zone other than UTC.
+    """
     match = _TIME.fullmatch(value)
     if match is None:
         raise ValueError

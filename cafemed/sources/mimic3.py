@@ -12,6 +12,7 @@ import pyarrow as pa
 from cafemed.drugs import ndc
 from cafemed.records import Records, SourceFile
 from cafemed.sources import cells, events, reading
+from cafemed.sources.laboratory import LaboratoryTable
 from cafemed.sources.reading import Columns, InputFile
 
 COLUMNS = {
@@ -21,15 +22,23 @@ COLUMNS = {
     "PROCEDURES_ICD": Columns(("hadm_id", "seq_num", "icd9_code")),
     "PRESCRIPTIONS": Columns(("subject_id", "hadm_id", "startdate", "ndc"), ("icustay_id",)),
 }
+LABORATORY = LaboratoryTable(
+    name="LABEVENTS", visit="hadm_id", item="itemid", time="charttime", value="valuenum"
+)
 
 
-def locate(root: Path) -> dict[str, InputFile]:
+def locate(root: Path, *, laboratory: bool = False) -> dict[str, InputFile]:
     """Finds the five tables in the folder `root`, `.csv` or `.csv.gz`, names in either case.
+
+    Args:
+        root: the folder of the tables.
+        laboratory: find LABEVENTS too.
 
     Raises:
         DataError: if a table is missing or there twice.
     """
-    return reading.locate(root, list(COLUMNS))
+    found = reading.locate(root, list(COLUMNS))
+    return found | LABORATORY.locate(root) if laboratory else found
 
 
 def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:

@@ -14,6 +14,7 @@ import pyarrow as pa
 from cafemed.drugs import ndc
 from cafemed.records import Records, SourceFile
 from cafemed.sources import cells, events, reading
+from cafemed.sources.laboratory import LaboratoryTable
 from cafemed.sources.reading import Columns, InputFile
 
 COLUMNS = {
@@ -23,16 +24,24 @@ COLUMNS = {
     "procedures_icd": Columns(("hadm_id", "seq_num", "icd_code", "icd_version")),
     "prescriptions": Columns(("subject_id", "hadm_id", "starttime", "ndc")),
 }
+LABORATORY = LaboratoryTable(
+    name="labevents", visit="hadm_id", item="itemid", time="charttime", value="valuenum"
+)
 
 
-def locate(root: Path) -> dict[str, InputFile]:
+def locate(root: Path, *, laboratory: bool = False) -> dict[str, InputFile]:
     """Finds the five tables in `root/hosp` (or in `root` itself), names in either case.
+
+    Args:
+        root: the folder that holds `hosp/`.
+        laboratory: find labevents too.
 
     Raises:
         DataError: if a table is missing or there twice.
     """
-    hosp = root / "hosp"
-    return reading.locate(hosp if hosp.is_dir() else root, list(COLUMNS))
+    folder = root / "hosp" if (root / "hosp").is_dir() else root
+    found = reading.locate(folder, list(COLUMNS))
+    return found | LABORATORY.locate(folder) if laboratory else found
 
 
 def read(root: Path, files: Mapping[str, InputFile] | None = None) -> Records:

@@ -2,7 +2,8 @@
 
 Columns: patient, visit, time, kind ("diagnosis", "procedure" or "medication") and code; optional
 are sex (F or M), birth (a date) and system (of the row's code). A visit is admitted at the
-earliest time of its rows. docs/data.md has an example.
+earliest time of its rows. Laboratory values are in a table beside it: visit, item, value and
+perhaps time. docs/data.md has examples.
 """
 
 import dataclasses
@@ -19,10 +20,20 @@ from cafemed.codes import KINDS
 from cafemed.errors import DataError
 from cafemed.records import Records, SourceFile
 from cafemed.sources import cells, events, reading
+from cafemed.sources.laboratory import LaboratoryTable
 from cafemed.sources.reading import InputFile
 
 REQUIRED = ("patient", "visit", "time", "kind", "code")
 OPTIONAL = ("sex", "birth", "system")
+LABORATORY = LaboratoryTable(
+    name="laboratory",
+    visit="visit",
+    item="item",
+    time="time",
+    value="value",
+    needs_time=False,
+    suffixes=reading.TABLE_SUFFIXES,
+)
 
 ClinicalSystem = Literal["icd9", "icd10", "snomed", "local"]
 DrugSystem = Literal["ndc", "atc"]
@@ -46,14 +57,20 @@ class Systems:
     medication: DrugSystem = "atc"
 
 
-def locate(root: Path) -> dict[str, InputFile]:
+def locate(root: Path, *, laboratory: bool = False) -> dict[str, InputFile]:
     """Finds the table: the file `root`, or events.csv, .csv.gz or .parquet in the folder `root`.
+
+    Args:
+        root: see above.
+        laboratory: find laboratory.csv, .csv.gz or .parquet in the same folder too.
 
     Raises:
         DataError: if there is none, or several.
     """
+    folder = root if root.is_dir() else root.parent
     path = reading.find(root, "events", reading.TABLE_SUFFIXES) if root.is_dir() else root
-    return {"events": reading.identify(path)}
+    found = {"events": reading.identify(path)}
+    return found | LABORATORY.locate(folder) if laboratory else found
 
 
 def read(

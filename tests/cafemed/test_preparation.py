@@ -1,11 +1,14 @@
+import csv
 import dataclasses
 import os
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
 from cafemed import artifacts, cohort, paths, preparation
+from cafemed.codes import KINDS
 from cafemed.config import from_mapping
 from cafemed.errors import ConfigError, DataError
 from cafemed.preparation import DataConfig
@@ -131,6 +134,102 @@ def test_synthetic_tables_are_made_once_and_prepared(tmp_path, capsys):
     assert "skipped" not in capsys.readouterr().out
     assert prepare(config, folder)["summary"] != report["summary"]
     assert {p.stat().st_mode & 0o777 for p in folder.rglob("*") if p.is_file()} == {0o600}
+
+
+def lab_rows(root):
+    """A laboratory row for every second admission of a drawn hospital."""
+    with (root / "ADMISSIONS.csv").open() as file:
+        admissions = list(csv.DictReader(file))
+    return [
+        f"{i},{row['SUBJECT_ID']},{row['HADM_ID']},50912,{row['ADMITTIME']},{i % 7}.5"
+        for i, row in enumerate(admissions)
+        if i % 2
+    ]
+
+
+def test_laboratory_values_are_read_only_when_asked(config, tmp_path):
+    root = tmp_path / "tables"
+    without = prepare(config, tmp_path / "exp")
+    rows = lab_rows(root)
+    header = "ROW_ID,SUBJECT_ID,HADM_ID,ITEMID,CHARTTIME,VALUENUM"
+    (root / "LABEVENTS.csv").write_text("\n".join([header, *rows]) + "\n")
+    assert prepare(config, tmp_path / "exp") == without  # unchanged: the table is no input
+    asked = dataclasses.replace(config, cohort=CohortConfig(max_laboratory=5))
+    report = prepare(asked, tmp_path / "exp")
+    made = cohort.load(tmp_path / "exp" / "cohort")
+    assert made.vocabularies["laboratory"] == ("lab:50912",)
+    values = {row.split(",")[2]: float(row.split(",")[-1]) for row in rows}
+    found = {
+        made.visit_ids[v]: made.laboratory.values[made.laboratory.items.offsets[v]]
+        for v in np.flatnonzero(made.laboratory.items.counts)
+    }
+    assert found == {visit: values[visit] for visit in made.visit_ids if visit in values}
+    assert found
+    numbers = report["summary"]["laboratory"]
+    assert numbers == {
+        "items": 1,
+        "values_per_visit": round(len(found) / made.num_visits, 2),
+        "visits_without": made.num_visits - len(found),
+    }
+    files = {file["name"]: file for file in report["files"]}
+    assert files["LABEVENTS.csv"]["rows"] == len(rows)
+    manifest = artifacts.read_manifest(tmp_path / "exp" / "cohort", "cohort")
+    assert manifest.inputs["LABEVENTS"] == artifacts.sha256_of(root / "LABEVENTS.csv")
+    text = preparation.describe(report)
+    assert "laboratory     1 items" in text
+    assert "visit not in the cohort" in text
+    (root / "LABEVENTS.csv").unlink()
+    with pytest.raises(DataError, match=r"expected LABEVENTS.csv .*max_laboratory=0 does without"):
+        prepare(asked, tmp_path / "exp")
+
+
+def test_laboratory_values_leave_the_rest_of_the_cohort_alone(config, tmp_path):
+    root = tmp_path / "tables"
+    header = "SUBJECT_ID,HADM_ID,ITEMID,CHARTTIME,VALUENUM"
+    rows = [row.partition(",")[2] for row in lab_rows(root)]
+    (root / "LABEVENTS.csv").write_text("\n".join([header, *rows]) + "\n")
+    for protocol in ("clean", "published"):
+        made = []
+        for number in (0, 3):
+            settings = CohortConfig(protocol=protocol, max_laboratory=number)
+            prepare(dataclasses.replace(config, cohort=settings), tmp_path / "exp")
+            made.append(cohort.load(tmp_path / "exp" / "cohort"))
+        ours, theirs = made
+        assert ours.visit_ids == theirs.visit_ids
+        assert ours.laboratory.is_empty
+        assert not theirs.laboratory.is_empty
+        for name in ("diagnoses", "procedures", "medications", "targets"):
+            assert getattr(ours, name).ids.tolist() == getattr(theirs, name).ids.tolist()
+        for kind in KINDS:
+            assert ours.vocabularies[kind] == theirs.vocabularies[kind]
+
+
+def test_molecules_come_into_the_cohort_when_asked(config, tmp_path):
+    pytest.importorskip("rdkit")
+    without = prepare(config, tmp_path / "exp")
+    assert cohort.load(tmp_path / "exp" / "cohort").molecules == {}
+    table = tmp_path / "drugs" / "atc3_smiles.csv"
+    table.write_text("atc3,smiles\nA02B,OCC\nA02B,C((\nB01A,CCO\nB01A,CN\nH05A,C\n")
+    report = prepare(dataclasses.replace(config, molecules=True), tmp_path / "exp")
+    made = cohort.load(tmp_path / "exp" / "cohort")
+    assert made.molecules == {"atc:A02B": ("CCO",), "atc:B01A": ("CCO", "CN")}
+    assert report["summary"]["molecules"] == {"molecules": 2, "medications": 2}
+    assert report["summary"]["codes"] == without["summary"]["codes"]
+    text = preparation.describe(report)
+    assert "molecules      2 of 2 medications" in text
+    assert "unreadable SMILES: line 3" in text
+    fingerprint = made.fingerprint
+    table.write_text(table.read_text().replace("CN", "CNC"))
+    prepare(dataclasses.replace(config, molecules=True), tmp_path / "exp")
+    assert cohort.load(tmp_path / "exp" / "cohort").fingerprint != fingerprint
+
+
+def test_molecules_need_a_table_of_them(config, tmp_path):
+    (tmp_path / "drugs" / "atc3_smiles.csv").unlink()
+    with pytest.raises(
+        ConfigError, match=r"data.molecules: expected atc3_smiles.csv in data.drugs"
+    ):
+        preparation.locate(dataclasses.replace(config, molecules=True), tmp_path)
 
 
 def test_a_users_table_is_prepared(tmp_path, hospitals):

@@ -15,7 +15,7 @@ are a bootstrap of test patients and seeds (benchmarks/recommenders/scores.py).
 
 Finished runs stay in the work folder and are not done again, so that the program can be
 interrupted, and called again when there are more variants. With --quick: a small cohort, one seed,
-four epochs; the figures mean nothing.
+two epochs; the figures mean nothing.
 """
 
 import argparse

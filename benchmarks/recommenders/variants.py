@@ -87,7 +87,10 @@ def _grid(**choices: tuple[Any, ...]) -> tuple[Changes, ...]:
 
 
 #: Learning rates and dropout that the models without a direct path may choose among.
-_SEARCH = _grid(train__learning_rate=(0.005, 0.002, 0.001), model__dropout=(0.7, 0.3))
+_SEARCH = (
+    *_grid(train__learning_rate=(0.005,), model__dropout=(0.7, 0.3, 0.1)),
+    *_grid(train__learning_rate=(0.002,), model__dropout=(0.3,)),
+)
 _STRENGTHS = _grid(learner__strength=(0.2, 0.5, 1.0, 2.0, 3.0, 5.0))
 _ABLATIONS: tuple[tuple[str, Changes], ...] = (
     ("w/o CWG", (("model.use_cwg", False),)),
@@ -143,6 +146,6 @@ def quick(found: list[Variant]) -> list[Variant]:
 
     def shorten(learner: Learner) -> Learner:
         trained = learner.kind in models.NAMES or learner.kind == "noisy_or"
-        return learner.changed((("train.epochs", 4),)) if trained else learner
+        return learner.changed((("train.epochs", 2),)) if trained else learner
 
     return [dataclasses.replace(v, learner=shorten(v.learner), search=v.search[:2]) for v in found]

@@ -19,7 +19,7 @@ from models.cwg import CausalWeightGenerator, EntityWeights
 from models.direct import DirectPath
 from models.dropout import FastDropout
 from models.homogeneous import ClassMask
-from models.packing import Packing, pack, sum_groups
+from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
 
 #: Embeddings start uniform in (-EMBEDDING_BOUND, EMBEDDING_BOUND), as CausalMed's.
@@ -173,7 +173,8 @@ class CafeMed(nn.Module):
     def prepare(self, batch: Batch) -> Packing:
         """Works out, on the host, what of a batch has a shape that depends on its content."""
         slot, window = self.options.first_visit_slot, self.charm is not None
-        return pack(batch, self.sizes, slot, window)
+        # In evaluation an answer's last bits must not depend on the other patients.
+        return pack(batch, self.sizes, slot, window, distinct=self.training)
 
     def forward(self, batch: Batch, prepared: Packing | None = None) -> torch.Tensor:
         """Gives logits for every visit from the visits before it and its known codes.
@@ -206,14 +207,19 @@ class CafeMed(nn.Module):
 
     def encode_visits(self, packing: Packing) -> torch.Tensor:
         """Equations (1) to (13) and (15): z, float32 (V, 3, d)."""
-        looked_up = self.embedding.index_select(0, packing.ids)
+        looked_up = packing.of_codes(self.embedding.index_select(0, packing.distinct))
         embedded = modulated = self.dropout(looked_up)
         weights = self.entity_weights(packing)
         if not self.options.dropout_shared:
             is_medication = (packing.modality == 2)[:, None]
             modulated = torch.where(is_medication, self.dropout(looked_up), embedded)
-        if self.cwg is not None:
-            modulated = self.cwg(modulated, weights, packing.modality)
+        if self.cwg is not None and self.options.cwg_context == "entity":
+            of_distinct = self.entity_weights.table.index_select(0, packing.distinct)
+            first, second = self.sizes[0], sum(self.sizes[:2])
+            modality = (packing.distinct >= first).long() + (packing.distinct >= second)
+            modulated = modulated * packing.of_codes(self.cwg(of_distinct, modality))
+        elif self.cwg is not None:
+            modulated = modulated * self.cwg(weights, packing.modality)
         raw = self.options.homogeneous_input == "raw"
         masked = self.class_mask(embedded if raw else modulated, packing.modality, packing.classes)
         if self.charm is None:
@@ -225,5 +231,4 @@ class CafeMed(nn.Module):
 
     def _sum(self, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Adds up rows (N, d) of each visit and modality; (V, 3, d)."""
-        sums = sum_groups(rows, packing.group, 3 * packing.num_visits)
-        return sums.view(packing.num_visits, 3, -1)
+        return packing.to_groups(rows).view(packing.num_visits, 3, -1)

@@ -134,13 +134,10 @@ class CausalWeightGenerator(nn.Module):
         self.register_buffer("centre", centre, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
 
-    def forward(
-        self, embedded: torch.Tensor, weights: torch.Tensor, modality: torch.Tensor
-    ) -> torch.Tensor:
-        """Modulates embeddings.
+    def forward(self, weights: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        """Gives the factor of the embeddings, 1 + alpha * sigmoid(v).
 
         Args:
-            embedded: float32 (N, d), after dropout.
             weights: float32 (N,), w of each code.
             modality: int64 (N,).
 
@@ -152,4 +149,4 @@ class CausalWeightGenerator(nn.Module):
         for k, network in enumerate(self.networks):
             if k > 0:
                 gate = torch.where((modality == k)[:, None], network(scaled), gate)
-        return embedded * (1 + self.strength * torch.sigmoid(gate))
+        return 1 + self.strength * torch.sigmoid(gate)

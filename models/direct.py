@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cafemed.batches import ModelInputs
-from models.packing import Packing, sum_groups
+from models.packing import Packing
 
 #: theta = PACE * table. Adam moves a weight by about the learning rate a step; theta has to travel
 #: several units, embeddings a tenth of one.
@@ -57,8 +57,9 @@ class DirectPath(nn.Module):
     def forward(self, logits: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Gives logit p, float32 (V, N_m), from y, float32 (V, N_m), of the packing's visits."""
         softplus = nn.functional.softplus
-        of_codes = softplus(PACE * self.table.index_select(0, packing.ids))
-        hazard = sum_groups(of_codes, packing.visit, packing.num_visits)
+        # With this beta softplus gives its value at PACE times theta's table, over PACE.
+        of_codes = softplus(self.table.index_select(0, packing.distinct), beta=PACE)
+        hazard = PACE * packing.to_visits(of_codes)
         if self.link == "additive":
             return logits + hazard
         # softplus(x) = -log(1 - sigmoid(x)): hazards add where chances of no cause multiply.

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from cafemed.batches import Batch
+from models.sparse_map import Rows, SparseMap
 
 #: Kernel width of equations (10) and (11), and the padding on each side.
 KERNEL = 7
@@ -80,7 +81,11 @@ class Packing:
         visit: int64 (N,), the visit row of each code.
         group: int64 (N,), visit * 3 + modality of each code.
         cell: int64 (N,), position * 3 + modality of each code.
-        code_starts: int64 (V,), the first code of each visit.
+        distinct: int64 (U,), the ids that `spread` and `to_visits` start from: each once and
+            ascending, or `ids` as they are.
+        spread: from rows of `distinct` to rows of the N codes; None: they are the same.
+        to_visits: adds up rows of `distinct` by visit, (U, ...) to (V, ...).
+        to_groups: adds up rows of the codes by `group`, (N, ...) to (V * 3, ...).
         slot_cell: int64 (S,), the same as `cell` of each slot.
         slot_group: int64 (S,), visit * 3 + modality of each slot, ascending.
         slot_starts: int64 (V * 3,), the first slot of each visit and modality.
@@ -97,7 +102,10 @@ class Packing:
     visit: torch.Tensor
     group: torch.Tensor
     cell: torch.Tensor
-    code_starts: torch.Tensor
+    distinct: torch.Tensor
+    spread: SparseMap | None
+    to_visits: SparseMap
+    to_groups: SparseMap
     slot_cell: torch.Tensor
     slot_group: torch.Tensor
     slot_starts: torch.Tensor
@@ -106,6 +114,10 @@ class Packing:
     starts: torch.Tensor
     steps: Steps
     window: Window | None
+
+    def of_codes(self, rows: torch.Tensor) -> torch.Tensor:
+        """Gives each code that exists its row, (N, ...), from those of `distinct`, (U, ...)."""
+        return rows if self.spread is None else self.spread(rows)
 
     @property
     def num_visits(self) -> int:
@@ -123,6 +135,7 @@ def pack(
     sizes: tuple[int, int, int],
     first_visit_slot: bool = True,
     window: bool = False,
+    distinct: bool = False,
 ) -> Packing:
     """Finds the places of a batch's codes; reads codes only where `counts` says they exist.
 
@@ -131,6 +144,8 @@ def pack(
         sizes: (N_d, N_p, N_m).
         first_visit_slot: whether a first visit has a medication slot, its zero vector.
         window: whether the positions' neighbours are wanted.
+        distinct: whether codes that several visits share are to be computed once. Which they are
+            depends on the other patients of the batch, and with it a result's last bits.
     """
     host = batch.to("cpu")
     counts, codes, classes = (x.numpy() for x in (host.counts, host.codes, host.classes))
@@ -148,14 +163,14 @@ def pack(
         slot_visit = slot_group // 3
         slot_cell = (starts[slot_visit] + slot_place) * 3 + slot_group - 3 * slot_visit
     where = group * codes.shape[2] + place
+    ids = codes.reshape(-1)[where] + np.cumsum([0, *sizes[:2]])[modality]
     found = {
-        "ids": codes.reshape(-1)[where] + np.cumsum([0, *sizes[:2]])[modality],
+        "ids": ids,
         "modality": modality,
         "classes": classes.reshape(-1)[where],
         "visit": visit,
         "group": group,
         "cell": cell,
-        "code_starts": _starts(counts.sum(1)),
         "slot_cell": slot_cell,
         "slot_group": slot_group,
         "slot_starts": _starts(slots.reshape(-1)),
@@ -164,8 +179,11 @@ def pack(
         "starts": starts,
     }
     device = batch.counts.device
+    every, of_groups = np.arange(len(ids)), _starts(counts.reshape(-1))
     return Packing(
         **_tensors(found, device),
+        **_look_up(ids, visit, _starts(counts.sum(1)), distinct, device),
+        to_groups=SparseMap(_rows(every, of_groups, device), _rows(group, every, device)),
         steps=_steps(host, device),
         window=_window(lengths, device) if window else None,
     )
@@ -184,6 +202,36 @@ def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _tensors(arrays: Mapping[str, NDArray[np.int64]], device: torch.device) -> dict[str, Any]:
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def _rows(index: NDArray[np.int64], starts: NDArray[np.int64], device: torch.device) -> Rows:
+    return Rows(torch.from_numpy(index).to(device), torch.from_numpy(starts).to(device), None)
+
+
+def _look_up(
+    ids: NDArray[np.int64],
+    visit: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    distinct: bool,
+    device: torch.device,
+) -> dict[str, Any]:
+    """`distinct`, `spread` and `to_visits` of a Packing; `starts` (V,) the visits' first codes."""
+    every = np.arange(len(ids))
+    if not distinct:
+        to_visits = SparseMap(_rows(every, starts, device), _rows(visit, every, device))
+        kept = torch.from_numpy(ids).to(device)
+        return {"distinct": kept, "spread": None, "to_visits": to_visits}
+    order = np.argsort(ids, kind="stable")
+    ascending = ids[order]
+    begins = np.diff(ascending, prepend=-1) > 0
+    first = np.flatnonzero(begins)
+    row = np.empty_like(order)
+    row[order] = np.cumsum(begins) - 1
+    return {
+        "distinct": torch.from_numpy(ascending[first]).to(device),
+        "spread": SparseMap(_rows(row, every, device), _rows(order, first, device)),
+        "to_visits": SparseMap(_rows(row, starts, device), _rows(visit[order], first, device)),
+    }
 
 
 def _steps(host: Batch, device: torch.device) -> Steps:

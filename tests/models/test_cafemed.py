@@ -250,8 +250,11 @@ def test_unused_columns_of_a_full_kernel_never_learn(world, build_eval):
     assert (columns > 0).tolist() == [False] * 3 + [True] + [False] * 3
 
 
-def test_gradients_are_those_of_the_reference(world, reference_cafemed):
-    options = _small({"dropout": 0.0})
+@pytest.mark.parametrize(
+    "options", [{}, {"cwg_shared": False}, {"cwg_context": "visit"}, {"direct": "additive"}]
+)
+def test_gradients_are_those_of_the_reference(options, world, reference_cafemed):
+    options = _small({"dropout": 0.0} | options)
     model = models.build("cafemed", world.inputs, options).train()
     batch = collate(world.arrays, np.array([0, 2, 4]))
     weight = torch.linspace(-1, 1, 11)
@@ -283,12 +286,12 @@ def test_dropout_is_drawn_once_or_twice_for_medications(shared, world):
     seen = {}
     model.class_mask.register_forward_pre_hook(lambda _, args: seen.update(raw=args[0]))
     model.charm.register_forward_pre_hook(lambda _, args: seen.update(modulated=args[0]))
-    modality = {}
-    model.cwg.register_forward_pre_hook(lambda _, args: modality.update(k=args[2]))
     torch.manual_seed(0)
-    model(collate(world.arrays, np.arange(5)))
+    batch = collate(world.arrays, np.arange(5))
+    prepared = model.prepare(batch)
+    model(batch, prepared)
     same = ((seen["raw"] == 0) == (seen["modulated"] == 0)).all(1)
-    is_medication = modality["k"] == 2
+    is_medication = prepared.modality == 2
     assert same[~is_medication].all()
     assert bool(same[is_medication].all()) is shared
     share = (seen["raw"] == 0).float().mean()

@@ -40,6 +40,7 @@ class SyntheticConfig:
         avoidance: probability that a prescriber strikes one of two interacting drafted
             medications.
         effect_draws: simulated visits behind each true effect.
+        num_laboratory: laboratory items, which diagnoses move; 0: no LABEVENTS are written.
     """
 
     num_patients: Annotated[int, Range(10, 1_000_000)] = 2_000
@@ -68,6 +69,7 @@ class SyntheticConfig:
     ddi_rate: Share = 0.08
     avoidance: Probability = 0.3
     effect_draws: Annotated[int, Range(2)] = 2_000
+    num_laboratory: Annotated[int, Range(0, 100)] = 12
 
     def __post_init__(self) -> None:
         """Checks what needs two settings at once."""

@@ -16,6 +16,7 @@ from cafemed.synthetic.model import Bools, Model, draft_log_miss, draw_codes, dr
 _CHUNK_PATIENTS = 4_096
 #: Streams of random numbers that a seed opens, one for each purpose.
 MODEL_STREAM, PATIENT_STREAM, TABLE_STREAM, EFFECT_STREAM = range(4)
+LABORATORY_STREAM, MOLECULE_STREAM = range(4, 6)
 
 
 @dataclasses.dataclass(frozen=True)

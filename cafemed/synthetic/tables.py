@@ -10,22 +10,17 @@ import pyarrow.csv as pacsv
 from numpy.typing import NDArray
 
 from cafemed.codes import CodeLists
-from cafemed.synthetic import truth
+from cafemed.synthetic import laboratory, molecules, truth
 from cafemed.synthetic.generator import TABLE_STREAM, Population, stream
+from cafemed.synthetic.stays import DAILY_DISCHARGE, DAY, Stays
 
 Ints = NDArray[np.int64]
-Times = NDArray[np.datetime64]
 
 #: A medication not yet started is started the next day with this probability, until discharge.
 DAILY_START = 0.5
-#: Days of a stay: 1 + geometric with this chance of ending each day.
-_DAILY_DISCHARGE = 0.14
-_MEAN_DAYS_BETWEEN_VISITS = 250
 _MOST_NDCS = 5
 #: Rows that no medication stands behind, as shares of the others: NDC "0", and unmapped NDCs.
 _NO_NDC_SHARE, _UNMAPPED_SHARE = 0.05, 0.03
-_ICU_SHARE = 0.7
-_DAY = np.timedelta64(1, "D")
 #: Low: the tables are written often and read once.
 _GZIP_LEVEL = 1
 
@@ -33,15 +28,16 @@ _GZIP_LEVEL = 1
 def write_tables(population: Population, folder: Path) -> dict[str, int]:
     """Writes the tables of a population into an existing folder.
 
-    Files: PATIENTS, ADMISSIONS, DIAGNOSES_ICD, PROCEDURES_ICD and PRESCRIPTIONS (.csv.gz),
-    drugs/ndc_to_atc3.csv, drugs/ddi_atc3.csv, and what `truth.write` puts into truth/. The same
-    population gives the same bytes.
+    Files: PATIENTS, ADMISSIONS, DIAGNOSES_ICD, PROCEDURES_ICD, PRESCRIPTIONS and, unless
+    config.num_laboratory is 0, LABEVENTS (.csv.gz); drugs/ndc_to_atc3.csv, drugs/ddi_atc3.csv,
+    drugs/atc3_smiles.csv, and what `truth.write` puts into truth/. The same population gives the
+    same bytes.
 
     Returns:
         Table → number of rows.
     """
     rng = stream(population.seed, TABLE_STREAM)
-    stays = _Stays(population, rng)
+    stays = Stays(population, rng)
     ndcs, owner = _draw_ndcs(len(population.model.medications), rng)
     tables = {
         "PATIENTS": _patients(stays, rng),
@@ -50,10 +46,13 @@ def write_tables(population: Population, folder: Path) -> dict[str, int]:
         "PROCEDURES_ICD": _codes(stays, population.procedures, population.model.procedures),
         "PRESCRIPTIONS": _prescriptions(population, stays, ndcs, owner, rng),
     }
+    if population.config.num_laboratory:
+        tables["LABEVENTS"] = laboratory.events(population, stays)
     for name, table in tables.items():
         _write_csv(table, folder / f"{name}.csv.gz")
     (folder / "drugs").mkdir()
     _write_drugs(population, folder / "drugs", ndcs, owner)
+    _write_csv(molecules.table(population), folder / "drugs" / "atc3_smiles.csv")
     (folder / "truth").mkdir()
     truth.write(population, start_shares(), folder / "truth")
     return {name: table.num_rows for name, table in tables.items()}
@@ -69,41 +68,15 @@ def start_shares() -> NDArray[np.float64]:
         float64 (days,), P(day = k); the rest of the tail is in the last entry.
     """
     day = np.arange(60)
-    at_least = (1 - DAILY_START) ** day * (1 - _DAILY_DISCHARGE) ** np.maximum(day - 1, 0)
+    at_least = (1 - DAILY_START) ** day * (1 - DAILY_DISCHARGE) ** np.maximum(day - 1, 0)
     shares: NDArray[np.float64] = at_least - np.append(at_least[1:], 0.0)
     return shares
 
 
-class _Stays:
-    """Identifiers and times of patients and visits, drawn independently of all codes."""
-
-    def __init__(self, population: Population, rng: np.random.Generator) -> None:
-        counts = np.diff(population.patient_offsets)
-        num_patients, num_visits = len(counts), population.num_visits
-        self.first = population.patient_offsets[:-1]
-        self.patient = np.repeat(np.arange(num_patients), counts)
-        self.subject_id = np.arange(num_patients) + 10_001
-        # As in MIMIC, the identifiers of admissions say nothing about their order in time.
-        self.hadm_id = rng.permutation(num_visits) + 100_001
-        has_icu = rng.random(num_visits) < _ICU_SHARE
-        self.icustay_id = np.where(has_icu, self.hadm_id + num_visits + 100_000, -1)
-        self.days = rng.geometric(_DAILY_DISCHARGE, num_visits)
-        gaps = rng.geometric(1 / _MEAN_DAYS_BETWEEN_VISITS, num_visits) + self.days + 1
-        gaps[self.first] = 0
-        since = np.cumsum(gaps)
-        since -= np.repeat(since[self.first], counts)
-        start = np.datetime64("2100-01-01", "D") + rng.integers(0, 80 * 365, num_patients) * _DAY
-        self.day: Times = start[self.patient] + since * _DAY
-        minutes = rng.integers(0, 24 * 60, num_visits).astype("timedelta64[m]")
-        self.admitted: Times = (self.day + minutes).astype("datetime64[s]")
-        self.discharged: Times = (self.day + self.days * _DAY).astype("datetime64[s]")
-        self.discharged += np.timedelta64(24 * 3600 - 60, "s")
-
-
-def _patients(stays: _Stays, rng: np.random.Generator) -> pa.Table:
+def _patients(stays: Stays, rng: np.random.Generator) -> pa.Table:
     size = len(stays.subject_id)
     age_days = rng.integers(18 * 365, 90 * 365, size)
-    birth = (stays.day[stays.first] - age_days * _DAY).astype("datetime64[s]")
+    birth = (stays.day[stays.first] - age_days * DAY).astype("datetime64[s]")
     return pa.table(
         {
             "ROW_ID": np.arange(1, size + 1),
@@ -114,7 +87,7 @@ def _patients(stays: _Stays, rng: np.random.Generator) -> pa.Table:
     )
 
 
-def _admissions(stays: _Stays) -> pa.Table:
+def _admissions(stays: Stays) -> pa.Table:
     order = np.lexsort((stays.hadm_id, stays.patient))
     return pa.table(
         {
@@ -127,7 +100,7 @@ def _admissions(stays: _Stays) -> pa.Table:
     )
 
 
-def _codes(stays: _Stays, lists: CodeLists, names: tuple[str, ...]) -> pa.Table:
+def _codes(stays: Stays, lists: CodeLists, names: tuple[str, ...]) -> pa.Table:
     visit = np.repeat(np.arange(len(lists)), lists.counts)
     sequence = np.arange(len(visit)) - np.repeat(lists.offsets[:-1], lists.counts) + 1
     order = np.lexsort((sequence, stays.hadm_id[visit], stays.patient[visit]))
@@ -154,7 +127,7 @@ def _draw_ndcs(num_medications: int, rng: np.random.Generator) -> tuple[pa.Array
 
 def _prescriptions(
     population: Population,
-    stays: _Stays,
+    stays: Stays,
     ndcs: pa.Array,
     owner: Ints,
     rng: np.random.Generator,
@@ -200,14 +173,14 @@ def _no_drug(noise: Ints, owner: Ints, rng: np.random.Generator) -> Ints:
 
 def _prescription_table(
     population: Population,
-    stays: _Stays,
+    stays: Stays,
     ndcs: pa.Array,
     owner: Ints,
     visit: Ints,
     day: Ints,
     ndc: Ints,
 ) -> pa.Table:
-    start = (stays.day[visit] + day * _DAY).astype("datetime64[s]")
+    start = (stays.day[visit] + day * DAY).astype("datetime64[s]")
     drugs = [f"Drug {name.split(':')[1]}" for name in population.model.medications]
     place = pa.array(ndc, mask=ndc < 0)
     drug = np.where((ndc < 0) | (owner[ndc] < 0), len(drugs), owner[ndc])

@@ -86,6 +86,6 @@ def test_medications_start_over_the_stay_as_stated(folder):
 def test_the_same_population_gives_the_same_bytes(folder, population, tmp_path):
     write_tables(generate(population.config, population.seed), tmp_path)
     files = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file())
-    assert len(files) == 10
+    assert len(files) == 12
     for file in files:
         assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file

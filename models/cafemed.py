@@ -13,17 +13,15 @@ from torch import nn
 
 from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
-from cafemed.errors import ArtifactError, ConfigError
+from cafemed.errors import ConfigError
 from models.charm import Charm
 from models.cwg import CausalWeightGenerator, EntityWeights
 from models.direct import DirectPath
 from models.dropout import FastDropout
+from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
 from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
-
-#: Embeddings start uniform in (-EMBEDDING_BOUND, EMBEDDING_BOUND), as CausalMed's.
-EMBEDDING_BOUND = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +126,7 @@ class CafeMed(nn.Module):
         self.sizes = inputs.sizes
         self.options = options
         d = options.dimension
-        self.embedding = nn.Parameter(
-            torch.empty(sum(inputs.sizes), d).uniform_(-EMBEDDING_BOUND, EMBEDDING_BOUND)
-        )
+        self.embedding = embedding_table(sum(inputs.sizes), d)
         self.entity_weights = EntityWeights(
             inputs, options.cwg_context, options.effect_aggregate, options.medication_weight
         )
@@ -189,11 +185,7 @@ class CafeMed(nn.Module):
         Raises:
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
         """
-        if batch.sizes != self.sizes:
-            raise ArtifactError(
-                f"the model was built for vocabularies of {self.sizes} diagnoses, procedures and "
-                f"medications, the batch's have {batch.sizes}"
-            )
+        require_sizes(batch, self.sizes)
         packing = self.prepare(batch) if prepared is None else prepared
         visits = self.encode_visits(packing)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both in (16).

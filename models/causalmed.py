@@ -12,17 +12,14 @@ from torch import nn
 
 from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
-from cafemed.errors import ArtifactError
 from models.dropout import FastDropout
 from models.effect_edges import EffectRelations
+from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
 from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
 from models.relational import HeterogeneousBranch
 from models.sparse_map import SparseMap
-
-#: Embeddings start uniform in (-EMBEDDING_BOUND, EMBEDDING_BOUND).
-EMBEDDING_BOUND = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +63,7 @@ class CausalMed(nn.Module):
         self.sizes = inputs.sizes
         self.options = options
         d = options.dimension
-        self.embedding = nn.Parameter(
-            torch.empty(sum(inputs.sizes), d).uniform_(-EMBEDDING_BOUND, EMBEDDING_BOUND)
-        )
+        self.embedding = embedding_table(sum(inputs.sizes), d)
         self.dropout = FastDropout(options.dropout)
         self.class_mask = ClassMask(d)
         self.heterogeneous = HeterogeneousBranch(
@@ -94,11 +89,7 @@ class CausalMed(nn.Module):
         Raises:
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
         """
-        if batch.sizes != self.sizes:
-            raise ArtifactError(
-                f"the model was built for vocabularies of {self.sizes} diagnoses, procedures and "
-                f"medications, the batch's have {batch.sizes}"
-            )
+        require_sizes(batch, self.sizes)
         packing = pack(batch, self.sizes, first_visit_slot=False)
         visits = self.encode_visits(batch, packing)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both.

@@ -15,6 +15,7 @@ from cafemed.batches import Batch, ModelInputs
 from cafemed.cohort import SEXES
 from cafemed.config import Range
 from cafemed.errors import ConfigError
+from cafemed.stepping import moved
 from models.differential import InterVisitAttention, IntraVisitAttention, VisitPairs
 from models.direct import DirectPath
 from models.dropout import FastDropout
@@ -23,8 +24,8 @@ from models.homogeneous import ClassMask
 from models.molecules import MoleculeBranch
 from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
-from models.review import CausalReview
-from models.sparse_map import SparseMap
+from models.review import CausalReview, known_codes
+from models.sparse_map import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GraphDiffMedOptions:
     review: bool = True
     review_quantiles: Literal["kind", "all"] = "kind"
     duplicate_state: bool = True
-    direct: Literal["noisy_or", "additive", "none"] = "none"
+    direct: Literal["noisy_or", "additive", "none"] = "noisy_or"
     direct_start: Literal["effects", "even"] = "effects"
 
     def __post_init__(self) -> None:
@@ -71,6 +72,21 @@ class GraphDiffMedOptions:
             raise ConfigError(
                 f"heads: expected a divisor of dimension = {self.dimension}, got {self.heads}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What of a batch has a shape that depends on its content.
+
+    Attributes:
+        packing: where the codes lie.
+        pairs: which visits attend to which.
+        known: rows of the effects that the review looks at; None without it.
+    """
+
+    packing: Packing
+    pairs: VisitPairs
+    known: Rows | None
 
 
 class GraphDiffMed(nn.Module):
@@ -109,11 +125,20 @@ class GraphDiffMed(nn.Module):
             self.direct = DirectPath(inputs, options.direct, options.direct_start)
         self.register_buffer("ddi", torch.tensor(inputs.ddi, dtype=torch.float32), persistent=False)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def prepare(self, batch: Batch) -> Prepared:
+        """Works out, on the host, what of a batch has a shape that depends on its content."""
+        host = batch.to("cpu")
+        # In evaluation an answer's last bits must not depend on the other patients.
+        packing = pack(host, self.sizes, first_visit_slot=False, distinct=self.training)
+        known = None if self.review is None else known_codes(packing)
+        return Prepared(packing, VisitPairs.of(host), known)
+
+    def forward(self, batch: Batch, prepared: Prepared | None = None) -> torch.Tensor:
         """Gives logits for every visit from the visits before it and its known codes.
 
         Args:
             batch: B patients, at most T visits each.
+            prepared: of this batch, on its device; None: it is prepared here.
 
         Returns:
             float32 (B, T, N_m), y of docs/models.md 3.6; 0 after a patient's last visit.
@@ -122,12 +147,13 @@ class GraphDiffMed(nn.Module):
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
         """
         require_sizes(batch, self.sizes)
-        packing = pack(batch, self.sizes, first_visit_slot=False)
+        if prepared is None:
+            prepared = moved(self.prepare(batch), batch.counts.device)
+        packing, pairs = prepared.packing, prepared.pairs
         visits = self.encode_visits(packing)
         about = self.demographics(batch, visits.dtype)
         states = self.grus(visits, packing.steps)
-        pairs = VisitPairs.of(batch)
-        bias = self.interaction_rates(pairs, packing, visits.dtype)
+        bias = self.interaction_rates(pairs, packing)
         attended = [
             self.inter(torch.cat([visits, about], 1), states, pairs, bias),
             self.intra(visits, batch),
@@ -138,8 +164,8 @@ class GraphDiffMed(nn.Module):
         if self.options.duplicate_state:
             parts.append(state)
         logits = self.head(torch.relu(torch.cat(parts, 1)))
-        if self.review is not None:
-            logits = self.review(logits, packing)
+        if self.review is not None and prepared.known is not None:
+            logits = self.review(logits, prepared.known)
         if self.direct is not None:
             logits = self.direct(logits, packing)
         return batch.pad(logits)
@@ -147,29 +173,27 @@ class GraphDiffMed(nn.Module):
     def encode_visits(self, packing: Packing) -> torch.Tensor:
         """Sums of each modality's masked codes: s, float32 (V, 3, d)."""
         table: torch.Tensor = self.embedding
-        branch, first = self.molecules, sum(self.sizes[:2])
-        if branch is not None:
-            table = torch.cat([table[:first], branch.medications(table[first:])])
-        num_codes = len(packing.ids)
-        every = torch.arange(num_codes, device=packing.ids.device)
-        embedded = self.dropout(SparseMap.of(every, packing.ids, num_codes, len(table))(table))
-        if branch is not None:
-            embedded = branch(embedded, packing)
+        if self.molecules is not None:
+            first = sum(self.sizes[:2])
+            table = torch.cat([table[:first], self.molecules.medications(table[first:])])
+        embedded = self.dropout(packing.of_codes(table.index_select(0, packing.distinct)))
+        if self.molecules is not None:
+            embedded = self.molecules(embedded, packing)
         masked = self.class_mask(embedded, packing.modality, packing.classes)
-        sums = SparseMap.of(packing.group, every, 3 * packing.num_visits, num_codes)(masked)
-        return sums.view(packing.num_visits, 3, -1)
+        return packing.to_groups(masked).view(packing.num_visits, 3, -1)
 
-    def interaction_rates(
-        self, pairs: VisitPairs, packing: Packing, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def interaction_rates(self, pairs: VisitPairs, packing: Packing) -> torch.Tensor:
         """Share of interacting pairs between the medications known at two visits, (P,).
 
         Ordered pairs, a medication with itself included; 0 where one of the visits knows none.
         """
-        chosen = (packing.modality == 2).nonzero()[:, 0]
-        given = torch.zeros(packing.num_visits, self.sizes[2], device=chosen.device, dtype=dtype)
-        given[packing.visit[chosen], packing.ids[chosen] - sum(self.sizes[:2])] = 1
-        interacting = given @ self.ddi.to(dtype)  # small integers, exact
+        number_before = sum(self.sizes[:2])
+        # Columns of diagnoses and procedures would be of no use: they share the one before.
+        column = (packing.ids - number_before + 1).clamp(min=0)
+        given = self.ddi.new_zeros(packing.num_visits, self.sizes[2] + 1)
+        given[packing.visit, column] = 1
+        given = given[:, 1:]
+        interacting = given @ self.ddi  # small integers, exact
         number = given.sum(1)
         found = (interacting[pairs.later] * given[pairs.earlier]).sum(1)
         return found / (number[pairs.later] * number[pairs.earlier]).clamp(min=1)

@@ -88,39 +88,40 @@ class MoleculeBranch(nn.Module):
         Returns:
             float32 (N, d).
         """
-        is_code = packing.modality < 2
-        kind = packing.modality.clamp(max=1)
-        every = torch.arange(len(kind), device=kind.device)
-        rows = torch.where(is_code, packing.ids, 0)
-        look_up = SparseMap.of(every, rows, len(every), len(self.relevant))
-        virtual = self._is_alone(packing, is_code) if self.virtual == "all" else None
+        is_code = (packing.modality < 2)[:, None]
+        is_diagnosis = (packing.modality == 0)[:, None]
+        # Medications look up the first code's messages, and are put back at the end.
+        rows = torch.where(packing.distinct < len(self.relevant), packing.distinct, 0)
+        virtual = self._is_alone(packing)[:, None] if self.virtual == "all" else None
 
         def pass_on(
             layer: TwoKindLayer, own: torch.Tensor, molecules: list[torch.Tensor]
         ) -> torch.Tensor:
             parts = list(zip(self.senders, layer.kinds, molecules, strict=True))
-            received = look_up(torch.cat([send(weights, sent) for send, weights, sent in parts]))
+            messages = torch.cat([send(weights, sent) for send, weights, sent in parts])
+            received = packing.of_codes(messages.index_select(0, rows))
             if virtual is not None:
-                means = [sent.mean(0) @ weights.weight[0] for _, weights, sent in parts]
-                received = received + virtual[:, None] * torch.stack(means)[kind]
+                to_diagnosis, to_procedure = (
+                    sent.mean(0) @ weights.weight[0] for _, weights, sent in parts
+                )
+                mean = torch.where(is_diagnosis, to_diagnosis, to_procedure)
+                received = received + virtual * mean
             # Both kinds' products over all rows: a product's height must not depend on how many
             # of a batch's codes are diagnoses (models/relational.py).
-            return (
-                torch.stack([weights.own(own) for weights in layer.kinds], 1)[every, kind]
-                + received
-            )
+            kept = torch.where(is_diagnosis, layer.diagnosis.own(own), layer.procedure.own(own))
+            return kept + received
 
         hidden = torch.relu(pass_on(self.first, embedded, [self.embedding, self.embedding]))
         # No message reaches a molecule.
         molecules = [torch.relu(weights.own(self.embedding)) for weights in self.first.kinds]
-        return torch.where(is_code[:, None], pass_on(self.second, hidden, molecules), embedded)
+        return torch.where(is_code, pass_on(self.second, hidden, molecules), embedded)
 
-    def _is_alone(self, packing: Packing, is_code: torch.Tensor) -> torch.Tensor:
+    def _is_alone(self, packing: Packing) -> torch.Tensor:
         """Whether no code of the same visit and modality is relevant to any molecule, (N,)."""
-        has = torch.zeros(3 * packing.num_visits, dtype=torch.bool, device=is_code.device)
+        is_code = packing.modality < 2
         relevant = self.relevant[torch.where(is_code, packing.ids, 0)] & is_code
-        has[packing.group[relevant]] = True
-        return ~has[packing.group]
+        number = torch.zeros(3 * packing.num_visits, device=is_code.device)
+        return number.index_add(0, packing.group, relevant.float())[packing.group] == 0
 
 
 class TwoKindLayer(nn.Module):
@@ -180,8 +181,9 @@ class MoleculeMessages(nn.Module):
             molecules: float32 (N_c, d).
         """
         projected = torch.matmul(molecules, weights.weight[1:]).flatten(0, 1)
-        return SparseMap(self._rows("forward"), self._rows("backward"))(projected)
+        forward, backward = (self._rows(way, projected.dtype) for way in ("forward", "backward"))
+        return SparseMap(forward, backward)(projected)
 
-    def _rows(self, way: str) -> Rows:
+    def _rows(self, way: str, dtype: torch.dtype) -> Rows:
         index, starts, number = (getattr(self, f"{way}_{name}") for name in _ROWS)
-        return Rows(index, starts, number.reciprocal())
+        return Rows(index, starts, number.reciprocal().to(dtype))

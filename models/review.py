@@ -9,6 +9,7 @@ from torch import nn
 
 from cafemed.batches import ModelInputs
 from models.packing import Packing
+from models.sparse_map import Rows
 
 #: Quantiles of the effects below which they count as low and above which as high.
 LOW, HIGH = 0.90, 0.97
@@ -45,19 +46,27 @@ class CausalReview(nn.Module):
         self.lowering = nn.Parameter(torch.tensor(START))
         self.raising = nn.Parameter(torch.tensor(START))
 
-    def forward(self, logits: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Reviews logits, float32 (V, N_m), of the packing's visits."""
-        codes = (packing.modality < 2).nonzero()[:, 0]
-        visit = packing.visit[codes]
-        number = torch.bincount(visit, minlength=packing.num_visits)
-        starts = number.cumsum(0) - number
-        score = torch.embedding_bag(self.scores, packing.ids[codes], starts)[0]
+    def forward(self, logits: torch.Tensor, known: Rows) -> torch.Tensor:
+        """Reviews logits.
+
+        Args:
+            logits: float32 (V, N_m).
+            known: of `known_codes`.
+        """
+        score = known.add_up(self.scores)
         low, high = score == 0, score >= _HIGH_SCORE
         if self.least > 0:
             low = torch.zeros_like(low)
         if self.least > 1:
             high = torch.ones_like(high)
         return logits - low * self.lowering + high * self.raising
+
+
+def known_codes(packing: Packing) -> Rows:
+    """The diagnoses and procedures of each visit, as rows of the effects to add up."""
+    codes = (packing.modality < 2).nonzero()[:, 0]
+    number = torch.bincount(packing.visit[codes], minlength=packing.num_visits)
+    return Rows(packing.ids[codes], number.cumsum(0) - number, None)
 
 
 def _limits(effects: NDArray[np.float32]) -> list[float]:

@@ -32,7 +32,7 @@ VARIANTS = {
     "no_review": {"review": False},
     "review_by_all_effects": {"review_quantiles": "all"},
     "single_state": {"duplicate_state": False},
-    "noisy_or": {"direct": "noisy_or"},
+    "as_published": {"direct": "none"},
     "additive": {"direct": "additive", "direct_start": "even"},
 }
 
@@ -158,7 +158,7 @@ def test_equal_for_one_visit_beside_twenty_nine(
         [1, 29], lambda rng: (rng.integers(1, 3), rng.integers(0, 2), rng.integers(0, 3))
     )
     world = _with_knowledge(world)
-    options = _small({"dimension": 8, "molecules": "none", "modalities": "GY"})
+    options = {"dimension": 4, "heads": 2, "molecules": "none", "modalities": "G"}
     model = build_eval("graphdiffmed", world.inputs, options)
     expected = _expected(reference_graphdiffmed, model, world, options, [0, 1])
     got = logits_of(model, world.arrays, [0, 1]).double()
@@ -188,6 +188,31 @@ def test_permuting_patients_changes_nothing(informed, build_eval, logits_of):
         expected = torch.cat([alone[p] for p in order])
         got = logits_of(model, informed.arrays, order)
         assert (got - expected).abs().max() < TOLERANCE
+
+
+def test_bits_do_not_depend_on_the_others_in_a_batch_of_the_same_shape(make_world):
+    # Serving keeps the numbers of visits and codes of a batch fixed, but not how many of the codes
+    # are diagnoses or are relevant to a molecule.
+    splits = [(8, 2, 2), (2, 8, 2), (2, 2, 8), (12, 0, 0), (4, 4, 4)]
+    first_splits = [(8, 2, 0), (2, 8, 0), (10, 0, 0), (5, 5, 0)]
+    turn = iter(range(10**6))
+
+    def counts(rng):
+        number = next(turn)
+        return first_splits[number % 4] if number % 3 == 0 else splits[rng.integers(0, 5)]
+
+    world = _with_knowledge(make_world([3] * 40, counts))
+    model = models.build("graphdiffmed", world.inputs, {"modalities": "GY"}, seed=1).eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        seen = []
+        for place in (0, 3, 7):
+            company = rng.permutation(np.arange(1, 40))[:7]
+            batch = collate(world.arrays, np.insert(company, place, 0))
+            assert int(batch.counts.sum()) == 8 * 34
+            seen.append(model(batch)[place])
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[0], seen[2])
 
 
 def test_padding_content_changes_nothing(informed, build_eval):
@@ -280,7 +305,7 @@ def test_logits_of_a_visit_do_not_depend_on_later_visits(informed, build_eval, l
 
 def test_interactions_with_earlier_medications_draw_attention(informed, build_eval, logits_of):
     # Only where a visit and one before it both have previous medications, i.e. from the third on.
-    options = _small({"graph_bias": 20.0})
+    options = _small({"graph_bias": 20.0, "direct": "none"})
     with_pairs = build_eval("graphdiffmed", informed.inputs, options)
     none = dataclasses.replace(informed.inputs, ddi=np.zeros_like(informed.inputs.ddi))
     without = build_eval("graphdiffmed", none, options)
@@ -291,11 +316,11 @@ def test_interactions_with_earlier_medications_draw_attention(informed, build_ev
 
 
 def test_interaction_rates_are_those_of_the_pairs_of_sets(informed):
-    model = models.build("graphdiffmed", informed.inputs, _small({}))
+    model = models.build("graphdiffmed", informed.inputs, _small({})).double()
     batch = collate(informed.arrays, np.array([1, 3]))
     packing = pack(batch, informed.inputs.sizes, first_visit_slot=False)
     pairs = VisitPairs.of(batch)
-    rates = model.interaction_rates(pairs, packing, torch.float64)
+    rates = model.interaction_rates(pairs, packing)
     visits = [v["codes"][2] for p in (1, 3) for v in informed.patients[p]]
     place = [(p, t) for p in (1, 3) for t in range(len(informed.patients[p]))]
     expected = [(a, b) for a in range(34) for b in range(a) if place[a][0] == place[b][0]]
@@ -396,12 +421,12 @@ def test_parameters_at_mimic3_sizes():
     intra, inter = 2 * attention + 8 * 65, 2 * 64 * 65 + 3 * attention + 8 * 65
     base = sum(sizes) * 64 + 3 * 4 * 64 + 3 * 2 * (192 * 64 + 192) + intra + inter + 2
     inputs = ModelInputs(sizes, effects, ddi)
-    model = models.build("graphdiffmed", inputs)
+    model = models.build("graphdiffmed", inputs, {"direct": "none"})
     number = sum(p.numel() for p in model.parameters())
     assert number == base + (8 * 64 + 1) * 131 == 398_229
     molecular = 284 * 64 + 4 * (7 * 64 * 64 + 64) + 2 * (64 * 64 + 64)
     inputs = dataclasses.replace(inputs, molecules=molecules)
-    model = models.build("graphdiffmed", inputs, {"modalities": "GY"})
+    model = models.build("graphdiffmed", inputs, {"modalities": "GY", "direct": "none"})
     number = sum(p.numel() for p in model.parameters())
     assert number == base + molecular + 3 * 64 + 2 * 64 + (10 * 64 + 1) * 131
 
@@ -513,7 +538,7 @@ def test_the_configuration_file_spells_out_the_defaults():
 def test_learns_more_than_which_medications_are_frequent(make_world):
     # A medication is given if one of its two diagnoses is there or, seldom, by chance.
     world = make_world(
-        [3] * 240, lambda rng: (rng.integers(2, 6), rng.integers(0, 3), rng.integers(1, 5))
+        [3] * 160, lambda rng: (rng.integers(2, 6), rng.integers(0, 3), rng.integers(1, 5))
     )
     arrays, rng = world.arrays, np.random.default_rng(1)
     wanted = rng.random(arrays.targets.shape) < 0.05
@@ -524,21 +549,21 @@ def test_learns_more_than_which_medications_are_frequent(make_world):
     found = training.fit(
         models.build,
         "graphdiffmed",
-        _small({"dropout": 0.2}),
+        _small({"dropout": 0.2, "direct": "none"}),
         inputs,
         arrays,
-        np.arange(200),
-        np.arange(200, 240),
+        np.arange(120),
+        np.arange(120, 160),
         training.FitConfig(epochs=25, batch_size=16, learning_rate=0.01),
     )
     losses = [report.losses["loss"] for report in found.history]
     assert losses[-1] < 0.6 * losses[0]
-    frequent = np.argsort(-arrays.targets[:600].mean(0))
+    frequent = np.argsort(-arrays.targets[:360].mean(0))
     best = max(
-        _jaccard(arrays.targets[600:], np.isin(np.arange(11), frequent[:n])) for n in range(1, 12)
+        _jaccard(arrays.targets[360:], np.isin(np.arange(11), frequent[:n])) for n in range(1, 12)
     )
     assert best < 0.45
-    assert found.metrics.jaccard > best + 0.3
+    assert found.metrics.jaccard > best + 0.2
 
 
 def _jaccard(targets, predicted):

@@ -1,10 +1,11 @@
 """What a published model reaches on the test patients, beside baselines and the ceiling.
 
-This is the content of `report.json`, of the artifact of `jobs/evaluate.py`. Nothing in it is at
-patient level.
+The artifact of `jobs/evaluate.py`, stage "evaluation": `report.json`, `report.html`,
+`model_card.json`, `model_card.md`. Nothing in it is at patient level.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import baselines, evaluation, fits, metrics, subgroups, suppression
+from cafemed import (
+    artifacts,
+    baselines,
+    card_text,
+    evaluation,
+    evaluation_page,
+    fits,
+    metrics,
+    subgroups,
+    suppression,
+)
 from cafemed.batches import VisitArrays
 from cafemed.calibration import Decision, Predictions, Reliability
 from cafemed.cohort import Cohort, Split
@@ -65,7 +76,7 @@ def measure(
     Returns:
         JSON values: "model" (`fits.measure`), and on the test patients "subgroups"
         (`subgroups.measure`), "reliability" ("before" and "after" temperature, rows of
-        `_reliability`), and "baselines", name → "metrics", "intervals", "bootstrap_mean" and
+        `reliability`), and "baselines", name → "metrics", "intervals", "bootstrap_mean" and
         "bootstrap_sd".
 
     Raises:
@@ -95,8 +106,8 @@ def measure(
             seed,
         ),
         "reliability": {
-            "before": _reliability(of_test, 1.0),
-            "after": _reliability(of_test, decision.temperature),
+            "before": reliability(of_test, 1.0),
+            "after": reliability(of_test, decision.temperature),
         },
         "baselines": {
             name: _measure(values, of_test, cohort.ddi, seed) for name, values in scores.items()
@@ -157,6 +168,36 @@ def measure_ceiling(
     return found.as_dict()
 
 
+def write(
+    folder: Path,
+    sources: Mapping[str, str],
+    config: Mapping[str, Any],
+    report: Mapping[str, Any],
+    card: Mapping[str, Any],
+) -> None:
+    """Writes the artifact, whole or not at all.
+
+    Args:
+        folder: of the artifact.
+        sources: fingerprints of cohort and bundle.
+        config: what else decides the result; JSON values.
+        report: of `measure`, with "ceiling" where there is one.
+        card: of `card.make`.
+    """
+    contents = {
+        "report.json": json.dumps(report, indent=1, allow_nan=False) + "\n",
+        "report.html": evaluation_page.render(card, report["reliability"]),
+        "model_card.json": json.dumps(card, indent=1, allow_nan=False) + "\n",
+        "model_card.md": card_text.markdown(card),
+    }
+    with artifacts.new_folder(folder, STAGE, sources, config) as (partial, summary):
+        for name, text in contents.items():
+            (partial / name).write_text(text)
+        summary |= {
+            name: report[name] for name in ("model", "baselines", "ceiling") if name in report
+        }
+
+
 def describe(report: Mapping[str, Any]) -> str:
     """The report as a table, one row for each of model, baselines and ceiling on the test split.
 
@@ -209,7 +250,7 @@ def _measure(
     }
 
 
-def _reliability(predictions: Predictions, temperature: float) -> list[dict[str, Any]]:
+def reliability(predictions: Predictions, temperature: float) -> list[dict[str, Any]]:
     """The reliability table, a row for every bin with pairs.
 
     Each has its edges "low" and "high", and either "hidden" (too few patients) or its "pairs",

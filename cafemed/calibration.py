@@ -25,7 +25,7 @@ NUM_BINS = 15
 #: A temperature is looked for between these (an assumption: models that learned anything take 0.5
 #: to 5). Logits that are never wrong, as few visits may have it, would take 0 and be sure of
 #: everything; logits that are worse than none would take infinity.
-_LOWEST, _HIGHEST = 0.1, 10.0
+ENDS = (0.1, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +134,12 @@ def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_
         residual = np.where(given, -special.expit(-scaled), special.expit(scaled))
         return float(logit @ residual)
 
-    first, last = -np.log(_HIGHEST), -np.log(_LOWEST)
+    lowest, highest = ENDS
+    first, last = -np.log(highest), -np.log(lowest)
     if slope(first) >= 0:
-        return _HIGHEST
+        return highest
     if slope(last) <= 0:
-        return _LOWEST
+        return lowest
     return float(np.exp(-optimize.brentq(slope, first, last, xtol=1e-10)))
 
 

@@ -4,11 +4,14 @@
       versions/0001/bundle/…       a bundle folder, never changed once it is there
       versions/0001/record.json    who and what produced it, and when
       aliases/production/000001/move.json    one folder a move of the alias; the highest counts
+      cards/0001.json, cards/0001.md         the model card, once the version is evaluated
 
 It works on any local or shared folder and needs no lock: a version and a move are prepared in a
 hidden folder and renamed to the next free number. The rename fails if somebody else took that
 number, and then the next one is tried. So two processes that publish or promote at the same time
-both succeed, in some order, and whoever reads sees the state before or after, never between.
+both succeed, in some order, and whoever reads sees the state before or after, never between. A card
+is no part of its version, which never changes: evaluated again, its two files are replaced, each
+atomically.
 """
 
 import dataclasses
@@ -172,12 +175,51 @@ def history(registry: Path, alias: str) -> list[Move]:
 
 def versions(registry: Path) -> list[Version]:
     """Every published version, oldest first."""
-    found = []
-    for number in _numbers(registry / "versions"):
-        folder = _version_dir(registry, number)
-        record = _read(folder / "record.json", "produced_by")
-        found.append(Version(number, folder / "bundle", record))
-    return found
+    return [version(registry, number) for number in _numbers(registry / "versions")]
+
+
+def version(registry: Path, number: int) -> Version:
+    """One published version.
+
+    Raises:
+        ArtifactError: if there is none of this number, or its record cannot be read.
+    """
+    folder = _version_dir(registry, number)
+    return Version(number, folder / "bundle", _read(folder / "record.json", "produced_by"))
+
+
+def write_card(registry: Path, number: int, card: Mapping[str, Any], text: str) -> Path:
+    """Writes the model card of a version, or replaces it, and gives its JSON file.
+
+    Args:
+        registry: the registry folder.
+        number: of the version.
+        card: JSON values.
+        text: the card for people, Markdown.
+
+    Raises:
+        ArtifactError: if there is no such version.
+    """
+    _version_dir(registry, number)
+    folder = registry / "cards"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{number:0{_VERSION_DIGITS}d}.json"
+    contents = {path.with_suffix(".md"): text, path: json.dumps(card, indent=1) + "\n"}
+    for file, content in contents.items():
+        artifacts.write_text(file, content)
+        file.chmod(0o644)  # as the version's files: whoever may serve it may read its card
+    return path
+
+
+def read_card(registry: Path, number: int) -> dict[str, Any] | None:
+    """The model card of a version; None if it was never evaluated.
+
+    Raises:
+        ArtifactError: if there is no such version, or its card cannot be read.
+    """
+    _version_dir(registry, number)
+    path = registry / "cards" / f"{number:0{_VERSION_DIGITS}d}.json"
+    return _read(path, "format_version", "model") if path.exists() else None
 
 
 def _add(parent: Path, digits: int, fill: Callable[[Path], None]) -> int:

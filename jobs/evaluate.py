@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Measures a published model on the test patients of its cohort.
+"""Measures a published model on the test patients of its cohort, and writes its model card.
 
     python jobs/evaluate.py
     python jobs/evaluate.py version=candidate
     python jobs/evaluate.py name=mimic3 version=3
 
 Reads ROOT/experiments/NAME/cohort and a version of ROOT/registry/NAME, and writes
-ROOT/experiments/NAME/evaluation/report.json: Jaccard, F1, PRAUC, DDI rate and number of medications
-with their bootstrap, the same for two baselines, and for a synthetic cohort the ceiling that no
-model can pass. Use it once, at the end: choosing by test results makes them worthless.
+ROOT/experiments/NAME/evaluation: `report.json` and `report.html` with metrics and their intervals,
+baselines, calibration, subgroups, and for a synthetic cohort the ceiling that no model can pass;
+and the model card, which also goes to ROOT/registry/NAME/cards. docs/evaluation.md says what the
+numbers mean. Use it once, at the end: choosing by test results makes them worthless.
 """
 
 import json
@@ -29,28 +30,31 @@ def main(cfg: DictConfig) -> None:
         home = told.registry
         version = registry.resolve_version(home, values["version"])
         console.say("evaluate", f"version {version:04d} ({values['version']}) of {home}")
-        run(told.experiment, registry.resolve(home, version), values)
+        run(told, version, values)
 
 
-def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
+def run(told: invocation.Invocation, version: int, values: dict[str, Any]) -> None:
     """Loads the model and the cohort, measures, writes and reports."""
     import models  # torch takes seconds to import: not for --help
-    from cafemed import assessment, batches, bundle, bundle_files, cohort, config, training
+    from cafemed import assessment, batches, bundle, bundle_files, card, cohort, config, training
     from cafemed.assessment import EvaluationConfig
     from cafemed.calibration import Decision
 
     settings = config.from_mapping(EvaluationConfig, values["evaluation"], "evaluation")
     device = training.choose_device(values["device"])
+    folder, home = told.experiment, told.registry
+    bundle_folder = registry.resolve(home, version)
     made_from = artifacts.read_manifest(folder / "cohort", "cohort")
     bundled = artifacts.verify(bundle_folder, bundle_files.STAGE)
     artifacts.require_match(
         str(bundle_folder), made_from.fingerprint, bundled.inputs.get("cohort", "none")
     )
     sources = {"cohort": made_from.fingerprint, "bundle": bundled.fingerprint}
-    plain = {"evaluation": values["evaluation"]}
+    plain = {"evaluation": values["evaluation"], "version": version}
     target = folder / "evaluation"
     wanted = artifacts.fingerprint(assessment.STAGE, sources, plain)
     if console.is_done(target, assessment.STAGE, wanted, values["force"]):
+        publish(target, home, version)
         print(assessment.describe(json.loads((target / "report.json").read_text())))
         return
 
@@ -65,11 +69,20 @@ def run(folder: Path, bundle_folder: Path, values: dict[str, Any]) -> None:
         console.say("ceiling", "the best that any model can do, from the population's truth")
         window = made_from.config["target_window_h"]
         report["ceiling"] = assessment.measure_ceiling(truth, patients, arrays, settings, window)
-    with artifacts.new_folder(target, assessment.STAGE, sources, plain) as (partial, summary):
-        (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        summary |= report
+    made = card.make(told.name, registry.version(home, version), served, made_from, report)
+    assessment.write(target, sources, plain, report, made)
+    publish(target, home, version)
     print(assessment.describe(report))
+    console.say("report", str(target / "report.html"))
     console.say("done", str(target))
+
+
+def publish(folder: Path, home: Path, version: int) -> None:
+    """Puts an evaluation's model card into the registry, unless it is there."""
+    found = json.loads((folder / "model_card.json").read_text())
+    if registry.read_card(home, version) != found:
+        text = (folder / "model_card.md").read_text()
+        console.say("card", str(registry.write_card(home, version, found, text)))
 
 
 if __name__ == "__main__":

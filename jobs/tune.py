@@ -121,7 +121,8 @@ def publish(folder: Path, home: Path, promote: bool) -> None:
     made = artifacts.read_manifest(folder, sweep.STAGE)
     varied = search_space.split(best["parameters"]).get("train", {})
     train = {**made.config["train"], **varied, "seed": best["seed"]}
-    produced_by = {"job": "tune", "sweep": made.fingerprint, **best, "train": train}
+    settings = {"train": train, "calibration": made.config["calibration"]}
+    produced_by = {"job": "tune", "sweep": made.fingerprint, **best, **settings}
     version, changed = promotion.publish(home, folder / "bundle", produced_by, promote)
     if changed:
         aliases = "candidate and production" if promote else "candidate"

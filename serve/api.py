@@ -19,8 +19,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
+from cafemed.card import INTENDED_USE
 from serve.encoding import EncodedPatient, UnknownSystemError
-from serve.recommender import INTENDED_USE, Recommender
+from serve.recommender import Recommender
 from serve.schema import (
     MAX_BODY_BYTES,
     MAX_MESSAGES,

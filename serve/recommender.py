@@ -16,6 +16,7 @@ import models
 from cafemed import bundle as bundles
 from cafemed.batches import input_adjacencies
 from cafemed.bundle import Bundle
+from cafemed.card import INTENDED_USE
 from serve.batching import Shape, batch_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.schema import (
@@ -26,10 +27,6 @@ from serve.schema import (
     ModelName,
     Recommendation,
     RecommendRequest,
-)
-
-INTENDED_USE = (
-    "Decision support for research. Not a medical device: not for diagnosing or treating anyone."
 )
 
 

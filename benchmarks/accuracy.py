@@ -147,14 +147,16 @@ def _missing(bench: Bench, tasks: list[Task]) -> list[Task]:
 
 
 def chosen_runs(bench: Bench, variant: Variant, seeds: int, tuned: bool) -> Chosen | None:
-    """A variant's runs, or None where some are missing."""
+    """A variant's runs that are there, or None where there is none or nothing to choose from."""
     learner = choose(bench, variant, tuned)
     if learner is None:
         return None
     found = [bench.load(learner, seed) for seed in range(seeds if variant.seeded else 1)]
     runs = [run for run in found if run is not None]
-    if len(runs) < len(found):
+    if not runs:
         return None
+    if len(runs) < len(found):
+        print(f"{variant.name}: {len(runs)} of {len(found)} seeds")
     targets, offsets = bench.sets("validation")
     thresholds = [
         metrics.best_threshold(run.validation, targets, offsets)[0] if tuned else 0.5
@@ -170,10 +172,10 @@ def measure(bench: Bench, wanted: list[Variant], seeds: int, tuned: bool, seed: 
     for number, variant in enumerate(wanted):
         chosen = chosen_runs(bench, variant, seeds, tuned)
         if chosen is None:
-            print(f"{variant.name}: not all runs are there, left out")
+            print(f"{variant.name}: no runs, left out")
             continue
         terms = [
-            sets.patient_terms(run.test, threshold)
+            sets.terms(run.test, threshold)
             for run, threshold in zip(chosen.runs, chosen.thresholds, strict=True)
         ]
         found.append((chosen, scores.sample(terms, number, seed=seed)))

@@ -2,8 +2,8 @@
 
 ROOT/runs/NAME-SEED-…/ holds `run.json` (settings, seed, data, best epoch, history) and
 `predictions.npz` (probabilities on the validation and test visits of a synthetic cohort). A run is
-recognised by its settings, seed and data, so that a later version with more options finds it again
-as long as these are left at their defaults.
+recognised by its settings, seed and data; a version with an option more finds the runs of the one
+without it again, if `_WITHOUT` says what that one did.
 """
 
 import dataclasses
@@ -29,6 +29,10 @@ from cafemed.evaluation import EvaluationSet
 from cafemed.experiment import Experiment
 from cafemed.synthetic import ceiling
 from cafemed.training import FitConfig
+
+#: Options that came later → the value that does what versions without them did.
+_WITHOUT = {"train.objective": "mixture", "train.precision": "float32", "model.direct": "none"}
+_MISSING = object()
 
 
 class Task(NamedTuple):
@@ -75,13 +79,13 @@ class Bench:
 
     def find(self, learner: Learner, seed: int) -> Path | None:
         """Where this run is kept, if it is."""
-        wanted, defaults = learner.settings(), learner.defaults()
+        wanted = learner.settings()
         for path in sorted(self.work.glob("runs/*/run.json")):
             record = json.loads(path.read_text())
-            known = defaults | record["settings"]
+            known = _WITHOUT | record["settings"]
             same = (record["kind"], record["seed"], record["data"])
             if same == (learner.kind, seed, self.fingerprint) and all(
-                known[key] == value for key, value in wanted.items()
+                known.get(key, _MISSING) == value for key, value in wanted.items()
             ):
                 return path.parent
         return None

@@ -18,7 +18,6 @@ from cafemed import intervals, metrics
 Floats = NDArray[np.float64]
 
 METRICS = ("jaccard", "f1", "prauc", "ddi_rate", "num_medications")
-_TERMS = 8
 
 
 class Sets(NamedTuple):
@@ -34,35 +33,10 @@ class Sets(NamedTuple):
     patient_offsets: NDArray[np.int64]
     ddi: NDArray[np.bool_]
 
-    def patient_terms(
-        self, probabilities: NDArray[np.floating[Any]], threshold: float
-    ) -> NDArray[np.float64]:
-        """What every patient adds to sums from which `values` makes the metrics, (P, 8).
-
-        Means over the patient's visits of Jaccard, F1 and PRAUC; interactions, pairs, medications
-        and visits; and 1.
-        """
-        scores = metrics.score_visits(probabilities, self.targets, self.ddi, threshold)
-        starts, counts = self.patient_offsets[:-1], np.diff(self.patient_offsets)
-        size = scores.num_medications
-        averaged = [
-            np.add.reduceat(x, starts) / counts for x in (scores.jaccard, scores.f1, scores.prauc)
-        ]
-        pooled = [
-            np.add.reduceat(x, starts) for x in (scores.num_interactions, size * (size - 1) // 2)
-        ]
-        taken = np.add.reduceat(size, starts)
-        return np.stack([*averaged, *pooled, taken, counts, np.ones(len(counts))], axis=1)
-
-
-def values(sums: Floats) -> Floats:
-    """The metrics, (..., 5) as in METRICS, from sums over patients (..., 8)."""
-    means = sums[..., :3] / sums[..., 7:]
-    pairs = sums[..., 4]
-    ddi_rate = np.where(pairs > 0, sums[..., 3] / np.maximum(pairs, 1), 0.0)
-    return np.concatenate(
-        [means, np.stack([ddi_rate, sums[..., 5] / sums[..., 6]], axis=-1)], axis=-1
-    )
+    def terms(self, probabilities: NDArray[np.floating[Any]], threshold: float) -> Floats:
+        """`metrics.terms` of predictions (V, N_m): what every patient adds to sums, (P, K)."""
+        found = metrics.score_visits(probabilities, self.targets, self.ddi, threshold)
+        return metrics.terms(found, self.patient_offsets)
 
 
 class Sample(NamedTuple):
@@ -96,14 +70,14 @@ def sample(
     """The metrics of a variant.
 
     Args:
-        runs: of every seed, `Sets.patient_terms`.
+        runs: of every seed, `Sets.terms`.
         number: of the variant: variants draw their seeds independently of each other.
         rounds: of the bootstrap.
         seed: of the draws; the same seed draws the same patients for every variant.
     """
     sums = intervals.resampled_sums(np.concatenate(runs, axis=1), rounds, seed)
-    of_seeds = values(sums.reshape(rounds, len(runs), _TERMS))
+    of_seeds = metrics.from_sums(sums.reshape(rounds, len(runs), -1))
     drawn = np.random.default_rng((seed, number)).integers(len(runs), size=(rounds, len(runs)))
     chosen = np.take_along_axis(of_seeds, drawn[:, :, None], axis=1).mean(axis=1)
-    value = values(np.stack([terms.sum(axis=0) for terms in runs])).mean(axis=0)
+    value = metrics.from_sums(np.stack([terms.sum(axis=0) for terms in runs])).mean(axis=0)
     return Sample(value, chosen)

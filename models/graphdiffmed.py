@@ -21,6 +21,7 @@ from models.direct import DirectPath
 from models.dropout import FastDropout
 from models.embeddings import EMBEDDING_BOUND, embedding_table, require_sizes
 from models.homogeneous import ClassMask
+from models.laboratory import LaboratoryEncoder
 from models.molecules import MoleculeBranch
 from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
@@ -38,7 +39,10 @@ class GraphDiffMedOptions:
         attention_dropout: on the differences of attention's contexts, in training.
         heads: H, pairs of query heads; a divisor of dimension.
         graph_bias: lambda_g, of the interaction rates added to attention between visits.
-        modalities: besides codes: G the sex, Y the age.
+        modalities: besides codes: L laboratory events, G the sex, Y the age.
+        laboratory_encoding: an item by its number, as published, or with vectors of its own.
+        laboratory_scaling: of laboratory values, as training visits scale them, or within each
+            visit once more.
         molecules: medications and messages from their molecules: where the cohort has them, always
             (an error where it has none), or never.
         relation_levels: classes of relevance to a molecule, each 1 / relation_levels wide; the
@@ -57,7 +61,9 @@ class GraphDiffMedOptions:
     attention_dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.3
     heads: Annotated[int, Range(1)] = 8
     graph_bias: Annotated[float, Range(0)] = 0.1
-    modalities: Literal["none", "G", "GY"] = "none"
+    modalities: Literal["none", "G", "GY", "L", "LGY"] = "none"
+    laboratory_encoding: Literal["number", "embedding"] = "number"
+    laboratory_scaling: Literal["training", "visit"] = "training"
     molecules: Literal["auto", "always", "none"] = "auto"
     relation_levels: Annotated[int, Range(2, 100)] = 6
     virtual_edges: Literal["all", "none"] = "all"
@@ -97,7 +103,7 @@ class GraphDiffMed(nn.Module):
         options: see GraphDiffMedOptions.
 
     Raises:
-        ConfigError: if molecules are asked for and `inputs` has none.
+        ConfigError: if molecules or laboratory events are asked for and `inputs` has none.
     """
 
     ddi: torch.Tensor
@@ -112,13 +118,16 @@ class GraphDiffMed(nn.Module):
         self.molecules = _molecule_branch(inputs, options)
         self.class_mask = ClassMask(d)
         self.demographics = Demographics(options.modalities, d, self.dropout)
-        self.grus = ParallelGRU(3, d)
+        self.laboratory = _laboratory_encoder(inputs, options)
+        num_sequences = 3 + (self.laboratory is not None)
+        self.grus = ParallelGRU(num_sequences, d)
         self.intra = IntraVisitAttention(d, options.heads, options.attention_dropout)
         self.inter = InterVisitAttention(
             d, options.heads, options.attention_dropout, options.graph_bias
         )
-        width = (6 if options.duplicate_state else 3) + self.demographics.number + 2
-        self.head = nn.Linear(width * d, inputs.sizes[2])
+        num_states = num_sequences * (2 if options.duplicate_state else 1)
+        num_parts = num_states + self.demographics.number + 2
+        self.head = nn.Linear(num_parts * d, inputs.sizes[2])
         self.review = CausalReview(inputs, options.review_quantiles) if options.review else None
         self.direct = None
         if options.direct != "none":
@@ -151,6 +160,9 @@ class GraphDiffMed(nn.Module):
             prepared = moved(self.prepare(batch), batch.counts.device)
         packing, pairs = prepared.packing, prepared.pairs
         visits = self.encode_visits(packing)
+        if self.laboratory is not None:
+            measured = self.laboratory(batch, visits.dtype)
+            visits = torch.cat([visits, measured[:, None]], 1)
         about = self.demographics(batch, visits.dtype)
         states = self.grus(visits, packing.steps)
         bias = self.interaction_rates(pairs, packing)
@@ -239,6 +251,25 @@ class Demographics(nn.Module):
             age = torch.where(torch.isnan(batch.age), 0.0, batch.age).to(dtype)
             found.append(self.dropout(self.age(age[:, None]))[:, None])
         return torch.cat(found, 1)
+
+
+def _laboratory_encoder(
+    inputs: ModelInputs, options: GraphDiffMedOptions
+) -> LaboratoryEncoder | None:
+    if "L" not in options.modalities:
+        return None
+    if inputs.num_laboratory_items == 0:
+        raise ConfigError(
+            f"model.modalities: expected a cohort with laboratory items for {options.modalities}, "
+            "this one has none; prepare it with data.cohort.max_laboratory above 0, or use none, G "
+            "or GY"
+        )
+    return LaboratoryEncoder(
+        inputs.num_laboratory_items,
+        options.dimension,
+        options.laboratory_encoding,
+        options.laboratory_scaling,
+    )
 
 
 def _molecule_branch(inputs: ModelInputs, options: GraphDiffMedOptions) -> MoleculeBranch | None:

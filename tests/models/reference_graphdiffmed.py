@@ -13,37 +13,44 @@ import random
 import torch
 
 
-def patient_logits(weights, inputs, options, visits, sex, ages):
+def patient_logits(weights, inputs, options, visits, sex, ages, events):
     """Logits of every visit of one patient, (T, N_m): every prefix is run anew.
 
     Args:
         weights: name → double tensor, the model's state dict.
         inputs: a dict: "sizes", "effects" (list of lists), "ddi" (list of lists), "molecules" (list
-            of lists, or None).
+            of lists, or None), "num_laboratory_items".
         options: the options' values by name.
         visits: per visit a dict: "codes": three lists of ids, "classes": three lists.
         sex: 0, 1 or 2.
         ages: per visit, scaled; NaN where unknown.
+        events: per visit a list of pairs of a laboratory item and its scaled value.
     """
     return torch.stack(
         [
-            _last_visit(weights, inputs, options, visits[: t + 1], sex, ages[t])
+            _last_visit(weights, inputs, options, visits[: t + 1], sex, ages[t], events[: t + 1])
             for t in range(len(visits))
         ]
     )
 
 
-def _last_visit(weights, inputs, options, visits, sex, age):
+def _last_visit(weights, inputs, options, visits, sex, age, events):
     d, last = options["dimension"], len(visits) - 1
     sums = [_encode_visit(weights, inputs, options, visit) for visit in visits]
-    states = [_gru(weights, k, [s[k] for s in sums]) for k in range(3)]
+    if "L" in options["modalities"]:
+        for s, measured in zip(sums, events, strict=True):
+            s.append(_measurements(weights, inputs["num_laboratory_items"], options, measured))
+    sequences = range(len(sums[0]))
+    states = [_gru(weights, k, [s[k] for s in sums]) for k in sequences]
     about = _demographics(weights, options, sex, age)
     inter, intra = torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     if last > 0:
         for s in sums:
-            for k in (0, 1):
+            for k in sequences:
+                if k == 2:
+                    continue
                 intra = intra + _attention(weights, "intra", options, [s[2]], [s[k]], None)[0]
-        keys = [states[k][v] for k in range(3) for v in range(last)]
+        keys = [states[k][v] for k in sequences for v in range(last)]
         tokens = [*sums[last], *about]
         bias = [[0.0] * len(keys) for _ in tokens]
         for v in range(last):
@@ -52,7 +59,7 @@ def _last_visit(weights, inputs, options, visits, sex, age):
             )
         for out in _attention(weights, "inter", options, tokens, keys, bias):
             inter = inter + out
-    final = [states[k][last] for k in range(3)]
+    final = [states[k][last] for k in sequences]
     parts = [*final, *about, inter, intra, *(final if options["duplicate_state"] else [])]
     state = torch.relu(torch.cat(parts))  # whose slope at 0 is 0: a vector of 0 begins there
     logits = weights["head.weight"] @ state + weights["head.bias"]
@@ -158,6 +165,31 @@ def _demographics(weights, options, sex, age):
             weights["demographics.age.weight"][:, 0] * known + weights["demographics.age.bias"]
         )
     return about
+
+
+def _measurements(weights, number, options, events):
+    """The sum over a visit's laboratory events."""
+    total = torch.zeros(options["dimension"], dtype=torch.float64)
+    mean = sum(range(number)) / number
+    sd = math.sqrt(sum((i - mean) ** 2 for i in range(number)) / number) or 1.0
+    numbers, values = [(i - mean) / sd for i, _ in events], [x for _, x in events]
+    if options["laboratory_scaling"] == "visit":
+        numbers, values = _standardised(numbers), _standardised(values)
+    for (item, _), n, x in zip(events, numbers, values, strict=True):
+        if options["laboratory_encoding"] == "number":
+            given = torch.tensor([n, x], dtype=torch.float64)
+            out = weights["laboratory.events.weight"] @ given + weights["laboratory.events.bias"]
+        else:
+            alone, slope = weights["laboratory.items"][item].chunk(2)
+            out = alone + x * slope
+        total = total + torch.relu(out)
+    return total
+
+
+def _standardised(values):
+    mean = sum(values) / max(len(values), 1)
+    sd = math.sqrt(sum((x - mean) ** 2 for x in values) / max(len(values), 1))
+    return [(x - mean) / sd if sd > 0 else 0.0 for x in values]
 
 
 def _interaction_rate(ddi, one, other):

@@ -23,6 +23,10 @@ VARIANTS = {
     "default": {},
     "sex": {"modalities": "G"},
     "sex_and_age": {"modalities": "GY"},
+    "laboratory": {"modalities": "L"},
+    "everything": {"modalities": "LGY"},
+    "laboratory_embeddings": {"modalities": "L", "laboratory_encoding": "embedding"},
+    "laboratory_within_visits": {"modalities": "L", "laboratory_scaling": "visit"},
     "two_heads": {"heads": 2},
     "no_graph_bias": {"graph_bias": 0.0},
     "strong_graph_bias": {"graph_bias": 3.0},
@@ -37,8 +41,11 @@ VARIANTS = {
 }
 
 
+NUM_ITEMS = 7
+
+
 def _with_knowledge(world, zero_share=0.5, seed=3):
-    """The world with effects of all classes, of which a share is 0, molecules, sexes and ages."""
+    """The world with effects of all classes, of which a share is 0, and all else there may be."""
     rng = np.random.default_rng(seed)
     effects = rng.uniform(-0.4, 1, world.inputs.effects.shape).astype(np.float32)
     effects[rng.random(effects.shape) < zero_share] = 0
@@ -46,12 +53,26 @@ def _with_knowledge(world, zero_share=0.5, seed=3):
     molecules = rng.random((world.inputs.sizes[2], 9)) < 0.15
     molecules[:2] = False  # two medications have no molecule
     molecules[2 + np.arange(9), np.arange(9)] = True  # and every molecule is of one
-    inputs = dataclasses.replace(world.inputs, effects=effects, molecules=molecules)
+    inputs = dataclasses.replace(
+        world.inputs, effects=effects, molecules=molecules, num_laboratory_items=NUM_ITEMS
+    )
     arrays = world.arrays
+    # No event, one, several; ids in the padding are valid, values are not numbers.
+    number = rng.integers(0, 6, arrays.num_visits).astype(np.int32)
+    items = np.stack([rng.permutation(NUM_ITEMS)[:5] for _ in number]).astype(np.int32)
+    values = rng.normal(0, 1, items.shape).astype(np.float32)
+    values[np.arange(5) >= number[:, None]] = np.nan
     age = rng.normal(0, 1, arrays.num_visits).astype(np.float32)
     age[::4] = np.nan
     sex = (np.arange(arrays.num_patients) % 3).astype(np.int8)
-    arrays = dataclasses.replace(arrays, age=age, sex=sex)
+    arrays = dataclasses.replace(
+        arrays,
+        age=age,
+        sex=sex,
+        laboratory_items=items,
+        laboratory_values=values,
+        laboratory_counts=number,
+    )
     return dataclasses.replace(world, inputs=inputs, arrays=arrays)
 
 
@@ -80,8 +101,19 @@ def _expected(reference, model, world, options, patients, weights=None):
         "effects": world.inputs.effects.astype(float).tolist(),
         "ddi": world.inputs.ddi.tolist(),
         "molecules": None if world.inputs.molecules is None else world.inputs.molecules.tolist(),
+        "num_laboratory_items": world.inputs.num_laboratory_items,
     }
-    offsets = world.arrays.patient_offsets
+    arrays = world.arrays
+    visits_of = [slice(*arrays.patient_offsets[p : p + 2]) for p in range(arrays.num_patients)]
+    events = [
+        list(zip(items[:number].tolist(), values[:number].tolist(), strict=True))
+        for items, values, number in zip(
+            arrays.laboratory_items,
+            arrays.laboratory_values,
+            arrays.laboratory_counts,
+            strict=True,
+        )
+    ]
     return torch.cat(
         [
             reference.patient_logits(
@@ -89,8 +121,9 @@ def _expected(reference, model, world, options, patients, weights=None):
                 inputs,
                 values,
                 world.patients[p],
-                int(world.arrays.sex[p]),
-                world.arrays.age[offsets[p] : offsets[p + 1]].tolist(),
+                int(arrays.sex[p]),
+                arrays.age[visits_of[p]].tolist(),
+                events[visits_of[p]],
             )
             for p in patients
         ]
@@ -138,10 +171,11 @@ def test_equal_at_the_published_dimension_over_lengths_1_to_30(
         range(1, 31), lambda rng: (rng.integers(1, 4), rng.integers(0, 3), rng.integers(1, 4))
     )
     world = _with_knowledge(world, 0.5)
-    model = models.build("graphdiffmed", world.inputs, {"modalities": "GY"}, seed=3).eval()
+    options = {"modalities": "LGY"}
+    model = models.build("graphdiffmed", world.inputs, options, seed=3).eval()
     together = logits_of(model, world.arrays, np.arange(30))
     patients = [0, 1, 6, 13]
-    expected = _expected(reference_graphdiffmed, model, world, {"modalities": "GY"}, patients)
+    expected = _expected(reference_graphdiffmed, model, world, options, patients)
     rows = np.concatenate([np.arange(*world.arrays.patient_offsets[p : p + 2]) for p in patients])
     assert (together[rows].double() - expected).abs().max() < TOLERANCE
     # The other lengths by themselves, which the reference is slow for.
@@ -174,7 +208,7 @@ def test_equal_for_visits_with_few_or_no_codes(
     counts, zero_share, make_world, build_eval, reference_graphdiffmed, logits_of
 ):
     world = _with_knowledge(make_world([1, 3], lambda _: counts), zero_share)
-    options = _small({"modalities": "GY"})
+    options = _small({"modalities": "LGY"})
     model = build_eval("graphdiffmed", world.inputs, options)
     expected = _expected(reference_graphdiffmed, model, world, options, [0, 1])
     got = logits_of(model, world.arrays, [0, 1]).double()
@@ -182,7 +216,7 @@ def test_equal_for_visits_with_few_or_no_codes(
 
 
 def test_permuting_patients_changes_nothing(informed, build_eval, logits_of):
-    model = build_eval("graphdiffmed", informed.inputs, _small({"modalities": "GY"}))
+    model = build_eval("graphdiffmed", informed.inputs, _small({"modalities": "LGY"}))
     alone = {p: logits_of(model, informed.arrays, [p]) for p in range(5)}
     for order in ([0, 1, 2, 3, 4], [4, 1, 0, 3, 2], [1, 0]):
         expected = torch.cat([alone[p] for p in order])
@@ -202,7 +236,7 @@ def test_bits_do_not_depend_on_the_others_in_a_batch_of_the_same_shape(make_worl
         return first_splits[number % 4] if number % 3 == 0 else splits[rng.integers(0, 5)]
 
     world = _with_knowledge(make_world([3] * 40, counts))
-    model = models.build("graphdiffmed", world.inputs, {"modalities": "GY"}, seed=1).eval()
+    model = models.build("graphdiffmed", world.inputs, {"modalities": "LGY"}, seed=1).eval()
     rng = np.random.default_rng(0)
     with torch.no_grad():
         seen = []
@@ -216,7 +250,7 @@ def test_bits_do_not_depend_on_the_others_in_a_batch_of_the_same_shape(make_worl
 
 
 def test_padding_content_changes_nothing(informed, build_eval):
-    model = build_eval("graphdiffmed", informed.inputs, _small({"modalities": "GY"}))
+    model = build_eval("graphdiffmed", informed.inputs, _small({"modalities": "LGY"}))
     batch = collate(informed.arrays, np.arange(5))
     padding = torch.arange(batch.codes.shape[2]) >= batch.counts[:, :, None]
     generator = torch.Generator().manual_seed(0)
@@ -228,14 +262,29 @@ def test_padding_content_changes_nothing(informed, build_eval):
         1,
     )
     random_classes = torch.randint(4, batch.classes.shape, generator=generator)
+    unmeasured = torch.arange(5) >= batch.laboratory_counts[:, None]
+    assert torch.isnan(batch.laboratory_values[unmeasured]).all()
+    random_items = torch.randint(NUM_ITEMS, batch.laboratory_items.shape, generator=generator)
     other = dataclasses.replace(
         batch,
         codes=torch.where(padding, random_ids, batch.codes),
         classes=torch.where(padding, random_classes, batch.classes),
+        laboratory_items=torch.where(unmeasured, random_items, batch.laboratory_items),
+        laboratory_values=torch.where(unmeasured, 3.0, batch.laboratory_values),
     )
     assert not torch.equal(other.codes, batch.codes)
+    assert not torch.equal(other.laboratory_items, batch.laboratory_items)
     with torch.no_grad():
         assert torch.equal(model(other), model(batch))
+    model.train()
+    gradients = []
+    for given in (batch, other):
+        model.zero_grad()
+        torch.manual_seed(0)
+        batch.flatten(model(given)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_order_of_codes_does_not_matter(informed, build_eval, logits_of):
@@ -353,6 +402,15 @@ def test_molecules_asked_for_and_not_there_are_refused(world):
     assert str(caught.value).startswith("model.molecules: expected a cohort with molecules")
     assert "\n" not in str(caught.value)
     assert models.build("graphdiffmed", world.inputs, {"molecules": "auto"}).molecules is None
+
+
+@pytest.mark.parametrize("modalities", ["L", "LGY"])
+def test_laboratory_items_asked_for_and_not_there_are_refused(modalities, world):
+    with pytest.raises(ConfigError) as caught:
+        models.build("graphdiffmed", world.inputs, {"modalities": modalities})
+    expected = f"model.modalities: expected a cohort with laboratory items for {modalities}, "
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +540,13 @@ def test_gradients_reach_all_but_what_is_named(name, crowded, build_eval):
             assert reached[1:].all()
 
 
-@pytest.mark.parametrize("options", [{"modalities": "GY"}, {"molecules": "none"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modalities": "LGY", "laboratory_scaling": "visit"},
+        {"molecules": "none", "modalities": "L", "laboratory_encoding": "embedding"},
+    ],
+)
 def test_gradients_are_those_of_the_reference(
     options, informed, build_eval, reference_graphdiffmed
 ):

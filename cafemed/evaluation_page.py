@@ -13,7 +13,7 @@ from cafemed import card_text
 #: Plot area of the reliability diagram, and the margins for its axes, in its own units.
 _SIZE, _LEFT, _TOP, _BELOW = 300, 46, 10, 42
 #: Width and height of the intervals drawn in a table.
-_BAR_WIDTH, _BAR_HEIGHT = 120, 16
+_BAR_WIDTH, _BAR_HEIGHT = 100, 16
 
 
 def render(card: Mapping[str, Any], reliability: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -100,7 +100,7 @@ def _calibration(
     intro = (
         f"Logits are divided by the temperature {decision['temperature']:.3f}; what reaches the "
         f"probability {decision['threshold']:.2f} is recommended. On the dashed line probabilities "
-        "mean what they say; below it the model is too sure."
+        "mean what they say; below it less comes true than the model says."
     )
     legend = "".join(
         f'<span><svg viewBox="0 0 30 14" aria-hidden="true"><line class="{name}" x1="0" y1="7" '
@@ -138,7 +138,7 @@ def _subgroups(found: Mapping[str, Any]) -> str:
         for row, one in zip(rows, (found["all"], *found["tables"][table]), strict=True):
             bar = "" if one.get("hidden") else _whisker(one["jaccard"], low, high)
             drawn.append([*(_cell(text) for text in row[:3]), bar, *map(_cell, row[3:])])
-        head = (table, *card_text.SUBGROUP_HEAD[:2], "Jaccard", *card_text.SUBGROUP_HEAD[2:])
+        head = (table, *card_text.SUBGROUP_HEAD[:2], "", *card_text.SUBGROUP_HEAD[2:])
         parts.append(f"<h3>By {html.escape(table)}</h3>{_raw_table(head, drawn, first='all')}")
     intro = f"The bars are Jaccard, from {low:.2f} to {high:.2f}."
     return _section("For whom", intro, "".join(parts))

@@ -123,6 +123,9 @@ def test_a_run_writes_its_artifact_and_a_second_one_is_skipped(root, experiment)
     assert len(json.loads((experiment / "fit" / "history.json").read_text())) == 3
     measured = json.loads((experiment / "fit" / "metrics.json").read_text())
     assert 0 < measured["test"]["metrics"]["prauc"] < 1
+    assert measured["temperature"] != 1
+    losses = [measured["validation"]["calibration"][at]["log_loss"] for at in ("before", "after")]
+    assert losses[1] < losses[0]
     assert not list((experiment / "checkpoints").iterdir())
 
     before = (experiment / "fit" / "manifest.json").stat().st_mtime_ns

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -115,6 +116,12 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     assert 0 < report["model"]["test"]["metrics"]["prauc"] < ceiling
     assert set(report["baselines"]) == {"most frequent", "last visit"}
     assert "last visit" in out
+    served = bundle.load(registry.resolve(home, "production"))
+    measured = report["model"]
+    assert measured["temperature"] == served.preprocessing.temperature != 1
+    assert measured["validation"]["metrics"] == served.metrics["validation"]
+    assert measured["validation"]["calibration"] == served.metrics["validation_calibration"]
+    check_card(root, experiment, home)
 
     metrics = registry.resolve(home, "production") / "metrics.json"
     metrics.write_bytes(metrics.read_bytes().replace(b"0", b"9", 1))
@@ -143,11 +150,35 @@ def test_every_bad_entry_of_a_space_is_reported_at_once(root: Path):
     assert "ray" not in out
 
 
+def check_card(root: Path, experiment: Path, home: Path) -> None:
+    """It is in the evaluation and in the registry, and comes back there if it was lost."""
+    made = json.loads((experiment / "evaluation" / "model_card.json").read_text())
+    assert registry.read_card(home, 1) == made
+    assert made["model"]["version"] == 1
+    assert made["training"]["train"]["epochs"] == 2
+    assert made["training"]["calibration"] == {"temperature": "validation", "threshold": "fixed"}
+    assert made["data"]["fingerprints"]["cohort"] == cohort.load(experiment / "cohort").fingerprint
+    people = cohort.load(experiment / "cohort").patient_ids
+    for path in (*(home / "cards").iterdir(), *(experiment / "evaluation").iterdir()):
+        words = set(re.findall(r"[\w-]+", path.read_text()))
+        assert not {name for name in people if len(name) > 4} & words
+    (home / "cards" / "0001.json").unlink()
+    status, out, err = run(root, "evaluate", "name=small")
+    assert (status, err) == (0, "")
+    assert "unchanged, skipped" in out
+    assert registry.read_card(home, 1) == made
+
+
 @pytest.mark.parametrize(
     ("job", "arguments", "message"),
     [
         ("tune", ["name=none"], "cohort/manifest.json: expected the manifest of a cohort"),
         ("tune", ["name=none", "promote=maybe"], "promote: expected bool, got 'maybe'"),
+        (
+            "tune",
+            ["name=none", "calibration.threshold=best"],
+            "expected one of 'fixed', 'validation'",
+        ),
         ("evaluate", ["name=none"], "no version is promoted to 'production' yet"),
         ("evaluate", ["name=small", "version=best"], "expected a version number or one of"),
     ],
@@ -219,11 +250,19 @@ def commands_with(text: str) -> list[str]:
     return found
 
 
-def test_another_model_is_searched_in_its_own_space(root: Path):
-    options = ["model=causalmed", "search.num_samples=1", "train.epochs=2", "force=true"]
+def test_another_model_is_searched_in_its_own_space_and_has_a_threshold_of_its_own(root: Path):
+    options = ["calibration.threshold=validation"]
+    options += ["model=causalmed", "search.num_samples=1", "train.epochs=2", "force=true"]
     status, out, err = run(root, "tune", "name=small", *options)
     assert (status, err) == (0, "")
     assert "1 trials over model.effect_levels," in out
     served = bundle.load(registry.resolve(paths.registry_dir(root, "small"), "production"))
     assert served.model_name == "causalmed"
     assert bundle.restore_model(served, models.build)
+    assert served.preprocessing.threshold != 0.5
+    status, out, err = run(root, "evaluate", "name=small")
+    assert (status, err) == (0, "")
+    report = paths.experiment_dir(root, "small") / "evaluation" / "report.json"
+    measured = json.loads(report.read_text())["model"]
+    assert measured["threshold"] == measured["best_threshold"] == served.preprocessing.threshold
+    assert measured["validation"]["metrics"] == served.metrics["validation"]

@@ -16,6 +16,7 @@ KINDS = ("diagnosis", "procedure", "medication")
 
 #: The vocabulary of laboratory items ("lab:50912"); they are measured, not coded, and no modality.
 LABORATORY = "laboratory"
+LABORATORY_SYSTEM = "lab"
 
 #: Kinds of graph nodes: the codes of visit t, and the medications of visit t - 1.
 NODE_KINDS = ("diagnosis", "procedure", "previous_medication", "medication")

@@ -170,7 +170,9 @@ def describe(report: Mapping[str, Any]) -> str:
         )
     if "molecules" in numbers:
         of = numbers["molecules"]
-        lines.append(f"molecules      {of['molecules']:,} of {of['medications']:,} medications")
+        lines.append(
+            f"molecules      {of['molecules']:,}; {of['medications']:,} medications have one"
+        )
     if numbers["empty_targets"]:
         lines.append(f"no target      {numbers['empty_targets']:,} visits")
     lines.append(f"{'rows read':<44}{'rows':>12}")

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from cafemed.bundle import Preprocessing
-from cafemed.codes import KINDS
+from cafemed.codes import KINDS, LABORATORY
 from cafemed.cohort import SEXES
 from serve.schema import Code, Kind, Patient, RecommendRequest, UnknownCode, Visit, field_path
 
@@ -19,6 +20,8 @@ _STANDARD_SYSTEMS = {
 
 #: Characters of an ATC code at each of its levels.
 _ATC_CHARACTERS = {"atc1": 1, "atc2": 3, "atc3": 4, "atc4": 5, "atc5": 7}
+
+T = TypeVar("T")
 
 _KINDS: tuple[Kind, ...] = ("diagnosis", "procedure", "medication")
 _FIELDS = ("diagnoses", "procedures", "medications")
@@ -44,7 +47,7 @@ class EncodedPatient:
         age: years at the current visit; NaN if unknown.
         laboratory: T tuples of (item, value): indices of items, each at most once a visit, and
             values in the items' units; what may be seen at the visit.
-        unknown: the request's codes that the vocabularies do not have.
+        unknown: the request's codes and items that the vocabularies do not have.
     """
 
     known: tuple[tuple[tuple[int, ...], ...], ...]
@@ -67,6 +70,8 @@ class Encoder:
         self, vocabularies: Mapping[str, Sequence[str]], preprocessing: Preprocessing
     ) -> None:
         self._index = [{code: i for i, code in enumerate(vocabularies[kind])} for kind in KINDS]
+        self.items: tuple[str, ...] = tuple(vocabularies.get(LABORATORY, ()))
+        self._item = {name: i for i, name in enumerate(self.items)}
         self._uses_current = preprocessing.inputs == "current"
         self._atc_characters = _ATC_CHARACTERS.get(preprocessing.medication_level)
         self.systems: dict[str, list[str]] = {
@@ -88,16 +93,20 @@ class Encoder:
             self._visit(visit, ("patients", p, "visits", t), unknown)
             for t, visit in enumerate(patient.visits)
         ]
+        laboratory = tuple(
+            self._laboratory(visit, t, unknown) for t, visit in enumerate(patient.visits)
+        )
         diagnoses, procedures, medications = (tuple(lists) for lists in zip(*visits, strict=True))
         if not self._uses_current:
             diagnoses, procedures = _shifted(diagnoses), _shifted(procedures)
+            laboratory = _shifted(laboratory)
         previous = _shifted(medications)
         return EncodedPatient(
             known=(diagnoses, procedures, previous),
             taken=medications[-1] if patient.visits[-1].medications else previous[-1],
             sex=SEXES.index(patient.sex),
             age=math.nan if patient.age is None else patient.age,
-            laboratory=((),) * len(patient.visits),
+            laboratory=laboratory,
             unknown=tuple(unknown),
         )
 
@@ -119,6 +128,20 @@ class Encoder:
             encoded.append(tuple(indices))
         return tuple(encoded)
 
+    def _laboratory(
+        self, visit: Visit, t: int, unknown: list[UnknownCode]
+    ) -> tuple[tuple[int, float], ...]:
+        """Items and values of a visit, ordered by item; of an item asked twice the first value."""
+        values: dict[int, float] = {}
+        for asked in visit.laboratory:
+            name = asked.normalised()
+            item = self._item.get(name)
+            if item is None:
+                unknown.append(UnknownCode(visit=t, kind="laboratory", code=name))
+            else:
+                values.setdefault(item, asked.value)
+        return tuple(sorted(values.items()))
+
     def _name(self, k: int, code: Code, location: tuple[str | int, ...]) -> str:
         name = code.normalised()
         system, _, value = name.partition(":")
@@ -132,6 +155,6 @@ class Encoder:
         return name
 
 
-def _shifted(lists: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+def _shifted(lists: tuple[tuple[T, ...], ...]) -> tuple[tuple[T, ...], ...]:
     """Each visit gets the list of the visit before; the first gets none."""
     return ((), *lists[:-1])

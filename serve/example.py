@@ -35,7 +35,15 @@ def _visit(visit: Mapping[str, Any], medications: list[str]) -> dict[str, Any]:
         "procedures": visit["procedures"],
         "medications": medications,
     }
-    return {field: [_code(name) for name in names] for field, names in lists.items()}
+    codes = {field: [_code(name) for name in names] for field, names in lists.items()}
+    if not visit["laboratory"]:
+        return codes
+    measured = visit["laboratory"].items()
+    return codes | {
+        "laboratory": [
+            {"item": name.partition(":")[2], "value": round(value, 3)} for name, value in measured
+        ]
+    }
 
 
 def _code(name: str) -> dict[str, str]:
@@ -51,7 +59,8 @@ def describe(request: Mapping[str, Any], answer: Mapping[str, Any]) -> list[str]
         f"{m['system']}:{m['code']} {m['probability']:.2f}" for m in recommendation["medications"]
     ]
     shown = ", ".join(medications[:_MAX_SHOWN]) + (", …" if len(medications) > _MAX_SHOWN else "")
-    num_codes = sum(len(codes) for visit in visits for codes in visit.values())
+    fields = ("diagnoses", "procedures", "medications")
+    num_codes = sum(len(visit[field]) for visit in visits for field in fields)
     return [
         f"an invented patient with {len(visits)} visits and {num_codes} codes",
         f"{len(medications)} medications recommended: {shown or 'none'}",

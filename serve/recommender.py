@@ -80,6 +80,7 @@ class Recommender:
             num_procedures=procedures,
             num_medications=medications,
             code_systems=self._encoder.systems,
+            laboratory_items=list(self._encoder.items),
             metrics=dict(bundle.metrics),
             fingerprint=bundle.fingerprint,
         )

@@ -1,16 +1,16 @@
 """What is asked of the endpoint and what it answers; limits are checked here, before any work.
 
-A request holds patients, a patient holds visits in time order, a visit holds codes. The last visit
-is the current one: medications are recommended for it from its diagnoses and procedures and from
-the earlier visits. Nothing in a request identifies a person, and unknown fields are refused, so
-that an identifier cannot slip in.
+A request holds patients, a patient holds visits in time order, a visit holds codes and perhaps
+laboratory values. The last visit is the current one: medications are recommended for it from its
+diagnoses, procedures and laboratory values and from the earlier visits. Nothing in a request
+identifies a person, and unknown fields are refused, so that an identifier cannot slip in.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from cafemed.codes import normalise
+from cafemed.codes import LABORATORY_SYSTEM, normalise
 
 MAX_PATIENTS = 256
 MAX_VISITS = 256
@@ -20,17 +20,25 @@ MAX_VISITS_OF_REQUEST = 4096
 MAX_SYSTEM_LENGTH = 32
 MAX_CODE_LENGTH = 64
 MAX_AGE = 130.0
+#: Largest size of a laboratory value, in whatever unit; single precision holds it.
+MAX_VALUE = 1e12
 #: Bytes of a request's body; 256 patients of the usual size need about one.
 MAX_BODY_BYTES = 4 * 1024 * 1024
 #: A request that is wrong throughout gets this many messages.
 MAX_MESSAGES = 20
 
-Kind = Literal["diagnosis", "procedure", "medication"]
+Kind = Literal["diagnosis", "procedure", "medication", "laboratory"]
 
 
 class _Asked(BaseModel):
     # strict: "71" is not an age. Unknown fields are refused.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip(". \t\r\n"):
+        raise ValueError("holds only blanks and dots")
+    return value
 
 
 class Code(_Asked):
@@ -50,9 +58,7 @@ class Code(_Asked):
     @field_validator("system", "code")
     @classmethod
     def _says_something(cls, value: str) -> str:
-        if not value.strip(". \t\r\n"):
-            raise ValueError("holds only blanks and dots")
-        return value
+        return _not_blank(value)
 
     def normalised(self) -> str:
         """The code as vocabularies write it, "icd9:4280"."""
@@ -60,6 +66,32 @@ class Code(_Asked):
 
 
 Codes = Annotated[list[Code], Field(max_length=MAX_CODES)]
+
+
+class LaboratoryValue(_Asked):
+    """What was measured; dots and case of the item do not matter."""
+
+    item: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=MAX_CODE_LENGTH,
+            description="as the data source names it",
+            examples=["50912"],
+        ),
+    ]
+    value: Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE, examples=[1.2])] = Field(
+        description="in the unit that the data source has"
+    )
+
+    @field_validator("item")
+    @classmethod
+    def _names_something(cls, value: str) -> str:
+        return _not_blank(value)
+
+    def normalised(self) -> str:
+        """The item as vocabularies write it, "lab:50912"."""
+        return normalise(LABORATORY_SYSTEM, self.item)
 
 
 class Visit(_Asked):
@@ -71,6 +103,11 @@ class Visit(_Asked):
         default=[],
         description="ATC codes by first start; of the current visit: what the patient already "
         "takes, used only to find interactions",
+    )
+    laboratory: Annotated[list[LaboratoryValue], Field(max_length=MAX_CODES)] = Field(
+        default=[],
+        description="the first value of each item since admission; of an item listed again the "
+        "first counts",
     )
 
 
@@ -100,6 +137,7 @@ _EXAMPLE: dict[str, Any] = {
                         {"system": "icd9", "code": "427.31"},
                     ],
                     "procedures": [{"system": "icd9", "code": "99.61"}],
+                    "laboratory": [{"item": "50912", "value": 1.4}],
                 },
             ],
         }
@@ -148,7 +186,7 @@ class InteractionWithTaken(BaseModel):
 
 
 class UnknownCode(BaseModel):
-    """A code that the model does not know; it had no influence on the answer."""
+    """A code or laboratory item that the model does not know; it did not influence the answer."""
 
     visit: int = Field(description="position in the patient's visits, from 0")
     kind: Kind
@@ -200,6 +238,9 @@ class ModelCard(BaseModel):
     num_procedures: int
     num_medications: int
     code_systems: dict[str, list[str]] = Field(description="kind → systems the model knows")
+    laboratory_items: list[str] = Field(
+        description="items whose values are used", examples=[["lab:50912"]]
+    )
     metrics: dict[str, Any] = Field(description="as measured when the model was made")
     fingerprint: str = Field(description="of the bundle's inputs and configuration")
 

@@ -15,15 +15,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cafemed import console
-from cafemed.codes import normalise
+from cafemed.codes import LABORATORY_SYSTEM, normalise
 from cafemed.errors import DataError
 from cafemed.records import Dropped, SourceFile
 from cafemed.sources import cells, reading
 from cafemed.sources.reading import InputFile
 
 TABLE = "laboratory"
-#: The system of items in vocabularies: "lab:50912".
-SYSTEM = "lab"
 
 _DAY_S = 24 * 3600
 #: Values waiting to be merged into those found so far; 20 bytes each.
@@ -258,7 +256,7 @@ class _Found:
         encoded = column.combine_chunks().dictionary_encode()
         of_value = []
         for text in encoded.dictionary.to_pylist():
-            name = self.items.setdefault(text, normalise(SYSTEM, text))
+            name = self.items.setdefault(text, normalise(LABORATORY_SYSTEM, text))
             if name not in self._index:
                 self._index[name] = len(self.names)
                 self.names.append(name)

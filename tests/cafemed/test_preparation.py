@@ -216,7 +216,7 @@ def test_molecules_come_into_the_cohort_when_asked(config, tmp_path):
     assert report["summary"]["molecules"] == {"molecules": 2, "medications": 2}
     assert report["summary"]["codes"] == without["summary"]["codes"]
     text = preparation.describe(report)
-    assert "molecules      2 of 2 medications" in text
+    assert "molecules      2; 2 medications have one" in text
     assert "unreadable SMILES: line 3" in text
     fingerprint = made.fingerprint
     table.write_text(table.read_text().replace("CN", "CNC"))

@@ -14,6 +14,7 @@ from cafemed.bundle import Bundle, Preprocessing
 from cafemed.codes import KINDS, node_name
 from cafemed.graphs import CausalGraph, EffectTable
 from cafemed.reference import Reference, make_self_check, score_histogram
+from cafemed.scaling import Scaling
 
 with warnings.catch_warnings():  # Ray's own use of pydantic
     warnings.filterwarnings("ignore", r"Using extra keyword arguments on `Field`", module="ray")
@@ -24,14 +25,31 @@ VOCABULARIES = {
     "procedure": tuple(f"icd9:{n}" for n in range(990, 996)),
     "medication": tuple(f"atc:{letter}0{n}B" for letter in "ABCN" for n in (1, 2, 3)),
 }
+ITEMS = tuple(f"lab:{50801 + i}" for i in range(5))
+SCALING = Scaling(60.0, 17.0, (140.0, 7.0, 0.9, 11.0, 80.0), (4.0, 1.5, 0.4, 2.0, 30.0))
+MOLECULES = {
+    code: tuple(f"C{'O' * (i % 4)}{'N' * j}" for j in range(i % 3))
+    for i, code in enumerate(VOCABULARIES["medication"])
+    if i % 3
+}
 MODEL_OPTIONS = {"dimension": 24}
 
 
 def make_bundle(
-    preprocessing: Preprocessing | None = None, seed: int = 0, model_name: str = "cafemed"
+    preprocessing: Preprocessing | None = None,
+    seed: int = 0,
+    model_name: str = "cafemed",
+    modalities: str | None = None,
 ) -> Bundle:
-    """A bundle whose model has random weights, larger than at a start, so that scores differ."""
-    preprocessing = preprocessing or Preprocessing()
+    """A bundle whose model has random weights, larger than at a start, so that scores differ.
+
+    With `modalities` the model is given these of the cohort's laboratory values, sexes and ages,
+    and its medications have molecules.
+    """
+    preprocessing = preprocessing or Preprocessing(scaling=SCALING if modalities else Scaling())
+    vocabularies = {**VOCABULARIES, "laboratory": ITEMS} if modalities else VOCABULARIES
+    options = MODEL_OPTIONS | ({"modalities": modalities} if modalities else {})
+    molecules = MOLECULES if modalities else {}
     rng = np.random.default_rng(seed)
     nodes = sorted(
         node_name(kind, code)
@@ -58,26 +76,27 @@ def make_bundle(
     effects = EffectTable.known(rows, columns, effect, np.full_like(effect, 0.01), "raw")
     ddi = np.triu(rng.random((len(columns), len(columns))) < 0.3, 1)
     ddi |= ddi.T
-    inputs = model_inputs(VOCABULARIES, effects, ddi)
-    model = models.build(model_name, inputs, MODEL_OPTIONS, seed=seed)
+    inputs = model_inputs(vocabularies, effects, ddi, molecules)
+    model = models.build(model_name, inputs, options, seed=seed)
     for parameter in model.parameters():
         parameter.data.mul_(2)
     model.eval()
     return Bundle(
         model_name=model_name,
-        model_options=MODEL_OPTIONS,
+        model_options=options,
         weights=model.state_dict(),
-        vocabularies=VOCABULARIES,
+        vocabularies=vocabularies,
         graph=graph,
         effects=effects,
         ddi=ddi,
         preprocessing=preprocessing,
         reference=Reference(
             score_histogram(rng.random(100)),
-            make_self_check(model, graph, VOCABULARIES, preprocessing.scaling),
+            make_self_check(model, graph, vocabularies, preprocessing.scaling),
         ),
         metrics={"jaccard": 0.5},
         sources={"cohort": "0" * 64},
+        molecules=molecules,
     )
 
 
@@ -87,10 +106,11 @@ def served() -> Bundle:
     return make_bundle()
 
 
-@pytest.fixture(scope="session", params=models.NAMES)
+@pytest.fixture(scope="session", params=[*models.NAMES, "graphdiffmed LGY"])
 def served_model(request: pytest.FixtureRequest) -> Bundle:
-    """A bundle of each model, in memory."""
-    return make_bundle(model_name=request.param)
+    """A bundle of each model, and of one that reads all there is, in memory."""
+    name, _, modalities = request.param.partition(" ")
+    return make_bundle(model_name=name, modalities=modalities or None)
 
 
 @pytest.fixture(scope="session")

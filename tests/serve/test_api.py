@@ -108,7 +108,14 @@ def test_model_card_health_and_documentation(client: Client) -> None:
     model = {"name": "cafemed", "version": 3}
     assert client.get("/readyz").json() == {"status": "ok", "model": model}
     assert client.get("/docs").status_code == 200
-    paths = client.get("/openapi.json").json()["paths"]
+    documented = client.get("/openapi.json").json()
+    schemas = documented["components"]["schemas"]
+    value = schemas["LaboratoryValue"]
+    assert schemas["Visit"]["properties"]["laboratory"]["items"]["$ref"].endswith("LaboratoryValue")
+    assert set(value["required"]) == {"item", "value"}
+    assert value["properties"]["value"]["type"] == "number"
+    assert "laboratory" in schemas["UnknownCode"]["properties"]["kind"]["enum"]
+    paths = documented["paths"]
     assert set(paths) == {"/v1/recommend", "/v1/model", "/healthz", "/readyz"}
     assert set(paths["/v1/recommend"]["post"]["responses"]) == {"200", "413", "422", "500", "503"}
 

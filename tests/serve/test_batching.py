@@ -1,7 +1,12 @@
+import dataclasses
+import math
+
 import numpy as np
+import torch
 
 from cafemed.batches import Batch, input_adjacencies
 from cafemed.bundle import Bundle
+from cafemed.scaling import Scaling
 from serve.batching import batch_of, fillers_of, shape_of
 from serve.encoding import EncodedPatient
 
@@ -93,3 +98,37 @@ def test_a_patients_own_visits_come_first_and_unchanged(served: Bundle) -> None:
     assert made.codes[1, 2, :6].tolist() == list(range(6))
     steps = shape_of(patient([(1, 0, 0)])).steps
     assert made.counts[steps].tolist() == [1, 0, 0]
+
+
+def measured(rows: list[tuple[tuple[int, float], ...]], age: float) -> EncodedPatient:
+    plain = patient([(1, 1, 0)] * len(rows))
+    return dataclasses.replace(plain, laboratory=tuple(rows), age=age)
+
+
+def test_a_run_has_the_scaled_ages_and_laboratory_values_at_one_width(served: Bundle) -> None:
+    scaling = Scaling(60.0, 10.0, (100.0, 7.0, 1.0, 0.0), (20.0, 0.5, 1.0, 1.0))
+    patients = [
+        measured([((1, 7.5), (0, 120.0)), ()], 70.0),
+        measured([((2, -3.0),), ((0, 1e9), (1, 6.0), (2, 1.0))], math.nan),
+    ]
+    shape = shape_of(patients[0])
+    adjacencies = input_adjacencies(served.graph, served.vocabularies)
+    made = batch_of(patients, shape, served.graph, served.vocabularies, scaling, adjacencies)
+    steps = shape.steps
+    assert made.laboratory_items.shape == (shape.patients * steps, 4)
+    expected = {0: {1: 1.0, 0: 1.0}, 1: {}, steps: {2: -4.0}, steps + 1: {0: 10.0, 1: -2.0, 2: 0.0}}
+    counts = np.zeros(2 * steps, int)
+    for row, values in expected.items():
+        counts[row] = len(values)
+        found = zip(made.laboratory_items[row], made.laboratory_values[row], strict=True)
+        pairs = [(int(item), float(value)) for item, value in found][: len(values)]
+        assert pairs == list(values.items())
+        assert torch.isnan(made.laboratory_values[row, len(values) :]).all()
+    assert made.laboratory_counts[: 2 * steps].tolist() == counts.tolist()
+    assert made.age[:steps].tolist() == [1.0] * steps
+    assert torch.isnan(made.age[steps : 2 * steps]).all()
+    # A patient alone gets the same rows as beside another.
+    alone = batch_of(patients[:1], shape, served.graph, served.vocabularies, scaling, adjacencies)
+    for name in ("laboratory_items", "laboratory_values", "laboratory_counts", "age"):
+        ours, theirs = getattr(alone, name)[:steps], getattr(made, name)[:steps]
+        assert torch.equal(torch.nan_to_num(ours), torch.nan_to_num(theirs))

@@ -20,7 +20,8 @@ def codes(*names: str) -> list[dict[str, str]]:
 
 def encode(*visits: dict[str, Any], inputs: Any = "current", **patient: Any) -> EncodedPatient:
     body = {"patients": [{"visits": list(visits), **patient}]}
-    encoder = Encoder(VOCABULARIES, Preprocessing(inputs=inputs))
+    vocabularies = {**VOCABULARIES, "laboratory": ("lab:50912", "lab:HB")}
+    encoder = Encoder(vocabularies, Preprocessing(inputs=inputs))
     return encoder.encode(RecommendRequest.model_validate(body))[0]
 
 
@@ -121,3 +122,36 @@ def test_medications_are_cut_to_the_bundles_level(level: str, kept: str) -> None
     encoded = encoder.encode(RecommendRequest.model_validate(body))[0]
     assert encoded.known[2] == ((), (0,))
     assert encoded.unknown == ()
+
+
+MEASURED = (
+    {
+        "laboratory": [
+            {"item": " h.b", "value": 11.5},
+            {"item": "50912", "value": 1.4},
+            {"item": "HB", "value": 9},
+            {"item": "ph", "value": 7.4},
+        ]
+    },
+    {"laboratory": [{"item": "50912", "value": 0}]},
+    {},
+)
+
+
+def test_laboratory_items_are_found_however_written_and_the_first_value_counts() -> None:
+    encoded = encode(*MEASURED)
+    assert encoded.laboratory == (((0, 1.4), (1, 11.5)), ((0, 0.0),), ())
+    assert [(u.visit, u.kind, u.code) for u in encoded.unknown] == [(0, "laboratory", "lab:PH")]
+
+
+def test_with_history_inputs_the_laboratory_values_are_those_of_the_visit_before() -> None:
+    encoded = encode(*MEASURED, inputs="history")
+    assert encoded.laboratory == ((), ((0, 1.4), (1, 11.5)), ((0, 0.0),))
+
+
+def test_a_model_without_laboratory_knows_no_item() -> None:
+    body = {"patients": [{"visits": [{"laboratory": [{"item": "hb", "value": 1}]}]}]}
+    encoder = Encoder(VOCABULARIES, Preprocessing())
+    [encoded] = encoder.encode(RecommendRequest.model_validate(body))
+    assert encoded.laboratory == ((),)
+    assert [u.code for u in encoded.unknown] == ["lab:HB"]

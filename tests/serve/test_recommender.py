@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cafemed.bundle import Bundle
 from cafemed.calibration import Predictions
 from cafemed.codes import CodeLists
 from cafemed.errors import ArtifactError
+from cafemed.laboratory import Laboratory
 from serve import batching
 from serve.encoding import EncodedPatient
 from serve.example import example_request
@@ -31,10 +33,31 @@ def some_codes(names: tuple[str, ...], number: int, rng: np.random.Generator) ->
     return [dict(zip(("system", "code"), names[i].split(":"), strict=True)) for i in chosen]
 
 
+def some_values(bundle: Bundle, rng: np.random.Generator) -> dict[str, Any]:
+    scaling = bundle.preprocessing.scaling
+    chosen = np.flatnonzero(rng.random(scaling.num_items) < 0.6).tolist()
+    return {
+        "laboratory": [
+            {
+                "item": bundle.vocabularies["laboratory"][i].partition(":")[2],
+                "value": rng.normal(scaling.laboratory_mean[i], 2 * scaling.laboratory_sd[i]),
+            }
+            for i in chosen
+        ]
+    }
+
+
+def laboratory_of(patients: Sequence[EncodedPatient]) -> Laboratory:
+    visits = [visit for patient in patients for visit in patient.laboratory]
+    items = CodeLists.of([[item for item, _ in visit] for visit in visits])
+    return Laboratory(items, np.array([x for v in visits for _, x in v], np.float32))
+
+
 def some_patients(bundle: Bundle, number: int, seed: int = 0) -> RecommendRequest:
     rng = np.random.default_rng(seed)
     vocabularies = bundle.vocabularies
     kinds = (("diagnoses", "diagnosis"), ("procedures", "procedure"), ("medications", "medication"))
+    measured = np.random.default_rng((seed, 1))  # of its own: codes are the same without
     patients = [
         {
             "age": float(rng.integers(0, 99)),
@@ -43,6 +66,7 @@ def some_patients(bundle: Bundle, number: int, seed: int = 0) -> RecommendReques
                     field: some_codes(vocabularies[kind], rng.poisson(5), rng)
                     for field, kind in kinds
                 }
+                | some_values(bundle, measured)
                 for _ in range(rng.integers(1, 6))
             ],
         }
@@ -64,6 +88,7 @@ def direct(bundle: Bundle, patient: EncodedPatient) -> np.ndarray:
         np.array([patient.sex], np.int8),
         np.full(visits, patient.age, np.float32),
         bundle.preprocessing.scaling,
+        laboratory_of([patient]),
     )
     model = models.build(bundle.model_name, bundles.inputs(bundle), bundle.model_options)
     model.load_state_dict(dict(bundle.weights))
@@ -115,6 +140,7 @@ def test_what_is_recommended_is_what_is_evaluated(served_model: Bundle) -> None:
         np.array([patient.sex for patient in patients], np.int8),
         np.repeat(np.array([patient.age for patient in patients], np.float32), counts),
         served_model.preprocessing.scaling,
+        laboratory_of(patients),
     )
     model = bundles.restore_model(served_model, models.build)
     found = Predictions.of(model, arrays, np.arange(len(patients)))
@@ -221,6 +247,7 @@ def test_the_card_says_what_is_served(recommender: Recommender) -> None:
     assert (card.name, card.version) == ("cafemed", 7)
     assert (card.num_diagnoses, card.num_procedures, card.num_medications) == (13, 6, 12)
     assert card.code_systems["diagnosis"] == ["icd10", "icd9"]
+    assert card.laboratory_items == []
     assert "Not a medical device" in card.intended_use
 
 

@@ -59,6 +59,32 @@ def test_an_empty_visit_and_no_demographics_are_allowed() -> None:
             "string",
         ),
         (request(medication=[]), "patients[0].visits[0].medication", "not permitted"),
+        (
+            request(laboratory=[{"item": "1", "value": "7"}]),
+            "patients[0].visits[0].laboratory[0].value",
+            "number",
+        ),
+        (
+            request(laboratory=[{"item": "1", "value": float("inf")}]),
+            "patients[0].visits[0].laboratory[0].value",
+            "finite",
+        ),
+        (
+            request(laboratory=[{"item": "1"}]),
+            "patients[0].visits[0].laboratory[0].value",
+            "required",
+        ),
+        (
+            request(laboratory=[{"item": " .", "value": 1}]),
+            "patients[0].visits[0].laboratory[0].item",
+            "only blanks",
+        ),
+        (
+            request(laboratory=[{"item": "1", "value": 1, "time": "noon"}]),
+            "patients[0].visits[0].laboratory[0].time",
+            "not permitted",
+        ),
+        (request(laboratory={"1": 7}), "patients[0].visits[0].laboratory", "array"),
         ({"patients": [{"visits": [{}], "name": "x"}]}, "patients[0].name", "not permitted"),
         ({"patients": [{"visits": [{}]}], "threshold": 1}, "threshold", "not permitted"),
         ({"patients": [{"visits": [{}], "age": -1}]}, "patients[0].age", "greater than or equal"),
@@ -101,6 +127,21 @@ def test_what_is_wrong_is_named(body: Any, field: str, said: str) -> None:
             request(diagnoses=[code(value="1" * schema.MAX_CODE_LENGTH)]),
             request(diagnoses=[code(value="1" * (schema.MAX_CODE_LENGTH + 1))]),
             "patients[0].visits[0].diagnoses[0].code",
+        ),
+        (
+            request(laboratory=[{"item": "1", "value": 1}] * schema.MAX_CODES),
+            request(laboratory=[{"item": "1", "value": 1}] * (schema.MAX_CODES + 1)),
+            "patients[0].visits[0].laboratory",
+        ),
+        (
+            request(laboratory=[{"item": "1" * schema.MAX_CODE_LENGTH, "value": 1}]),
+            request(laboratory=[{"item": "1" * (schema.MAX_CODE_LENGTH + 1), "value": 1}]),
+            "patients[0].visits[0].laboratory[0].item",
+        ),
+        (
+            request(laboratory=[{"item": "1", "value": -schema.MAX_VALUE}]),
+            request(laboratory=[{"item": "1", "value": -2 * schema.MAX_VALUE}]),
+            "patients[0].visits[0].laboratory[0].value",
         ),
         (
             request(diagnoses=[code(system="s" * schema.MAX_SYSTEM_LENGTH)]),

@@ -14,6 +14,7 @@ from torch import nn
 from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
 from cafemed.errors import ConfigError
+from cafemed.stepping import moved
 from models.charm import Charm
 from models.cwg import CausalWeightGenerator, EntityWeights
 from models.direct import DirectPath
@@ -186,7 +187,7 @@ class CafeMed(nn.Module):
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
         """
         require_sizes(batch, self.sizes)
-        packing = self.prepare(batch) if prepared is None else prepared
+        packing = moved(self.prepare(batch), batch.counts.device) if prepared is None else prepared
         visits = self.encode_visits(packing)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both in (16).
         patient = torch.relu(self.grus(visits, packing.steps).flatten(1))

@@ -12,14 +12,14 @@ from torch import nn
 
 from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
+from cafemed.stepping import moved
 from models.dropout import FastDropout
 from models.effect_edges import EffectRelations
 from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
 from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
-from models.relational import HeterogeneousBranch
-from models.sparse_map import SparseMap
+from models.relational import HeterogeneousBranch, Messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,19 @@ class CausalMedOptions:
     duplicate_state: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What of a batch has a shape that depends on its content.
+
+    Attributes:
+        packing: where the codes lie.
+        messages: of the two graph layers.
+    """
+
+    packing: Packing
+    messages: tuple[Messages, Messages]
+
+
 class CausalMed(nn.Module):
     """CausalMed over batches of patients.
 
@@ -77,11 +90,19 @@ class CausalMed(nn.Module):
         self.grus = ParallelGRU(3, d)
         self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def prepare(self, batch: Batch) -> Prepared:
+        """Works out, on the host, what of a batch has a shape that depends on its content."""
+        host = batch.to("cpu")
+        # In evaluation an answer's last bits must not depend on the other patients.
+        packing = pack(host, self.sizes, first_visit_slot=False, distinct=self.training)
+        return Prepared(packing, self.heterogeneous.prepare(host, packing))
+
+    def forward(self, batch: Batch, prepared: Prepared | None = None) -> torch.Tensor:
         """Gives logits for every visit from the visits before it and its known codes.
 
         Args:
             batch: B patients, at most T visits each.
+            prepared: of this batch, on its device; None: it is prepared here.
 
         Returns:
             float32 (B, T, N_m), y^ of docs/models.md 2.4; 0 after a patient's last visit.
@@ -90,28 +111,27 @@ class CausalMed(nn.Module):
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
         """
         require_sizes(batch, self.sizes)
-        packing = pack(batch, self.sizes, first_visit_slot=False)
-        visits = self.encode_visits(batch, packing)
+        if prepared is None:
+            prepared = moved(self.prepare(batch), batch.counts.device)
+        packing = prepared.packing
+        visits = self.encode_visits(batch, prepared)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both.
         patient = torch.relu(self.grus(visits, packing.steps).flatten(1))
         if self.options.duplicate_state:
             patient = torch.cat([patient, patient], 1)
         return batch.pad(self.head(patient))
 
-    def encode_visits(self, batch: Batch, packing: Packing) -> torch.Tensor:
+    def encode_visits(self, batch: Batch, prepared: Prepared) -> torch.Tensor:
         """Both branches and their fusion: z, float32 (V, 3, d)."""
-        num_codes = len(packing.ids)
-        every = torch.arange(num_codes, device=packing.ids.device)
-        look_up = SparseMap.of(every, packing.ids, num_codes, len(self.embedding))
-        looked_up = look_up(self.embedding)
+        packing = prepared.packing
+        looked_up = packing.of_codes(self.embedding.index_select(0, packing.distinct))
         embedded = related = self.dropout(looked_up)
         if not self.options.dropout_shared:
             is_medication = (packing.modality == 2)[:, None]
             related = torch.where(is_medication, self.dropout(looked_up), embedded)
-        to_visits = SparseMap.of(packing.group, every, 3 * packing.num_visits, num_codes)
-        masked = to_visits(self.class_mask(embedded, packing.modality, packing.classes))
+        masked = packing.to_groups(self.class_mask(embedded, packing.modality, packing.classes))
         homogeneous = masked.view(packing.num_visits, 3, -1)
-        heterogeneous = self.heterogeneous(related, batch, packing, to_visits)
+        heterogeneous = self.heterogeneous(related, batch, packing, prepared.messages)
         fusion = self.fusion[..., None]
         z: torch.Tensor = fusion[:, 0] * homogeneous + fusion[:, 1] * heterogeneous
         return z

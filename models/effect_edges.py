@@ -47,8 +47,6 @@ class EffectRelations(nn.Module):
             later visit is 0: virtual edges from all medications, from the first, or none.
     """
 
-    table: torch.Tensor
-
     def __init__(
         self,
         inputs: ModelInputs,
@@ -64,7 +62,7 @@ class EffectRelations(nn.Module):
         first = np.repeat([0, self.per_modality], inputs.sizes[:2]).astype(np.int16)
         table = np.where(table > 0, table + first[:, None], _SMALL)
         table[inputs.effects == 0] = _ZERO
-        self.register_buffer("table", torch.from_numpy(table.astype(np.int16)), persistent=False)
+        self.table = torch.from_numpy(table.astype(np.int16))  # edges are found on the host
 
     @property
     def number(self) -> int:
@@ -72,7 +70,10 @@ class EffectRelations(nn.Module):
         return 2 * self.per_modality
 
     def forward(self, batch: Batch, packing: Packing) -> EffectEdges:
-        """Finds the edges of a batch, but for those of first visits (which send nothing)."""
+        """Finds the edges of a batch, but for those of first visits (which send nothing).
+
+        Both batch and packing are on the host.
+        """
         source, target, is_first_medication = _pairs(batch, packing)
         row, column = packing.ids[target], packing.ids[source] - sum(self.sizes[:2])
         relation = self.table[row, column].long()

@@ -242,8 +242,8 @@ class Demographics(nn.Module):
 
     def forward(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
         """Gives (V, G, d)."""
-        found = [torch.empty(batch.num_visits, 0, self.dimension, dtype=dtype)]
-        found[0] = found[0].to(batch.sex.device)
+        device = batch.sex.device
+        found = [torch.empty(batch.num_visits, 0, self.dimension, dtype=dtype, device=device)]
         if self.sex is not None:
             patient = batch.slots // batch.num_steps
             found.append(self.dropout(self.sex[batch.sex[patient]])[:, None])

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from models.packing import Packing, Window
+from models.precision import product_type
 
 NORM_EPS = 1e-5
 
@@ -27,9 +28,11 @@ def convolve(
         window: of the Q positions.
 
     Returns:
-        (Q, C_out).
+        (Q, C_out), in the type of products (`precision.py`).
     """
     out_channels, in_channels, kernel = weight.shape
+    kind = product_type(features)
+    features, weight, bias = features.to(kind), weight.to(kind), bias.to(kind)
     # Whichever has fewer channels is the side on which the seven offsets are laid out.
     if out_channels <= in_channels:
         matrix = weight.permute(1, 2, 0).reshape(in_channels, kernel * out_channels)
@@ -49,8 +52,10 @@ def normalise(features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor)
         starts: int64 (V,), the first row of each visit.
 
     Returns:
-        (R, C); 0 where a visit has a single row.
+        (R, C), at least float32; 0 where a visit has a single row.
     """
+    if features.dtype.itemsize < torch.float32.itemsize:
+        features = features.float()
     out: torch.Tensor = _Normalise.apply(features, visit, starts)  # type: ignore[no-untyped-call]
     return out
 

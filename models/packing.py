@@ -140,7 +140,8 @@ def pack(
     """Finds the places of a batch's codes; reads codes only where `counts` says they exist.
 
     Args:
-        batch: V visits. If it is on another device than the CPU, this waits for the device.
+        batch: V visits. If it is on another device than the CPU, this waits for the device; the
+            packing is on the CPU.
         sizes: (N_d, N_p, N_m).
         first_visit_slot: whether a first visit has a medication slot, its zero vector.
         window: whether the positions' neighbours are wanted.
@@ -178,14 +179,13 @@ def pack(
         "lengths": lengths,
         "starts": starts,
     }
-    device = batch.counts.device
     every, of_groups = np.arange(len(ids)), _starts(counts.reshape(-1))
     return Packing(
-        **_tensors(found, device),
-        **_look_up(ids, visit, _starts(counts.sum(1)), distinct, device),
-        to_groups=SparseMap(_rows(every, of_groups, device), _rows(group, every, device)),
-        steps=_steps(host, device),
-        window=_window(lengths, device) if window else None,
+        **_tensors(found),
+        **_look_up(ids, visit, _starts(counts.sum(1)), distinct),
+        to_groups=SparseMap(_rows(every, of_groups), _rows(group, every)),
+        steps=_steps(host),
+        window=_window(lengths) if window else None,
     )
 
 
@@ -200,12 +200,12 @@ def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return ends - counts
 
 
-def _tensors(arrays: Mapping[str, NDArray[np.int64]], device: torch.device) -> dict[str, Any]:
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+def _tensors(arrays: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _rows(index: NDArray[np.int64], starts: NDArray[np.int64], device: torch.device) -> Rows:
-    return Rows(torch.from_numpy(index).to(device), torch.from_numpy(starts).to(device), None)
+def _rows(index: NDArray[np.int64], starts: NDArray[np.int64]) -> Rows:
+    return Rows(torch.from_numpy(index), torch.from_numpy(starts), None)
 
 
 def _look_up(
@@ -213,13 +213,12 @@ def _look_up(
     visit: NDArray[np.int64],
     starts: NDArray[np.int64],
     distinct: bool,
-    device: torch.device,
 ) -> dict[str, Any]:
     """`distinct`, `spread` and `to_visits` of a Packing; `starts` (V,) the visits' first codes."""
     every = np.arange(len(ids))
     if not distinct:
-        to_visits = SparseMap(_rows(every, starts, device), _rows(visit, every, device))
-        kept = torch.from_numpy(ids).to(device)
+        to_visits = SparseMap(_rows(every, starts), _rows(visit, every))
+        kept = torch.from_numpy(ids)
         return {"distinct": kept, "spread": None, "to_visits": to_visits}
     order = np.argsort(ids, kind="stable")
     ascending = ids[order]
@@ -228,13 +227,13 @@ def _look_up(
     row = np.empty_like(order)
     row[order] = np.cumsum(begins) - 1
     return {
-        "distinct": torch.from_numpy(ascending[first]).to(device),
-        "spread": SparseMap(_rows(row, every, device), _rows(order, first, device)),
-        "to_visits": SparseMap(_rows(row, starts, device), _rows(visit[order], first, device)),
+        "distinct": torch.from_numpy(ascending[first]),
+        "spread": SparseMap(_rows(row, every), _rows(order, first)),
+        "to_visits": SparseMap(_rows(row, starts), _rows(visit[order], first)),
     }
 
 
-def _steps(host: Batch, device: torch.device) -> Steps:
+def _steps(host: Batch) -> Steps:
     lengths, slots = host.lengths.numpy(), host.slots.numpy()
     rank = np.empty(len(lengths), np.int64)
     rank[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
@@ -247,10 +246,10 @@ def _steps(host: Batch, device: torch.device) -> Steps:
     # The same patient lies as far into the step before as into its own.
     previous = np.arange(sizes[0], len(place)) - np.repeat(sizes[:-1], sizes[1:])
     found = {"order": order, "place": place, "previous": previous}
-    return Steps(**_tensors(found, device), sizes=tuple(sizes.tolist()))
+    return Steps(**_tensors(found), sizes=tuple(sizes.tolist()))
 
 
-def _window(lengths: NDArray[np.int64], device: torch.device) -> Window:
+def _window(lengths: NDArray[np.int64]) -> Window:
     visit, place = _ranges(lengths)
     number = len(visit)
     position, offset = np.arange(number)[:, None], np.arange(KERNEL)
@@ -270,7 +269,7 @@ def _window(lengths: NDArray[np.int64], device: torch.device) -> Window:
         "to_sum_back": opposite_rows - KERNEL * (opposite_rows % KERNEL - PADDING),
         "to_sum_back_starts": _starts(own[:, 0]),
     }
-    return Window(**_tensors(found, device))
+    return Window(**_tensors(found))
 
 
 def sum_groups(rows: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from models.packing import Steps
+from models.precision import without_autocast
 
 
 class ParallelGRU(nn.Module):
@@ -48,7 +49,7 @@ class ParallelGRU(nn.Module):
         Returns:
             float32 (V, K, d), the output of each GRU at each visit.
         """
-        with torch.autocast(visits.device.type, enabled=False):  # many small steps: float32
+        with without_autocast(visits):  # many small steps: nothing to win
             weight, bias = self.weight_ih.transpose(1, 2), self.bias_ih[:, None]
             by_step = visits.to(weight.dtype).index_select(0, steps.order).transpose(0, 1)
             inputs = torch.baddbmm(bias, by_step, weight)

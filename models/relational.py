@@ -6,6 +6,7 @@ receive, and what leaves the branch are sums over a visit's codes. The second la
 those sums are taken before its products: a row a visit instead of a row a code.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -20,6 +21,63 @@ from models.sparse_map import SparseMap
 
 #: Rows of one matrix product of a relation.
 BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Messages:
+    """How rows become messages to T targets; found on the host.
+
+    Rows that share a relation and a target are added up before the product with the relation's
+    matrix, so that only what has edges is multiplied, and the products are taken in blocks of a
+    fixed number of rows: in a product of another height a row has other last bits, and serving
+    relies on a patient's bits not depending on the others' edges.
+
+    Attributes:
+        to_blocks: adds up share * rows of an edge's relation and target; each relation's sums
+            begin a block, and what is left of its last block stays 0.
+        num_blocks: of each relation.
+        to_targets: adds up the products of each target.
+    """
+
+    to_blocks: SparseMap
+    num_blocks: tuple[int, ...]
+    to_targets: SparseMap
+
+    @classmethod
+    def of(
+        cls,
+        edges: EffectEdges,
+        share: torch.Tensor,
+        target: torch.Tensor,
+        num_targets: int,
+        num_sources: int,
+        num_relations: int,
+    ) -> "Messages":
+        """Finds them.
+
+        Args:
+            edges: E edges, sorted by relation and then by `target`.
+            share: (E,), factor of each edge's row, in the rows' type.
+            target: int64 (E,).
+            num_targets: T.
+            num_sources: N.
+            num_relations: R.
+        """
+        group, size = _groups(edges.relation * num_targets + target)
+        last = size.cumsum(0) - 1
+        relation, goal = edges.relation[last], target[last]
+        sizes = torch.bincount(relation, minlength=num_relations)
+        blocks = (sizes + BLOCK - 1) // BLOCK
+        skipped = (blocks * BLOCK - sizes).cumsum(0) - (blocks * BLOCK - sizes)
+        place = torch.arange(len(last)) + skipped[relation]
+        num_blocks = tuple(blocks.tolist())
+        height = BLOCK * sum(num_blocks)
+        order = goal.argsort(stable=True)
+        return cls(
+            SparseMap.of(place[group], edges.source, height, num_sources, share),
+            num_blocks,
+            SparseMap.of(goal[order], place[order], num_targets, height),
+        )
 
 
 class RelationalLayer(nn.Module):
@@ -43,46 +101,19 @@ class RelationalLayer(nn.Module):
         """What nodes (N, d) keep of themselves: x W_root + bias."""
         return torch.addmm(self.bias, rows, self.root)
 
-    def messages(
-        self,
-        rows: torch.Tensor,
-        edges: EffectEdges,
-        share: torch.Tensor,
-        target: torch.Tensor,
-        num_targets: int,
-    ) -> torch.Tensor:
+    def messages(self, rows: torch.Tensor, messages: Messages) -> torch.Tensor:
         """Adds up share * rows[source] W_relation over the edges that lead to each target.
-
-        Rows that share a relation and a target are added up before the product, so that only what
-        has edges is multiplied, and the products are taken in blocks of a fixed number of rows: in
-        a product of another height a row has other last bits, and serving relies on a patient's
-        bits not depending on the others' edges.
 
         Args:
             rows: (N, d).
-            edges: E edges, sorted by relation and then by `target`.
-            share: (E,).
-            target: int64 (E,).
-            num_targets: T.
+            messages: of the layer's edges.
 
         Returns:
             (T, d).
         """
-        group, size = _groups(edges.relation * num_targets + target)
-        last = size.cumsum(0) - 1
-        relation = edges.relation[last]
-        # Each relation's sums begin a block; what is left of its last block stays 0.
-        sizes = torch.bincount(relation, minlength=len(self.weight))
-        blocks = (sizes + BLOCK - 1) // BLOCK
-        skipped = (blocks * BLOCK - sizes).cumsum(0) - (blocks * BLOCK - sizes)
-        place = torch.arange(len(last), device=last.device) + skipped[relation]
-        num_blocks: list[int] = blocks.tolist()
-        height = BLOCK * sum(num_blocks)
-        sums = SparseMap.of(place[group], edges.source, height, len(rows), share)(rows)
-        projected = _ByRelation.apply(sums, self.weight, num_blocks)  # type: ignore[no-untyped-call]
-        goal = target[last]
-        order = goal.argsort(stable=True)
-        return SparseMap.of(goal[order], place[order], num_targets, height)(projected)
+        sums = messages.to_blocks(rows)
+        projected = _ByRelation.apply(sums, self.weight, messages.num_blocks)  # type: ignore[no-untyped-call]
+        return messages.to_targets(projected)
 
 
 class HeterogeneousBranch(nn.Module):
@@ -102,8 +133,24 @@ class HeterogeneousBranch(nn.Module):
         self.first = RelationalLayer(relations.number, dimension)
         self.second = RelationalLayer(relations.number, dimension)
 
+    def prepare(self, batch: Batch, packing: Packing) -> tuple[Messages, Messages]:
+        """Finds the messages of both layers for a batch and its packing, all on the host."""
+        edges, num_codes = self.relations(batch, packing), len(packing.ids)
+        # The medications that reach a code by a relation lie together; each has its share.
+        group, size = _groups(edges.relation * num_codes + edges.target)
+        share = size.to(self.first.root.dtype).reciprocal()[group]
+        number, goal = self.relations.number, packing.group[edges.target]
+        return (
+            Messages.of(edges, share, edges.target, num_codes, num_codes, number),
+            Messages.of(edges, share, goal, 3 * packing.num_visits, num_codes, number),
+        )
+
     def forward(
-        self, embedded: torch.Tensor, batch: Batch, packing: Packing, to_visits: SparseMap
+        self,
+        embedded: torch.Tensor,
+        batch: Batch,
+        packing: Packing,
+        layers: tuple[Messages, Messages],
     ) -> torch.Tensor:
         """Gives the sums of u over the codes of each visit and modality.
 
@@ -111,22 +158,17 @@ class HeterogeneousBranch(nn.Module):
             embedded: (N, d), the packed codes' embeddings.
             batch: B patients.
             packing: of the batch.
-            to_visits: adds up packed codes by visit and modality.
+            layers: of `prepare`.
 
         Returns:
             (V, 3, d).
         """
-        edges = self.relations(batch, packing)
-        # The medications that reach a code by a relation lie together; each has its share.
-        group, size = _groups(edges.relation * len(embedded) + edges.target)
-        share = size.to(embedded.dtype).reciprocal()[group]
-        received = self.first.messages(embedded, edges, share, edges.target, len(embedded))
-        hidden = torch.relu(self.first.own(embedded) + received)
+        received = self.first.messages(embedded, layers[0])
+        own = torch.addmm(self.first.bias, embedded, self.first.root)
+        hidden = torch.relu(own + received)
 
-        num_groups, goal = 3 * packing.num_visits, packing.group[edges.target]
-        sums = to_visits(hidden).view(packing.num_visits, 3, -1)
-        messages = self.second.messages(hidden, edges, share, goal, num_groups).view_as(sums)
-        counts = batch.counts
+        sums = packing.to_groups(hidden).view(packing.num_visits, 3, -1)
+        messages, counts = self.second.messages(hidden, layers[1]).view_as(sums), batch.counts
         if self.first_visit_slot:
             sums, messages, counts = self._add_slots(sums, messages, batch)
         return sums @ self.second.root + counts[..., None] * self.second.bias + messages
@@ -162,12 +204,12 @@ class _ByRelation(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, num_blocks: list[int]
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, num_blocks: tuple[int, ...]
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.sizes = [BLOCK * number for number in num_blocks]
         out = torch.empty_like(rows)
-        parts = (torch.split(t.view(-1, BLOCK, t.shape[1]), num_blocks) for t in (out, rows))
+        parts = (torch.split(t.view(-1, BLOCK, t.shape[1]), list(num_blocks)) for t in (out, rows))
         for part, given, matrix in zip(*parts, weight, strict=True):
             if len(given):
                 torch.bmm(given, matrix.expand(len(given), -1, -1), out=part)

@@ -82,11 +82,8 @@ def _grid(**choices: tuple[Any, ...]) -> tuple[Changes, ...]:
     return tuple(found)
 
 
-#: Learning rates and dropout that the models without a direct path may choose among.
-_SEARCH = (
-    *_grid(train__learning_rate=(0.005,), model__dropout=(0.7, 0.3, 0.1)),
-    *_grid(train__learning_rate=(0.002,), model__dropout=(0.3,)),
-)
+#: Dropout that the published forms may choose among.
+_SEARCH = _grid(model__dropout=(0.7, 0.3, 0.1))
 _STRENGTHS = _grid(learner__strength=(0.2, 0.5, 1.0, 2.0, 3.0, 5.0))
 _PUBLISHED: Changes = (("model.direct", "none"),)
 #: Tried with the least of models, whose epochs take a third of the time.

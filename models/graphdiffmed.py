@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from cafemed.batches import Batch, ModelInputs
-from cafemed.cohort import SEXES
 from cafemed.config import Range
 from cafemed.errors import ConfigError
 from cafemed.stepping import moved
+from models.demographics import Demographics
 from models.differential import InterVisitAttention, IntraVisitAttention, VisitPairs
 from models.direct import DirectPath
 from models.dropout import FastDropout
-from models.embeddings import EMBEDDING_BOUND, embedding_table, require_sizes
+from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
 from models.laboratory import LaboratoryEncoder
 from models.molecules import MoleculeBranch
@@ -199,9 +199,8 @@ class GraphDiffMed(nn.Module):
 
         Ordered pairs, a medication with itself included; 0 where one of the visits knows none.
         """
-        number_before = sum(self.sizes[:2])
-        # Columns of diagnoses and procedures would be of no use: they share the one before.
-        column = (packing.ids - number_before + 1).clamp(min=0)
+        # Diagnoses and procedures fall into one column more, the first, which is cut off.
+        column = (packing.ids - sum(self.sizes[:2]) + 1).clamp(min=0)
         given = self.ddi.new_zeros(packing.num_visits, self.sizes[2] + 1)
         given[packing.visit, column] = 1
         given = given[:, 1:]
@@ -209,48 +208,6 @@ class GraphDiffMed(nn.Module):
         number = given.sum(1)
         found = (interacting[pairs.later] * given[pairs.earlier]).sum(1)
         return found / (number[pairs.later] * number[pairs.earlier]).clamp(min=1)
-
-
-class Demographics(nn.Module):
-    """Vectors of the patient at each visit: sex ("G"), sex and age ("GY"), or none.
-
-    A patient of unknown sex has a row of its own, which starts at 0; an unknown age counts as the
-    mean of the training patients.
-
-    Args:
-        modalities: see GraphDiffMedOptions.
-        dimension: d.
-        dropout: the model's, on what is looked up.
-    """
-
-    def __init__(self, modalities: str, dimension: int, dropout: FastDropout) -> None:
-        super().__init__()
-        self.dimension, self.dropout = dimension, dropout
-        self.sex, self.age = None, None
-        if "G" in modalities:
-            self.sex = embedding_table(len(SEXES), dimension)
-            with torch.no_grad():
-                self.sex[SEXES.index("unknown")] = 0
-        if "Y" in modalities:
-            self.age = nn.Linear(1, dimension)
-            nn.init.uniform_(self.age.weight, -EMBEDDING_BOUND, EMBEDDING_BOUND)
-
-    @property
-    def number(self) -> int:
-        """Vectors a visit, G."""
-        return (self.sex is not None) + (self.age is not None)
-
-    def forward(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
-        """Gives (V, G, d)."""
-        device = batch.sex.device
-        found = [torch.empty(batch.num_visits, 0, self.dimension, dtype=dtype, device=device)]
-        if self.sex is not None:
-            patient = batch.slots // batch.num_steps
-            found.append(self.dropout(self.sex[batch.sex[patient]])[:, None])
-        if self.age is not None:
-            age = torch.where(torch.isnan(batch.age), 0.0, batch.age).to(dtype)
-            found.append(self.dropout(self.age(age[:, None]))[:, None])
-        return torch.cat(found, 1)
 
 
 def _laboratory_encoder(

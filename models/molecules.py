@@ -117,10 +117,12 @@ class MoleculeBranch(nn.Module):
         return torch.where(is_code, pass_on(self.second, hidden, molecules), embedded)
 
     def _is_alone(self, packing: Packing) -> torch.Tensor:
-        """Whether no code of the same visit and modality is relevant to any molecule, (N,)."""
-        is_code = packing.modality < 2
-        relevant = self.relevant[torch.where(is_code, packing.ids, 0)] & is_code
-        number = torch.zeros(3 * packing.num_visits, device=is_code.device)
+        """Whether no code of the same visit and modality is relevant to any molecule, (N,).
+
+        Arbitrary for medications.
+        """
+        relevant = self.relevant[torch.where(packing.modality < 2, packing.ids, 0)]
+        number = torch.zeros(3 * packing.num_visits, device=relevant.device)
         return number.index_add(0, packing.group, relevant.float())[packing.group] == 0
 
 

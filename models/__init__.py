@@ -14,7 +14,7 @@ from torch import nn
 
 from cafemed import config
 from cafemed.batches import ModelInputs
-from cafemed.errors import ConfigError
+from cafemed.errors import ArtifactError, ConfigError
 
 # name → (module, model class, options class). Modules are imported when asked for, so that one
 # model's dependencies do not become everyone's.
@@ -44,13 +44,30 @@ def build(
     Raises:
         ConfigError: if the name or an option is unknown, or a value is out of range or does not
             go with another.
+        ArtifactError: if effects, interactions or molecules are not of the vocabularies' sizes.
     """
     module, model_class, options_class = _entry(name)
+    _require_shapes(inputs)
     checked = config.from_mapping(getattr(module, options_class), options or {}, "model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: nn.Module = getattr(module, model_class)(inputs, checked)
     return model
+
+
+def _require_shapes(inputs: ModelInputs) -> None:
+    diagnoses, procedures, medications = inputs.sizes
+    expected = {"effects": (diagnoses + procedures, medications), "ddi": (medications, medications)}
+    for what, shape in expected.items():
+        if (got := getattr(inputs, what).shape) != shape:
+            raise ArtifactError(
+                f"{what}: expected shape {shape} for vocabularies of {inputs.sizes} diagnoses, "
+                f"procedures and medications, got {got}"
+            )
+    if inputs.molecules is not None and len(inputs.molecules) != medications:
+        raise ArtifactError(
+            f"molecules: expected {medications} rows, one a medication, got {len(inputs.molecules)}"
+        )
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from cafemed.batches import Batch
+from cafemed.codes import KINDS
+from cafemed.errors import ArtifactError
 from models.sparse_map import Rows, SparseMap
 
 #: Kernel width of equations (10) and (11), and the padding on each side.
@@ -147,6 +149,9 @@ def pack(
         window: whether the positions' neighbours are wanted.
         distinct: whether codes that several visits share are to be computed once. Which they are
             depends on the other patients of the batch, and with it a result's last bits.
+
+    Raises:
+        ArtifactError: if a code lies outside its vocabulary.
     """
     host = batch.to("cpu")
     counts, codes, classes = (x.numpy() for x in (host.counts, host.codes, host.classes))
@@ -164,7 +169,9 @@ def pack(
         slot_visit = slot_group // 3
         slot_cell = (starts[slot_visit] + slot_place) * 3 + slot_group - 3 * slot_visit
     where = group * codes.shape[2] + place
-    ids = codes.reshape(-1)[where] + np.cumsum([0, *sizes[:2]])[modality]
+    ids = codes.reshape(-1)[where]
+    _require_inside(ids, modality, sizes)
+    ids += np.cumsum([0, *sizes[:2]])[modality]
     found = {
         "ids": ids,
         "modality": modality,
@@ -187,6 +194,19 @@ def pack(
         steps=_steps(host),
         window=_window(lengths) if window else None,
     )
+
+
+def _require_inside(
+    ids: NDArray[np.int64], modality: NDArray[np.int64], sizes: tuple[int, int, int]
+) -> None:
+    """Refuses a code beyond its vocabulary, which would be another one's of the one table."""
+    bad = np.flatnonzero((ids < 0) | (ids >= np.asarray(sizes)[modality]))
+    if len(bad):
+        k = int(modality[bad[0]])
+        raise ArtifactError(
+            f"{KINDS[k]} codes of a batch: expected indices in 0 .. {sizes[k] - 1}, the "
+            f"vocabulary's, got {ids[bad[0]]}"
+        )
 
 
 def _ranges(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -106,6 +106,15 @@ def test_every_setting_matters(run, change):
     assert not same(run(epochs=1).weights, run(epochs=1, **change).weights)
 
 
+def test_bfloat16_training_is_close_to_float32(run):
+    """Other bits, weights and their moments in float32, about the same loss at the end."""
+    plain, reduced = run(), run(precision="bfloat16")
+    assert not same(plain.weights, reduced.weights)
+    assert all(weight.dtype == torch.float32 for weight in reduced.weights.values())
+    first, last = (result.history[-1].losses["loss"] for result in (plain, reduced))
+    assert abs(first - last) < 0.01 * first
+
+
 def test_the_metrics_are_at_the_threshold(run):
     low, high = (run(epochs=1, threshold=t, ddi_target=1.0) for t in (0.05, 0.95))
     assert low.metrics.num_medications > 5

@@ -10,7 +10,9 @@ import torch
 import yaml
 
 import models
-from cafemed.errors import ConfigError
+from cafemed.batches import collate
+from cafemed.codes import KINDS
+from cafemed.errors import ArtifactError, ConfigError
 from cafemed.paths import CONF_DIR, PROJECT_DIR
 from models.cafemed import CafeMedOptions
 
@@ -106,3 +108,46 @@ def test_importing_models_imports_no_model():
     assert (
         subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, check=False).returncode == 0
     )
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize(
+    ("kind", "size"), [("diagnosis", 23), ("procedure", 17), ("medication", 11)]
+)
+def test_a_code_beyond_its_vocabulary_is_refused(name, kind, size, world):
+    """The models' one table would have another vocabulary's code there."""
+    model = models.build(name, world.inputs, {"dimension": 8})
+    batch = collate(world.arrays, np.array([1]))
+    modality = KINDS.index(kind)
+    visit = int(batch.counts[:, modality].argmax())
+    codes = batch.codes.clone()
+    codes[visit, modality, 0] = size
+    with pytest.raises(ArtifactError) as caught:
+        model(dataclasses.replace(batch, codes=codes))
+    assert str(caught.value) == (
+        f"{kind} codes of a batch: expected indices in 0 .. {size - 1}, the vocabulary's, "
+        f"got {size}"
+    )
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_a_batch_of_other_vocabularies_is_refused(name, world):
+    model = models.build(name, world.inputs, {"dimension": 8})
+    batch = collate(dataclasses.replace(world.arrays, sizes=(24, 16, 11)), np.array([0]))
+    with pytest.raises(ArtifactError, match=r"built for .*\(23, 17, 11\).* have \(24, 16, 11\)"):
+        model(batch)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"effects": np.zeros((39, 11), np.float32)}, r"effects: expected shape \(40, 11\)"),
+        ({"effects": np.zeros((40, 12), np.float32)}, r"effects: .* got \(40, 12\)"),
+        ({"ddi": np.zeros((11, 10), np.bool_)}, r"ddi: expected shape \(11, 11\)"),
+        ({"molecules": np.zeros((12, 3), np.bool_)}, "molecules: expected 11 rows"),
+    ],
+)
+def test_inputs_of_other_vocabularies_are_refused(name, change, message, world):
+    with pytest.raises(ArtifactError, match=message):
+        models.build(name, dataclasses.replace(world.inputs, **change))

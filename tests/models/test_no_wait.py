@@ -19,6 +19,7 @@ import models
 from cafemed import losses
 from cafemed.batches import collate
 from cafemed.stepping import Ready, make_ready, moved, run_model
+from models.dropout import FastDropout
 
 META = torch.device("meta")
 
@@ -150,7 +151,10 @@ def test_a_prepared_batch_gives_the_same_logits(name, world):
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_bfloat16_is_close_and_its_gradients_are_float32(name, world):
-    plain = models.build(name, world.inputs, {"dimension": 16, "dropout": 0.0}).train()
+    plain = models.build(name, world.inputs, {"dimension": 16}).train()
+    for module in plain.modules():
+        if isinstance(module, FastDropout):
+            module.dropped_levels = 0
     found = []
     for precision in ("float32", "bfloat16"):
         model = copy.deepcopy(plain)
@@ -161,6 +165,6 @@ def test_bfloat16_is_close_and_its_gradients_are_float32(name, world):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
         found.append((logits.detach(), torch.cat([g.flatten() for g in gradients])))
-    for one, other, tolerance in zip(*found, (0.02, 0.1), strict=True):
+    for one, other, tolerance in zip(*found, (0.02, 0.05), strict=True):
         assert not torch.equal(one, other)
         assert (one - other).norm() < tolerance * one.norm()

@@ -88,7 +88,7 @@ def measure(case: Case, folder: Path, seed: int, effort: Effort) -> dict[str, fl
         model = models.build(case.model, inputs, dict(case.options), seed)
         stepper = Stepper(model, inputs.ddi, config, _CPU)
         if case.batch == 0:
-            found = _one_visit(stepper, arrays, shape.train, effort)
+            found = _one_visit(stepper, arrays, shape, effort)
         else:
             found = _epochs(stepper, arrays, shape.train, effort)
             found |= _inference(model, arrays, shape.test, effort)
@@ -128,10 +128,10 @@ def _epochs(
 
 
 def _one_visit(
-    stepper: Stepper, arrays: VisitArrays, patients: NDArray[np.int64], effort: Effort
+    stepper: Stepper, arrays: VisitArrays, shape: data.Shape, effort: Effort
 ) -> dict[str, float]:
     """A step a visit with the visits before it, as the published loop does, and its prediction."""
-    last = int(arrays.patient_offsets[patients[-1] + 1])  # training patients come first
+    (_, last), (_, test_visits), _ = shape.splits  # training patients come first
     rng = np.random.default_rng(stepper.config.seed)
     number = min(effort.one_visits, last)
     chosen = data.prefixes(arrays, np.sort(rng.choice(last, number, replace=False)))
@@ -156,12 +156,12 @@ def _one_visit(
     train(0, min(10, number))
     wall_s, cpu_s = timed(lambda: train(0, number))
     inference_s, inference_cpu_s = timed(predict)
-    test_visits = int(arrays.num_visits - last) / number / 2
+    test_share = number / test_visits
     return {
         "epoch_s": wall_s * last / number,
         "epoch_cpu_s": cpu_s * last / number,
-        "inference_s": inference_s * test_visits,
-        "inference_cpu_s": inference_cpu_s * test_visits,
+        "inference_s": inference_s / test_share,
+        "inference_cpu_s": inference_cpu_s / test_share,
         "ms_a_visit": 1e3 * cpu_s / number,
         "share_of_epoch": number / last,
     }
@@ -190,7 +190,7 @@ def gigaflops(
     visits = np.concatenate([np.arange(*arrays.patient_offsets[p : p + 2]) for p in patients])
     if (case.model == "cafemed" and not case.options) or case.options == (("direct", "none"),):
         positions = int(np.maximum(arrays.counts[visits].max(1), 1).sum())
-        codes = int(arrays.counts[visits].sum())
+        codes = distinct_codes(arrays, patients, case.batch)
         return cafemed_flop(len(visits), positions, codes, arrays.sizes[2]) / 1e9
     some = patients[: 8 * stepper.config.batch_size]
     with FlopCounterMode(display=False) as counter:
@@ -205,7 +205,7 @@ def cafemed_flop(visits: int, positions: int, codes: int, medications: int, d: i
     Args:
         visits: V.
         positions: of CHARM's maps, sum of max(1, n_0, n_1, n_2).
-        codes: N, for the causal weight generator.
+        codes: of `distinct_codes`, for the causal weight generator.
         medications: N_m.
         d: dimension.
     """
@@ -220,6 +220,18 @@ def cafemed_flop(visits: int, positions: int, codes: int, medications: int, d: i
     forward = positions * (attention + convolutions) + codes * generator
     forward += visits * (grus + head + gate)
     return 2 * (3 * forward + visits * (interactions + medications**2))
+
+
+def distinct_codes(arrays: VisitArrays, patients: NDArray[np.int64], batch: int) -> int:
+    """Codes of each batch, each counted once, added up over batches of patients as they stand."""
+    found = 0
+    first = np.cumsum([0, *arrays.sizes[:2]])[:, None]
+    for i in range(0, len(patients), batch):
+        last = patients[min(i + batch, len(patients)) - 1]
+        visits = slice(*arrays.patient_offsets[[patients[i], last + 1]])
+        exists = np.arange(arrays.codes.shape[2]) < arrays.counts[visits][:, :, None]
+        found += len(np.unique((arrays.codes[visits] + first)[exists]))
+    return found
 
 
 def product_rate() -> float:

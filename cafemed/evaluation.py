@@ -10,6 +10,7 @@ from torch import nn
 from cafemed import metrics
 from cafemed.batches import Batch, VisitArrays, collate
 from cafemed.metrics import Bootstrap, Metrics
+from cafemed.stepping import make_ready, run_model
 
 #: Patients a batch where there are no gradients; larger ones gained nothing on a CPU.
 BATCH_SIZE = 128
@@ -20,16 +21,18 @@ class EvaluationSet:
     """Patients collated once, to be predicted as often as needed. V visits of P patients.
 
     Attributes:
-        batches: patients of similar numbers of visits together, which saves padding.
+        batches: patients of similar numbers of visits together, which saves padding; on the host.
         rows: int64 (V,); prediction i of the batches, one after another, is visit `rows[i]` here.
         targets: bool (V, N_m), patient by patient in the order given.
         patient_offsets: int64 (P + 1,) into these visits.
+        device: where the model is.
     """
 
     batches: tuple[Batch, ...]
     rows: NDArray[np.int64]
     targets: NDArray[np.bool_]
     patient_offsets: NDArray[np.int64]
+    device: torch.device
 
     @classmethod
     def of(
@@ -39,16 +42,17 @@ class EvaluationSet:
         batch_size: int = BATCH_SIZE,
         device: torch.device | str = "cpu",
     ) -> "EvaluationSet":
-        """Collates these patients (at least one) and moves them to the device."""
+        """Collates these patients (at least one) for a model on the device."""
         counts = np.diff(arrays.patient_offsets)[patients]
         offsets = np.concatenate([[0], np.cumsum(counts)])
         order = np.argsort(counts, kind="stable")
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         return cls(
-            batches=tuple(collate(arrays, patients[chunk]).to(device) for chunk in chunks),
+            batches=tuple(collate(arrays, patients[chunk]) for chunk in chunks),
             rows=_ranges(offsets[order], counts[order]),
             targets=arrays.targets[_ranges(arrays.patient_offsets[patients], counts)],
             patient_offsets=offsets,
+            device=torch.device(device),
         )
 
     def predict(self, model: nn.Module) -> NDArray[np.float32]:
@@ -61,11 +65,12 @@ class EvaluationSet:
         model.eval()
         try:
             with torch.inference_mode():
-                parts = [b.flatten(model(b)).cpu().numpy() for b in self.batches]
+                ready = (make_ready(model, batch, self.device) for batch in self.batches)
+                found = torch.cat([run_model(model, one) for one in ready]).cpu()
         finally:
             model.train(was_training)
         logits = np.empty(self.targets.shape, np.float32)
-        logits[self.rows] = np.concatenate(parts)
+        logits[self.rows] = found.numpy()
         return logits
 
 

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+import models
 from cafemed import artifacts, cohort, config, graphs, paths
 from cafemed.codes import node_name
 from cafemed.training import FitConfig
@@ -159,41 +161,59 @@ def test_missing_stages_are_named(root):
     assert "nothing/cohort/manifest.json: expected the manifest of a cohort" in result.stderr
 
 
+# Runs the job in its arguments, which kills itself when it cuts out a given training batch.
+KILLED = """
+import os, runpy, signal, sys
+from cafemed import stepping
+sys.argv.pop(0)
+left, collate = int(sys.argv.pop(1)), stepping.collate
+def fatal(*arguments):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return collate(*arguments)
+stepping.collate = fatal
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_after", [1, 3])
-def test_killed_and_run_again_it_ends_with_the_same_weights(root, experiment, kill_after):
-    arguments = [*TRAIN, "train.epochs=6", "train.batch_size=2", f"train.seed={kill_after}"]
+@pytest.mark.parametrize("model", models.NAMES)
+@pytest.mark.parametrize(("epochs_done", "batches_done"), [(1, 3), (3, 11)])
+def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_weights(
+    root, experiment, model, epochs_done, batches_done
+):
+    arguments = [f"model={model}", *TRAIN, "train.epochs=6", "train.batch_size=2"]
+    arguments += [f"train.seed={epochs_done}"]
     whole = run(root, "train", *arguments)
     assert whole.returncode == 0, whole.stderr
     expected = (experiment / "fit" / "model.safetensors").read_bytes()
-    history = json.loads((experiment / "fit" / "history.json").read_text())
+    patients = int(re.search(r"(\d+) training", whole.stdout)[1])
+    batches = -(-patients // 2)
+    assert batches_done < batches - 1
 
     # A forced run is killed in the middle of an epoch; the run after it is not forced.
-    with subprocess.Popen(
-        command("train", *arguments, "force=true"),
+    fatal = epochs_done * batches + batches_done + 1
+    script, *rest = command("train", *arguments, "force=true")[1:]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, script, str(fatal), *rest],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(root),
-    ) as process:
-        epochs = 0
-        for line in process.stdout:
-            epochs += line.startswith("epoch")
-            if epochs == kill_after:
-                break
-        time.sleep(0.4 * history[kill_after]["seconds"])
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+        timeout=120,
+        check=False,
+        env=environment(root) | {"PYTHONPATH": str(paths.PROJECT_DIR)},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert sum(line.startswith("epoch") for line in killed.stdout.splitlines()) == epochs_done
     # What the whole run left would make the next one skip.
-    artifact = experiment / "fit"
-    for path in artifact.iterdir():
-        path.unlink()
-    artifact.rmdir()
+    shutil.rmtree(experiment / "fit")
 
     resumed = run(root, "train", *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on from the checkpoint" in resumed.stdout
     done = sum(line.startswith("epoch") for line in resumed.stdout.splitlines())
-    assert 6 - kill_after - 1 <= done <= 6 - kill_after
+    assert done == 6 - epochs_done
     assert (experiment / "fit" / "model.safetensors").read_bytes() == expected
 
 

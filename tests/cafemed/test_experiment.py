@@ -7,6 +7,7 @@ from cafemed import artifacts, cohort, experiment, graphs
 from cafemed.codes import CodeLists
 from cafemed.cohort import Cohort
 from cafemed.errors import ArtifactError
+from cafemed.laboratory import Laboratory
 
 
 def _cohort():
@@ -24,11 +25,14 @@ def _cohort():
             "diagnosis": ("icd9:1", "icd9:2"),
             "procedure": ("icd9:3",),
             "medication": ("atc:A01A", "atc:B02B"),
+            "laboratory": ("lab:1",),
         },
         ddi=np.array([[False, True], [True, False]]),
         split=np.array([0, 1], np.int8),
         sex=np.array([1, 2], np.int8),
         age=np.array([50, 51, 60], np.float32),
+        laboratory=Laboratory(CodeLists.of([[0], [], [0]]), np.array([7.1, 7.5], np.float32)),
+        molecules={"atc:B02B": ("C", "CO")},
     )
 
 
@@ -70,6 +74,9 @@ def test_everything_of_the_earlier_stages_comes_together(tmp_path):
     assert got.arrays.classes[2, 0].tolist() == [graphs.CAUSE, graphs.EFFECT]
     np.testing.assert_array_equal(got.inputs.effects, EFFECTS.effect)
     assert got.inputs.sizes == (2, 1, 2)
+    assert got.inputs.num_laboratory_items == 1
+    assert got.inputs.molecules.tolist() == [[False, False], [True, True]]
+    assert got.arrays.laboratory_counts.tolist() == [1, 0, 1]
     assert got.sources == experiment.read_sources(tmp_path)
     assert got.sources["cohort"] == got.cohort.fingerprint
 

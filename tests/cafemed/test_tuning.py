@@ -26,6 +26,7 @@ from cafemed import (
     promotion,
     reference,
     registry,
+    scaling,
     sweep,
     sweep_plan,
     training,
@@ -95,7 +96,8 @@ def given() -> Experiment:
         ddi=ddi,
         split=np.repeat(np.array([0, 1, 2], np.int8), [40, 10, 10]),
         sex=np.zeros(60, np.int8),
-        age=np.full(total, 50, np.float32),
+        age=np.linspace(20, 90, total, dtype=np.float32),
+        molecules={vocabularies["medication"][3]: ("C", "CO")},
         fingerprint="c0",
     )
     rows = tuple(node_name(k, c) for k in ("diagnosis", "procedure") for c in vocabularies[k])
@@ -178,6 +180,8 @@ def test_a_sweep_ends_in_a_published_model(given: Experiment, tmp_path: Path):
     )
 
     made = promotion.make_bundle(best, data, given, bundle.Preprocessing(), AS_TRAINED)
+    assert made.preprocessing.scaling == scaling.fit(given.cohort) != Scaling()
+    assert made.molecules == given.cohort.molecules
     fingerprint = promotion.write_bundle(tmp_path / "bundle", made)
     with artifacts.new_folder(tmp_path / "sweep", sweep.STAGE, {}, {}) as (folder, _):
         sweep.write(result, folder, fingerprint)

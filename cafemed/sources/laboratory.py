@@ -181,6 +181,7 @@ class _Found:
         self.dropped = dict.fromkeys(_REASONS, 0)
         self._table = table
         self._visit_ids = pa.array(visit_ids, pa.string())
+        self._are_numbers = all(name.isdigit() for name in visit_ids)
         self._admitted = np.where(np.isnat(admitted), _LONG_AGO, admitted.astype(np.int64))
         self._index: dict[str, int] = {}
         self._parts: list[_Rows] = []
@@ -188,6 +189,7 @@ class _Found:
 
     def add(self, file: InputFile, rows: pa.Table) -> None:
         """Takes one piece of the table."""
+        rows = self._with_whole_numbers(rows)
         known = self._of_the_cohort(rows)
         part = self._parsed(file, rows, known).first()
         self.dropped[_LATER] -= len(part)
@@ -204,6 +206,14 @@ class _Found:
         self.dropped[_LATER] += len(rows) - len(first)
         self._parts, self._num_merged = [first], len(first)
         return first
+
+    def _with_whole_numbers(self, rows: pa.Table) -> pa.Table:
+        """Writes visits "145834.0" as "145834": a column with gaps that was saved as floats."""
+        visit = rows[self._table.visit]
+        if not self._are_numbers or not pc.any(pc.ends_with(visit, ".0")).as_py():
+            return rows
+        whole = pc.replace_substring_regex(visit, r"\.0$", "")
+        return rows.set_column(rows.column_names.index(self._table.visit), self._table.visit, whole)
 
     def _of_the_cohort(self, rows: pa.Table) -> NDArray[np.int64]:
         """Which rows are of a visit of the cohort and name an item."""

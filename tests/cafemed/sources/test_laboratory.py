@@ -207,3 +207,35 @@ def test_a_truncated_table_is_refused(tmp_path):
     path.write_text(text[: text.rindex(',"abnormal')])
     with pytest.raises(DataError, match=r"LABEVENTS\.csv: expected 7 fields in every row"):
         read(tmp_path)
+
+
+def test_whole_numbers_saved_as_floats_are_the_same_visits(tmp_path):
+    frame = pd.DataFrame({"hadm_id": [7, None, 9], "itemid": 1, "charttime": "", "valuenum": 2.5})
+    frame.to_csv(tmp_path / "LABEVENTS.csv", index=False)
+    assert "7.0," in (tmp_path / "LABEVENTS.csv").read_text()
+    table = mimic3.LABORATORY
+    file = table.locate(tmp_path)["LABEVENTS"]
+    found = laboratory.read(file, table, ("7", "9"), ADMITTED[:2])
+    assert (found.visit.tolist(), found.value.tolist()) == ([0, 1], [2.5, 2.5])
+    # Identifiers that are no numbers are left as they are.
+    found = laboratory.read(file, table, ("7", "9.0", "x"), ADMITTED[:3])
+    assert found.visit.tolist() == [1]
+
+
+def test_every_source_finds_its_table_only_when_asked(tmp_path, hospitals):
+    row = dict.fromkeys((*COLUMNS, "visit", "item", "value"), "1")
+    hosp = tmp_path / "iv" / "hosp"
+    hosp.mkdir(parents=True)
+    for name in mimic4.COLUMNS:
+        write(hosp, [row], f"{name}.csv")
+    write(hosp, [row], "labevents.csv")
+    assert "labevents" not in mimic4.locate(tmp_path / "iv")
+    assert mimic4.locate(tmp_path / "iv", laboratory=True)["labevents"].path.parent == hosp
+    folder = write(hospitals.draw(1).write(tmp_path / "iii"), [row], "labevents.csv")
+    assert "LABEVENTS" not in mimic3.locate(folder)
+    assert mimic3.locate(folder, laboratory=True)["LABEVENTS"].path.name == "labevents.csv"
+    write(tmp_path, [row], "mine.csv")
+    write(tmp_path, [row], "laboratory.csv")
+    assert set(tables.locate(tmp_path / "mine.csv")) == {"events"}
+    found = tables.locate(tmp_path / "mine.csv", laboratory=True)
+    assert found["laboratory"].path == tmp_path / "laboratory.csv"

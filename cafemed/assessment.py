@@ -219,7 +219,7 @@ def describe(report: Mapping[str, Any]) -> str:
         rows.append(("ceiling", f"{ceiling['threshold']:.2f}", ceiling["at_best"], None))
     lines = [
         f"{test['patients']:,} test patients, {test['visits']:,} visits",
-        f"{'':<14} {'threshold':>9} " + " ".join(f"{name:<{_WIDTH[name]}}" for name in _NAMES),
+        f"{'':<14} {'threshold':>9} {' '.join(f'{n:<{_WIDTH[n]}}' for n in _NAMES)}".rstrip(),
     ]
     for name, threshold, found, ends in rows:
         cells = [_cell(n, found[n], None if ends is None else ends[n]) for n in _NAMES]

@@ -31,7 +31,7 @@ def make(seed=0, patients=90, medications=9, longest=6, sexes=(0.2, 0.4, 0.4)) -
     offsets = np.concatenate([[0], np.cumsum(counts)])
     shape = (int(offsets[-1]), medications)
     targets = rng.random(shape) < 0.35
-    age = rng.uniform(0, 100, shape[0]).astype(np.float32)
+    age = rng.integers(0, 100, shape[0]).astype(np.float32)
     age[rng.random(shape[0]) < 0.1] = np.nan
     before = np.zeros(shape, np.bool_)
     before[1:] = targets[:-1]

@@ -3,7 +3,7 @@
 
     python benchmarks/training.py --quick                    # under a minute
     python benchmarks/training.py --json benchmarks/results/training.json
-    python benchmarks/training.py --only "cafemed mimic3 light"
+    python benchmarks/training.py --only "cafemed mimic3 light" --only causalmed
 
 Every case runs in a process of its own on the same invented visits (benchmarks/epochs/data.py: the
 shape of MIMIC-III's and MIMIC-IV's cohorts, drawn codes). An epoch is the training pass that
@@ -106,14 +106,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=6.0, help="CPU seconds of a pass")
-    parser.add_argument("--only", default="", help="cases whose names begin so")
+    parser.add_argument("--only", action="append", help="cases whose names begin so; repeatable")
     given = parser.parse_args()
     load = " ".join(f"{x:.2f}" for x in os.getloadavg())
     print(f"load {load} on {os.cpu_count()} cores; threads as in each case; {versions()}")
     print(f"{'case':56s} " + " ".join(f"{k:>{w.split('.')[0]}s}" for k, w in COLUMNS.items()))
     origin = {"date": datetime.date.today().isoformat(), "versions": versions(), "load": load}
     rows: list[dict[str, object]] = []
-    chosen = [case for case in cases(given.quick) if case.name.startswith(given.only)]
+    chosen = [
+        case for case in cases(given.quick) if case.name.startswith(tuple(given.only or [""]))
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         for case in chosen:
             folder = Path(temporary) / case.shape.replace(" ", "-")

@@ -157,6 +157,9 @@ def test_everything_is_measured_as_it_is_served(found: Evaluated):
         assert everybody[name][1:] == pytest.approx(report["model"]["test"]["intervals"][name])
     error = report["model"]["test"]["calibration"]["after"]["ece"]
     assert everybody["ece"][0] == pytest.approx(error)
+    for name, temperature in (("before", 1.0), ("after", 1.7)):
+        expected = assessment.reliability(predictions["test"], temperature)
+        assert report["reliability"][name] == expected
     # The previous visit of a later visit is the visit above it.
     test = predictions["test"]
     rows = np.setdiff1d(np.arange(test.num_visits), test.patient_offsets[:-1])

@@ -129,12 +129,12 @@ def test_bootstrap_equals_recomputing_every_round():
 
 
 def test_intervals_equal_recomputing_every_round():
-    probabilities, targets, offsets, ddi = _case(6, patients=20)
+    probabilities, targets, offsets, ddi = _case(6, patients=9)
     scores = metrics.score_visits(probabilities, targets, ddi)
-    got = metrics.intervals(scores, offsets, rounds=40, level=0.9, seed=2)
+    got = metrics.intervals(scores, offsets, rounds=25, level=0.9, seed=2)
     rng = np.random.default_rng(2)
     drawn = []
-    for chosen in rng.integers(20, size=(40, 20)):
+    for chosen in rng.integers(9, size=(25, 9)):
         rows = np.concatenate([np.arange(offsets[p], offsets[p + 1]) for p in chosen])
         lengths = [offsets[p + 1] - offsets[p] for p in chosen]
         again = np.concatenate([[0], np.cumsum(lengths)])

@@ -140,8 +140,8 @@ def _subgroups(found: Mapping[str, Any]) -> str:
             drawn.append([*(_cell(text) for text in row[:3]), bar, *map(_cell, row[3:])])
         head = (table, *card_text.SUBGROUP_HEAD[:2], "", *card_text.SUBGROUP_HEAD[2:])
         parts.append(f"<h3>By {html.escape(table)}</h3>{_raw_table(head, drawn, first='all')}")
-    intro = f"The bars are Jaccard, from {low:.2f} to {high:.2f}."
-    return _section("For whom", intro, "".join(parts))
+    bars = f'<p class="faint bars">The bars are Jaccard, from {low:.2f} to {high:.2f}.</p>'
+    return _section("For whom", "", bars + "".join(parts))
 
 
 def _changes(found: Mapping[str, Any]) -> str:

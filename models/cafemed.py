@@ -57,6 +57,7 @@ class CafeMedOptions:
         direct: one chance for each code and medication beside the deep path, joined to it as
             independent causes ("noisy_or") or on the log-odds ("additive"); "none": as published.
         direct_start: the direct path starts from the causal effects, or evenly.
+        direct_pace: how fast the direct path learns beside all else.
         use_cwg: False: "w/o CWG", alpha = 0 and no gate.
         use_charm: False: "w/o CHARM", u = e~.
     """
@@ -86,6 +87,7 @@ class CafeMedOptions:
     duplicate_state: bool = True
     direct: Literal["noisy_or", "additive", "none"] = "noisy_or"
     direct_start: Literal["effects", "even"] = "effects"
+    direct_pace: Annotated[float, Range(0, open_low=True)] = 15.0
     use_cwg: bool = True
     use_charm: bool = True
 
@@ -140,7 +142,8 @@ class CafeMed(nn.Module):
         self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
         self.direct = None
         if options.direct != "none":
-            self.direct = DirectPath(inputs, options.direct, options.direct_start)
+            start, pace = options.direct_start, options.direct_pace
+            self.direct = DirectPath(inputs, options.direct, start, pace)
 
     def _build_cwg(self, options: CafeMedOptions) -> CausalWeightGenerator:
         return CausalWeightGenerator(

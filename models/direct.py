@@ -12,9 +12,6 @@ from torch import nn
 from cafemed.batches import ModelInputs
 from models.packing import Packing
 
-#: theta = PACE * table. Adam moves a weight by about the learning rate a step; theta has to travel
-#: several units, embeddings a tenth of one.
-PACE = 5.0
 #: Chance that a code alone brings a medication, where nothing is known of the pair.
 START_CHANCE = 0.007
 #: Effects are taken as chances up to here at the start.
@@ -38,6 +35,8 @@ class DirectPath(nn.Module):
         link: see above.
         start: "effects": c_ij = E_ij within [START_CHANCE, MAX_START_CHANCE] for diagnoses and
             procedures; "even": START_CHANCE for all, as always for medications.
+        pace: theta = pace * table, above 0. Adam moves a weight by about the learning rate a step;
+            theta has to travel several units, embeddings a tenth of one.
     """
 
     def __init__(
@@ -45,21 +44,23 @@ class DirectPath(nn.Module):
         inputs: ModelInputs,
         link: Literal["noisy_or", "additive"],
         start: Literal["effects", "even"],
+        pace: float,
     ) -> None:
         super().__init__()
         self.link = link
+        self.pace = pace
         chance = torch.full((sum(inputs.sizes), inputs.sizes[2]), START_CHANCE)
         if start == "effects":
             effects = torch.tensor(inputs.effects, dtype=torch.float32)
             chance[: len(effects)] = effects.clamp(START_CHANCE, MAX_START_CHANCE)
-        self.table = nn.Parameter(torch.logit(chance) / PACE)
+        self.table = nn.Parameter(torch.logit(chance) / pace)
 
     def forward(self, logits: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Gives logit p, float32 (V, N_m), from y, float32 (V, N_m), of the packing's visits."""
         softplus = nn.functional.softplus
-        # With this beta softplus gives its value at PACE times theta's table, over PACE.
-        of_codes = softplus(self.table.index_select(0, packing.distinct), beta=PACE)
-        hazard = PACE * packing.to_visits(of_codes)
+        # With this beta softplus gives its value at pace times theta's table, over pace.
+        of_codes = softplus(self.table.index_select(0, packing.distinct), beta=self.pace)
+        hazard = self.pace * packing.to_visits(of_codes)
         if self.link == "additive":
             return logits + hazard
         # softplus(x) = -log(1 - sigmoid(x)): hazards add where chances of no cause multiply.

@@ -54,6 +54,7 @@ class GraphDiffMedOptions:
         direct: one chance for each code and medication beside the deep path, joined to it as
             independent causes ("noisy_or") or on the log-odds ("additive"); "none": as published.
         direct_start: the direct path starts from the causal effects, or evenly.
+        direct_pace: how fast the direct path learns beside all else.
     """
 
     dimension: Annotated[int, Range(1)] = 64
@@ -72,6 +73,7 @@ class GraphDiffMedOptions:
     duplicate_state: bool = True
     direct: Literal["noisy_or", "additive", "none"] = "noisy_or"
     direct_start: Literal["effects", "even"] = "effects"
+    direct_pace: Annotated[float, Range(0, open_low=True)] = 15.0
 
     def __post_init__(self) -> None:
         if self.dimension % self.heads:
@@ -131,7 +133,8 @@ class GraphDiffMed(nn.Module):
         self.review = CausalReview(inputs, options.review_quantiles) if options.review else None
         self.direct = None
         if options.direct != "none":
-            self.direct = DirectPath(inputs, options.direct, options.direct_start)
+            start, pace = options.direct_start, options.direct_pace
+            self.direct = DirectPath(inputs, options.direct, start, pace)
         self.register_buffer("ddi", torch.tensor(inputs.ddi, dtype=torch.float32), persistent=False)
 
     def prepare(self, batch: Batch) -> Prepared:

@@ -38,13 +38,15 @@ class Learner:
         return {key: value for (section, key), value in parts if section == name}
 
     def settings(self) -> dict[str, Any]:
-        """Every option with its value, defaults too: what a kept run is recognised by."""
+        """Every option that matters with its value: what a kept run is recognised by."""
         found: dict[str, Any] = {f"learner.{k}": v for k, v in self.section("learner").items()}
         if self.kind in models.NAMES:
             options: Any = config.from_mapping(
                 models.options_class(self.kind), self.section("model"), "model"
             )
             found |= {f"model.{k}": v for k, v in dataclasses.asdict(options).items()}
+            if found.get("model.direct") == "none":
+                found = {k: v for k, v in found.items() if not k.startswith("model.direct_")}
         if self.kind in models.NAMES or self.kind == "noisy_or":
             fit = config.from_mapping(FitConfig, self.section("train"), "train")
             found |= {f"train.{k}": v for k, v in dataclasses.asdict(fit).items() if k != "seed"}

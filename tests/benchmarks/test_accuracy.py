@@ -168,6 +168,7 @@ def test_runs_of_a_version_with_fewer_options_are_those_that_do_the_same(bench):
     assert bench.find(published, 0) == path.parent
     assert bench.find(TRAINED, 0) is None
     assert bench.find(published.changed((("train.objective", "sum"),)), 0) is None
+    assert bench.find(published.changed((("model.direct_pace", 3.0),)), 0) == path.parent
     path.write_text(json.dumps(record | {"data": "of another cohort"}))
     assert bench.find(published, 0) is None
     del record["settings"]["model.dropout"]

@@ -35,11 +35,11 @@ def _direct(weights, sizes, options, visit, y):
     """The direct path: the deep path and each code as causes, by their chances."""
     if options["direct"] == "none":
         return y
-    offset = (0, sizes[0], sizes[0] + sizes[1])
+    offset, pace = (0, sizes[0], sizes[0] + sizes[1]), options["direct_pace"]
     none_of_codes = torch.ones_like(y)
     for k in range(3):
         for code in visit["codes"][k]:
-            chance = torch.sigmoid(5 * weights["direct.table"][offset[k] + code])
+            chance = torch.sigmoid(pace * weights["direct.table"][offset[k] + code])
             none_of_codes = none_of_codes * (1 - chance)
     if options["direct"] == "additive":
         return y - torch.log(none_of_codes)

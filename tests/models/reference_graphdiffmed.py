@@ -258,11 +258,12 @@ def _review(weights, inputs, options, logits, codes):
 
 
 def _direct(weights, sizes, options, logits, codes):
-    offset = (0, sizes[0], sizes[0] + sizes[1])
+    offset, pace = (0, sizes[0], sizes[0] + sizes[1]), options["direct_pace"]
     of_none = torch.ones_like(logits)
     for k in range(3):
         for code in codes[k]:
-            of_none = of_none * (1 - torch.sigmoid(5 * weights["direct.table"][offset[k] + code]))
+            chance = torch.sigmoid(pace * weights["direct.table"][offset[k] + code])
+            of_none = of_none * (1 - chance)
     if options["direct"] == "additive":
         return logits - torch.log(of_none)
     of_none = of_none * (1 - torch.sigmoid(logits))

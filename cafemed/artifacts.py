@@ -121,7 +121,7 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a file atomically: written beside, flushed to disk, renamed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

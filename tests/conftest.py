@@ -1,11 +1,13 @@
-"""Made-up hospitals, and the real demo tables where a machine has them."""
+"""Made-up hospitals, the real demo tables and a browser where a machine has them."""
 
 import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,10 @@ def real_data() -> Path:
     if not (folder / "mimic3-demo").is_dir():
         pytest.skip(f"no MIMIC-III demo in {folder}; CAFEMED_DATA names the folder that holds it")
     return folder
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A Browser of the module browsers.py; skips where there is none."""
+    with _module("browsers").opened(tmp_path) as opened:
+        yield opened

@@ -2,15 +2,11 @@
 
 import json
 import re
-import shutil
-import subprocess
 import time
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -167,81 +163,12 @@ def test_the_page_needs_no_other_file_and_no_host() -> None:
     assert "__" not in re.sub(r'<script id="data".*?</script>', "", text, flags=re.S)
 
 
-class Browser:
-    """A few commands of WebDriver (w3.org/TR/webdriver2) to chromedriver."""
-
-    def __init__(self, address: str) -> None:
-        self._client = httpx.Client(base_url=address, timeout=30)
-        options = {
-            "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"]
-        }
-        wanted = {
-            "alwaysMatch": {
-                "goog:chromeOptions": options,
-                "goog:loggingPrefs": {"browser": "ALL"},
-            }
-        }
-        made = self._client.post("/session", json={"capabilities": wanted}).json()
-        self._session = f"/session/{made['value']['sessionId']}"
-
-    def post(self, command: str, **arguments: Any) -> Any:
-        reply = self._client.post(f"{self._session}/{command}", json=arguments)
-        assert reply.status_code == 200, reply.text[:500]
-        return reply.json()["value"]
-
-    def run(self, script: str) -> Any:
-        return self.post("execute/sync", script=script, args=[])
-
-    def press(self, keys: str) -> None:
-        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        self.post("actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
-
-    def comes_to(self, script: str, expected: str | bool) -> bool:
-        """Whether a script gives what is expected within seconds: pages move on in their time."""
-        deadline = time.monotonic() + 10
-        while (found := self.run(script)) != expected and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return bool(found == expected)
-
-    def messages(self) -> list[str]:
-        return [entry["message"] for entry in self.post("se/log", type="browser")]
-
-    def close(self) -> None:
-        self._client.delete(self._session)
-        self._client.close()
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    program = shutil.which("chromedriver")
-    if program is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
-        pytest.skip("needs Chromium and chromedriver")
-    process = subprocess.Popen(
-        [program, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert process.stdout is not None
-    try:
-        port = None
-        deadline = time.monotonic() + 30
-        while port is None and time.monotonic() < deadline:
-            started = re.search(r"successfully on port (\d+)", process.stdout.readline())
-            port = started and started.group(1)
-        opened = Browser(f"http://127.0.0.1:{port}")
-        yield opened
-        opened.close()
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
-
-
 ENTER, DOWN, TAB = "\ue007", "\ue015", "\ue004"
 
 
 @pytest.mark.slow
 def test_a_code_is_found_and_left_by_the_keyboard_in_a_browser(
-    tmp_path: Path, browser: Browser
+    tmp_path: Path, browser: Any
 ) -> None:
     graph = random_graph(3500, 20_000)
     effects = random_effects(graph)

@@ -292,8 +292,12 @@ function numberAxis(name, title, entry, value) {
   if (!(low < high)) [low, high] = [low - .5, high + .5];
   const log = Boolean(entry.log) && low > 0, scale = log ? Math.log : (x) => x;
   const place = (x) => (scale(x) - scale(low)) / (scale(high) - scale(low));
+  // The ends of a space are named whatever they are, others where they leave room.
+  const ends = entry.low === undefined ? [] : [low, high];
+  const inner = niceTicks(low, high, log).filter((tick) =>
+    !ends.length || (place(tick) > .08 && place(tick) < .92));
   return {
-    name, title, ticks: niceTicks(low, high, log).map((tick) => [place(tick), tickText(tick)]),
+    name, title, ticks: [...ends, ...inner].map((tick) => [place(tick), tickText(tick)]),
     place: (row) => value(row) === null ? null : place(value(row)),
   };
 }

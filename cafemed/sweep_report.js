@@ -2,7 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const METRICS = {
   jaccard: "Jaccard", f1: "F1", prauc: "PRAUC", ddi_rate: "DDI rate",
-  num_medications: "Medications a visit", train_loss: "Training loss",
+  num_medications: "Medications", train_loss: "Training loss",
 };
 const MEASURED = ["jaccard", "f1", "prauc", "ddi_rate", "num_medications"];
 const LESS_IS_BETTER = new Set(["ddi_rate", "train_loss"]);

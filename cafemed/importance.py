@@ -157,10 +157,8 @@ def _distribution(entry: Mapping[str, Any], values: Sequence[Any]) -> BaseDistri
     if entry.get("type") != "categorical" and drawn and kinds <= {int, float}:
         low = min([entry.get("low", math.inf), *drawn])
         high = max([entry.get("high", -math.inf), *drawn])
-        log = bool(entry.get("log", False)) and low > 0
-        if kinds == {int}:
-            return IntDistribution(low, high, log=log)
-        return FloatDistribution(low, high, log=log)
+        # Without "log", which fANOVA does not look at.
+        return (IntDistribution if kinds == {int} else FloatDistribution)(low, high)
     choices = list(entry.get("choices", ()))
     if str in kinds:  # choices of several types are text in the table
         choices = [None if choice is None else str(choice) for choice in choices]

@@ -25,7 +25,8 @@ def configuration(
         epochs: after how many the scheduler stopped it; None where it did not.
 
     Returns:
-        "model": "name" and its options; "train": all settings of training.
+        "model": "name" and its options; "train": all settings of training; "calibration", if the
+        settings have it.
     """
     varied: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
     for parameter, value in parameters.items():
@@ -38,7 +39,9 @@ def configuration(
     train = {**settings["train"], **varied["train"], "seed": seed}
     if epochs is not None:
         train["epochs"] = epochs
-    return {"model": {"name": name, **options}, "train": train}
+    # What is chosen after training, such as the temperature, is no trial's own.
+    others = {key: settings[key] for key in ("calibration",) if key in settings}
+    return {"model": {"name": name, **options}, "train": train, **others}
 
 
 def command(name: str, configured: Mapping[str, Any], root: str | None = None) -> list[str]:

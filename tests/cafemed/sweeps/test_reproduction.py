@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 import models
 from cafemed import paths, reproduction
+from cafemed.calibration import CalibrationConfig
 from cafemed.training import FitConfig
 
 TEXT = st.one_of(
@@ -52,6 +53,7 @@ def configured_in(model: str = "cafemed") -> dict[str, Any]:
     return {
         "model": {"name": model, "options": dataclasses.asdict(models.options_class(model)())},
         "train": dataclasses.asdict(FitConfig(epochs=30, patience=7)),
+        "calibration": dataclasses.asdict(CalibrationConfig(temperature="fixed")),
     }
 
 
@@ -87,6 +89,7 @@ def test_the_command_configures_exactly_the_trial(root: str | None):
         "batch_size": 20,
         "seed": 2**32 - 1,
     }
+    assert values["calibration"]["temperature"] == "fixed"
     assert reproduction.command("hospital_1", configured, root)[2:4] == [
         "name=hospital_1", "model=cafemed"
     ]  # fmt: skip

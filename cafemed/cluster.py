@@ -12,18 +12,16 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from cafemed import console
+from cafemed import cluster_access, console
 from cafemed.errors import ConfigError
 
 # A socket's path has at most 107 characters; Ray appends "/session_<time>_<pid>/sockets/…".
 _MAX_TEMP_CHARS = 40
-_CONNECT_S = 10.0
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C has to reach us, not end in a half-made result
@@ -46,7 +44,7 @@ def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
         A line that says where the work runs.
 
     Raises:
-        ConfigError: if no cluster answers at `RAY_ADDRESS`.
+        ConfigError: if no cluster answers at `RAY_ADDRESS`, or it refuses the token.
     """
     import ray
 
@@ -111,28 +109,12 @@ def _own_signals() -> Iterator[None]:
 def _connect(address: str) -> None:
     import ray
 
-    _require_answer(address)
+    cluster_access.require_answer(address)
     try:
         ray.init(address=address, logging_level=logging.CRITICAL, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as err:
         lines = str(err).strip().splitlines() or [type(err).__name__]
         raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers: {lines[0]}") from err
-
-
-def _require_answer(address: str) -> None:
-    """Refuses at once where Ray would go on trying for many minutes."""
-    if address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"RAY_ADDRESS={address}: expected HOST:PORT of a cluster, as ray start prints it; this "
-            "is the address that jobs are submitted to"
-        )
-    host, colon, port = address.rpartition(":")
-    if not colon or "/" in address or not port.isdigit():
-        return  # "auto" and other words of Ray's
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-    except (OSError, OverflowError) as err:
-        raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers: {err}") from err
 
 
 def _start_local(num_cpus: float, num_gpus: float, temp: Path) -> None:

@@ -22,7 +22,12 @@ MAY_IMPORT = {
     "jobs": {"cafemed", "causal", "models", "serve"},
 }
 # Import name → distribution, where the two differ.
-DISTRIBUTION = {"yaml": "pyyaml", "hydra": "hydra-core", "omegaconf": "hydra-core"}
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "hydra": "hydra-core",
+    "omegaconf": "hydra-core",
+    "grpc": "grpcio",
+}
 
 
 def python_files(folder: str) -> list[Path]:

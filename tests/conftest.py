@@ -1,4 +1,4 @@
-"""Made-up hospitals, the real demo tables and a browser where a machine has them."""
+"""Made-up hospitals, clusters of several nodes, the real demo tables, and a browser."""
 
 import importlib.util
 import os
@@ -40,6 +40,12 @@ def _module(name: str) -> ModuleType:
 def hospitals() -> ModuleType:
     """The module hospitals.py: drawn MIMIC-III and MIMIC-IV tables of a few patients."""
     return _module("hospitals")
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> ModuleType:
+    """The module ray_nodes.py: clusters of several nodes on this machine."""
+    return _module("ray_nodes")
 
 
 @pytest.fixture(scope="session")

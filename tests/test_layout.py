@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -126,19 +125,3 @@ def test_jobs_are_executable_and_imported_by_nobody():
     for folder in (*MAY_IMPORT, "tests", "benchmarks"):
         for path in python_files(folder):
             assert "jobs" not in imported(path), path
-
-
-def test_cluster_file_is_valid():
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    content = yaml.safe_load((PROJECT / "ray_cluster.yaml").read_text())
-    validate_config(prepare_config(content))
-    kinds = content["available_node_types"]
-    assert content["head_node_type"] in kinds
-    assert sum(kind.get("max_workers", 0) for kind in kinds.values()) <= content["max_workers"]
-
-
-def test_image_installs_the_lock_file():
-    lines = (PROJECT / "platform/docker/Dockerfile").read_text()
-    assert "-r requirements.lock" in lines
-    assert "ARG TORCH_INDEX_URL" in lines

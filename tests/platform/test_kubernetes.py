@@ -200,6 +200,12 @@ def test_the_service_serves_what_the_projects_own_serve_file_does():
         assert ports["serve"] == own["http_options"]["port"]
 
 
+def test_no_two_of_them_would_make_services_of_the_same_name():
+    """KubeRay names the services after them: `-head-svc` of a cluster and of a service."""
+    names = {read(name)["metadata"]["name"] for name in ("raycluster", "rayjob", "rayservice")}
+    assert len(names) == 3
+
+
 def test_the_disk_can_be_written_by_all_nodes_at_once():
     content = read("storage")
     assert (content["apiVersion"], content["kind"]) == ("v1", "PersistentVolumeClaim")

@@ -2,11 +2,13 @@
 
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -84,6 +86,72 @@ def test_a_url_is_written_and_read_even_by_one_node(tmp_path: Path):
     # Every opening of this one is another, empty file system.
     with pytest.raises(ConfigError, match=r"mock://x does not keep what is written there: "):
         shared_storage.require_shared("mock://x", "search.storage")
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """As much of S3 as writing, reading and removing one object takes."""
+
+    protocol_version = "HTTP/1.1"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def reply(self, status: int, body: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("ETag", '"0"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        done = "uploadId" in self.path
+        tag = "CompleteMultipartUploadResult" if done else "InitiateMultipartUploadResult"
+        self.reply(200, f"<{tag}><UploadId>1</UploadId><ETag>0</ETag></{tag}>".encode())
+
+    def do_PUT(self) -> None:
+        if "Content-Length" not in self.headers:
+            # In chunks, which hold chunks of S3's own: length, content, an empty one, a checksum.
+            sent = b""
+            while length := int(self.rfile.readline(), 16):
+                sent += self.rfile.read(length)
+                self.rfile.readline()
+            self.rfile.readline()
+            self.objects[self.path.split("?")[0]] = sent.split(b"\r\n")[1]
+        # Otherwise the empty object that pyarrow leaves for a folder whose last file it removed.
+        self.reply(200)
+
+    def do_GET(self) -> None:
+        body = self.objects.get(self.path.split("?")[0])
+        self.reply(404) if body is None else self.reply(200, body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_DELETE(self) -> None:
+        self.objects.pop(self.path.split("?")[0])
+        self.reply(204)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("one_node")
+def test_a_bucket_is_written_read_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "name")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    seen: list[str] = []
+    monkeypatch.setattr(Bucket, "log_request", lambda self, *_: seen.append(self.command))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Bucket) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = f"endpoint_override=127.0.0.1:{server.server_port}&scheme=http&region=eu"
+        url = f"s3://bucket/trials?{options}"
+        shared_storage.require_shared(url, "search.storage")
+        assert Bucket.objects == {}
+        assert {"PUT", "GET", "DELETE"} <= set(seen)
+        monkeypatch.setattr(Bucket, "do_POST", lambda self: self.reply(403))
+        with pytest.raises(ConfigError, match=r"^search\.storage: cannot write to s3://bucket/tri"):
+            shared_storage.require_shared(url, "search.storage")
+        server.shutdown()
 
 
 def test_a_trial_on_a_node_without_the_sweep_names_the_key(tmp_path: Path):

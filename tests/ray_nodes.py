@@ -53,6 +53,8 @@ class Nodes:
         agent, metrics = free_ports(2)
         command = [*through, str(BIN / "ray"), "start", "--block", f"--address={self.address}"]
         command += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"]
+        # In the head's, a node would delete jobs' working directories that are its neighbour's too.
+        command += [f"--temp-dir={self.folder / f'n{len(self.processes)}'}"]
         self._start(command, cpus, gpus)
 
     def wait(self) -> None:

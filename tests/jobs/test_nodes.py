@@ -1,11 +1,16 @@
 """A sweep on clusters of two and of four nodes of this machine, with GPUs that are numbers only."""
 
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+
+from cafemed import paths
 
 SMALL = [
     "name=s",
@@ -71,9 +76,24 @@ def test_a_sweep_uses_two_nodes_and_then_four(nodes: Any):
 
 
 def test_a_trial_that_no_node_holds_is_said_and_waited_for(nodes: Any):
-    """A cluster may grow; the job is stopped from outside here, as `ray job stop` would."""
-    stop = ["timeout", "--preserve-status", "--signal=INT", "45"]
-    sweep = ["python", "jobs/tune.py", *SWEEP, "search.gpus=2"]
-    result = nodes.run([*stop, *sweep], RAY_ADDRESS=nodes.address)
-    assert "search.gpus: a trial reserves 2, but the largest node has 1 GPU now" in result.stdout
-    assert result.returncode == 130, result.stderr
+    """A cluster may grow; Ctrl-C ends the wait, as `ray job stop` does."""
+    process = subprocess.Popen(
+        ["python", "jobs/tune.py", *SWEEP, "search.gpus=2"],
+        cwd=paths.PROJECT_DIR,
+        env=nodes.env | {"RAY_ADDRESS": nodes.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        waits = "search.gpus: a trial reserves 2, but the largest node has 1 GPU now; waiting"
+        assert any(waits in line for line in process.stdout)
+        time.sleep(3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert said.startswith("interrupted; ")

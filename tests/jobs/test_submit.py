@@ -104,6 +104,15 @@ def test_a_client_without_the_right_token_is_refused(
     assert not (head.home / "experiments" / "default").exists()
 
 
+@pytest.fixture(scope="module")
+def prepared(head: Head) -> str:
+    """The name of an experiment that a sweep can run on."""
+    for job in (["jobs/prepare.py", "name=own", *SMALL], ["jobs/discover.py", "name=own"]):
+        done = head.nodes.run(["python", *job])
+        assert done.returncode == 0, done.stderr
+    return "own"
+
+
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
@@ -114,13 +123,10 @@ def test_a_client_without_the_right_token_is_refused(
     ids=["mode", "missing", "wrong"],
 )
 def test_a_job_that_connects_itself_is_told_what_to_do(
-    head: Head, env: dict[str, str], expected: str
+    head: Head, prepared: str, env: dict[str, str], expected: str
 ):
-    prepared = head.nodes.run(["python", "jobs/prepare.py", "name=own", *SMALL])
-    assert prepared.returncode == 0, prepared.stderr
-    assert head.nodes.run(["python", "jobs/discover.py", "name=own"]).returncode == 0
     started = time.monotonic()
-    sweep = ["python", "jobs/tune.py", "name=own", "search=smoke"]
+    sweep = ["python", "jobs/tune.py", f"name={prepared}", "search=smoke"]
     result = head.nodes.run(sweep, RAY_ADDRESS=head.nodes.address, **env)
     assert result.returncode == 2
     [line] = result.stderr.splitlines()

@@ -96,4 +96,4 @@ def test_a_trial_that_no_node_holds_is_said_and_waited_for(nodes: Any):
     finally:
         process.kill()
     assert process.returncode == 130, said
-    assert said.startswith("interrupted; ")
+    assert "interrupted; " in said

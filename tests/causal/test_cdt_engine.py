@@ -94,10 +94,13 @@ def test_the_time_limit_ends_r_and_what_it_started(fake_r):
         "(seen / 'pids').write_text('%d' % child.pid)\n"
         "time.sleep(300)"
     )
-    begin = time.monotonic()
-    with pytest.raises(DataError, match="did not end within 6 s"):
-        fit_cdt(ROWS, time_limit_s=6.0)
-    assert time.monotonic() - begin < 30
+    for limit in (6, 60):  # on a busy machine R's stand-in may take longer to start its child
+        begin = time.monotonic()
+        with pytest.raises(DataError, match=f"did not end within {limit} s"):
+            fit_cdt(ROWS, time_limit_s=float(limit))
+        assert time.monotonic() - begin < limit + 24
+        if (seen / "pids").exists():
+            break
     pid = (seen / "pids").read_text()
     state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True)
     assert state.stdout.strip() in ("", "Z")

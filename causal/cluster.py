@@ -114,10 +114,10 @@ def _close(client: Client, processes: LocalCluster) -> None:
 
 @contextlib.contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Lets Ctrl-C wait until the block ends, so that nothing is left half started or half closed.
+    """Lets Ctrl-C and SIGTERM wait until the block ends: nothing is left half started or closed.
 
-    Processes that start meanwhile never see it: a terminal sends it to every process of a job, but
-    they are ended by this one, without a traceback from each.
+    Processes that start meanwhile never see a Ctrl-C: a terminal sends it to every process of a
+    job, but they are ended by this one, by SIGTERM, without a traceback from each.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python hands interrupts to the main thread alone
@@ -129,13 +129,14 @@ def _interrupts_deferred() -> Iterator[None]:
         came = True
 
     resource_tracker.ensure_running()  # it unblocks the signal in the thread that starts it
-    handler = signal.signal(signal.SIGINT, remember)
+    handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # what processes inherit
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if came:
         raise KeyboardInterrupt
 

@@ -1,5 +1,7 @@
 """Where blocks run: what each choice opens, closes and refuses."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -91,3 +93,22 @@ def test_ray_runs_tasks_in_actors_and_leaves_nothing(monkeypatch: pytest.MonkeyP
         assert ray.is_initialized()
         assert profiled(client) == {False}
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_the_workers_are_up(number: signal.Signals) -> None:
+    reached: list[bool] = []
+
+    def started() -> None:
+        with cluster._interrupts_deferred():
+            os.kill(os.getpid(), number)
+            reached.append(True)
+
+    before = signal.signal(number, signal.default_int_handler)  # as in a job
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            started()
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert reached == [True]

@@ -90,6 +90,7 @@ _STRENGTHS = _grid(learner__strength=(0.2, 0.5, 1.0, 2.0, 3.0, 5.0))
 _PUBLISHED: Changes = (("model.direct", "none"),)
 #: Tried with the least of models, whose epochs take a third of the time.
 _FURTHER: Changes = (
+    ("train.objective", "sum"),
     ("model.direct", "additive"),
     ("train.ddi_weight", 0.005),
     ("train.ddi_weight", 0.02),
@@ -132,6 +133,7 @@ def variants() -> list[Variant]:
         Variant("noisy-or", Learner("noisy_or")),
         *_cafemed(REFERENCE, ()),
         *_cafemed("cafemed published", _PUBLISHED),
+        Variant(f"{REFERENCE} objective=sum", Learner("cafemed", (("train.objective", "sum"),))),
         Variant("cafemed published, searched", Learner("cafemed", _PUBLISHED), _SEARCH),
         *(
             Variant(f"{REFERENCE} w/o both {change[0].split('.')[1]}={change[1]}", learner)

@@ -61,7 +61,8 @@ def make_bundle(
     assert trial.best_epoch is not None
     options, config = data.varied(trial.parameters, trial.seed)
     weights = trials.best_weights(trial.checkpoint)
-    model = data.build(data.model_name, given.inputs, options, config.seed)
+    name = data.model_of(trial.parameters)
+    model = data.build(name, given.inputs, options, config.seed)
     model.load_state_dict(weights)
     model.eval()
     predictions = Predictions.of(model, given.arrays, data.validation_patients)
@@ -82,7 +83,7 @@ def make_bundle(
     measured = fits.measure({"validation": predictions}, given.inputs.ddi, decision, _SEED)
     vocabularies, scaled = given.cohort.vocabularies, scaling.fit(given.cohort)
     return Bundle(
-        model_name=data.model_name,
+        model_name=name,
         model_options=options,
         weights=weights,
         vocabularies=vocabularies,

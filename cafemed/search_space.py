@@ -2,210 +2,263 @@
 
     space:
       model:
-        modulation_strength: {type: float, low: 0.01, high: 1.0, log: true}
-        reduction_ratio: {type: categorical, choices: [2, 4, 8]}
+        name: {type: categorical, choices: [cafemed, causalmed]}   # the model itself
+        dropout: {type: float, low: 0.0, high: 0.8}                # an option that all of them have
+        cafemed:                                                   # options of this one alone
+          modulation_strength: {type: float, low: 0.01, high: 1.0, log: true}
+        causalmed:
+          effect_levels: {type: int, low: 2, high: 20}
       train:
         batch_size: {type: int, low: 8, high: 64}
 
-A parameter is addressed by section and option, `model.modulation_strength`. Every entry is checked
-against the options it varies before anything starts, and all that is wrong is reported at once.
+A parameter is addressed by section and option, `model.dropout`, `model.cafemed.reduction_ratio`.
+Without `name` the configured model is the only one, and the other models' sections do not count.
+Every entry is checked against the options it varies before anything starts, and all that is wrong
+is reported at once.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from cafemed.config import from_mapping
 from cafemed.errors import ConfigError
+from cafemed.search_entries import Categorical, Entry, Suggests, read_entry
 
-Scalar: TypeAlias = bool | int | float | str | None
+#: A dataclass of options, and the values that are configured for this run.
+Options: TypeAlias = tuple[type, Mapping[str, Any]]
+
+#: The parameter that chooses the model.
+MODEL = "model.name"
 
 #: Options of `train` that the sweep itself sets, or that do not change what is learned.
-FIXED = {"train": ("epochs", "seed", "num_threads")}
-
-
-class Suggests(Protocol):
-    """The part of `optuna.Trial` that is used; so this module needs no Optuna."""
-
-    @property
-    def number(self) -> int: ...
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int: ...
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Float:
-    """A real number in [low, high]; log: drawn evenly on the logarithmic scale."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    def __post_init__(self) -> None:
-        _require_bounds(self.low, self.high, self.log)
-
-    @property
-    def extremes(self) -> tuple[Scalar, ...]:
-        """The values that have to be allowed for all to be."""
-        return (self.low, self.high)
-
-    def holds(self, value: Any) -> bool:
-        """Says whether the value can be drawn."""
-        return _is_number(value) and self.low <= value <= self.high
-
-    def suggest(self, name: str, trial: Suggests) -> float:
-        """Draws a value."""
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
-
-
-@dataclasses.dataclass(frozen=True)
-class Integer:
-    """A whole number in [low, high], both included."""
-
-    low: int
-    high: int
-    log: bool = False
-
-    def __post_init__(self) -> None:
-        _require_bounds(self.low, self.high, self.log)
-
-    @property
-    def extremes(self) -> tuple[Scalar, ...]:
-        """The values that have to be allowed for all to be."""
-        return (self.low, self.high)
-
-    def holds(self, value: Any) -> bool:
-        """Says whether the value can be drawn."""
-        return _is_number(value) and isinstance(value, int) and self.low <= value <= self.high
-
-    def suggest(self, name: str, trial: Suggests) -> int:
-        """Draws a value."""
-        return trial.suggest_int(name, self.low, self.high, log=self.log)
-
-
-@dataclasses.dataclass(frozen=True)
-class Categorical:
-    """One of the choices, without an order among them."""
-
-    choices: tuple[Scalar, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.choices) < 1:
-            raise ConfigError("choices: expected at least one value, got none")
-        kinds = {(type(choice), choice) for choice in self.choices}
-        if len(kinds) < len(self.choices):
-            raise ConfigError(f"choices: expected distinct values, got {list(self.choices)}")
-
-    @property
-    def extremes(self) -> tuple[Scalar, ...]:
-        """The values that have to be allowed for all to be."""
-        return self.choices
-
-    def holds(self, value: Any) -> bool:
-        """Says whether the value can be drawn."""
-        return any(type(value) is type(c) and value == c for c in self.choices)
-
-    def suggest(self, name: str, trial: Suggests) -> Any:
-        """Draws a value."""
-        return trial.suggest_categorical(name, list(self.choices))
-
-
-Entry: TypeAlias = Float | Integer | Categorical
-_TYPES: dict[str, type[Entry]] = {"float": Float, "int": Integer, "categorical": Categorical}
+FIXED = ("epochs", "seed", "num_threads")
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """The parameters of a sweep: "model.modulation_strength" → what it may be."""
+    """The parameters of a sweep.
+
+    Attributes:
+        entries: "train.learning_rate" → what it may be; `MODEL`, if it is varied, comes first.
+        model: the configured one, which all trials have unless `MODEL` is varied.
+    """
 
     entries: Mapping[str, Entry]
+    model: str
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models that trials have."""
+        entry = self.entries.get(MODEL)
+        if entry is None:
+            return (self.model,)
+        return tuple(str(choice) for choice in entry.values or ())
+
+    @property
+    def conditional(self) -> tuple[str, ...]:
+        """The parameters that not every trial has."""
+        return tuple(name for name in self.entries if _owner(name) and len(self.models) > 1)
+
+    def active(self, model: str) -> dict[str, Entry]:
+        """The parameters of a trial with this model."""
+        return {n: e for n, e in self.entries.items() if _owner(n) in (None, model)}
 
     def suggest(self, trial: Suggests) -> dict[str, Any]:
-        """Draws a value for every parameter."""
-        return {name: entry.suggest(name, trial) for name, entry in self.entries.items()}
+        """Draws the model, if it is varied, and a value for every parameter it has."""
+        drawn: dict[str, Any] = {}
+        for name, entry in self.entries.items():
+            if _owner(name) in (None, drawn.get(MODEL, self.model)):
+                drawn[name] = entry.suggest(name, trial)
+        return drawn
 
     def holds(self, parameters: Mapping[str, Any]) -> bool:
-        """Says whether these are values of exactly these parameters, each within its entry."""
-        return set(parameters) == set(self.entries) and all(
-            entry.holds(parameters[name]) for name, entry in self.entries.items()
+        """Says whether these are values of exactly a trial's parameters, each within its entry."""
+        active = self.active(parameters.get(MODEL, self.model))
+        return set(parameters) == set(active) and all(
+            entry.holds(parameters[name]) for name, entry in active.items()
         )
+
+    def grid_size(self) -> int:
+        """Number of points that `grid` gives."""
+        return sum(
+            math.prod(len(e.values or ()) for n, e in self.active(model).items() if n != MODEL)
+            for model in self.models
+        )
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """All combinations of values; there are some only if no parameter is a real number."""
+        for model in self.models:
+            active = self.active(model).items()
+            values: dict[str, Sequence[Any]] = {n: entry.values or () for n, entry in active}
+            if MODEL in values:
+                values[MODEL] = (model,)
+            for point in itertools.product(*values.values()):
+                yield dict(zip(values, point, strict=True))
 
 
 def parse(
     space: Mapping[str, Any],
-    sections: Mapping[str, tuple[type, Mapping[str, Any]]],
+    model: str,
+    models: Mapping[str, Options],
+    train: Options,
     prefix: str = "search.space",
 ) -> SearchSpace:
     """Reads and checks a search space.
 
     Args:
-        space: section → option → entry, as in the configuration.
-        sections: section → the dataclass of its options, and the values configured for this run.
+        space: section → option → entry, as in the configuration; see the module's text.
+        model: name of the configured model.
+        models: name → options, of all models that there are.
+        train: the options of training.
         prefix: how the user addresses the space.
 
     Raises:
         ConfigError: with everything that is wrong: unknown sections, options, types and keys;
             bounds in the wrong order or of the wrong type; values that the option does not allow.
     """
-    problems: list[str] = []
+    reader = _Reader(model, models, [])
     entries: dict[str, Entry] = {}
     for section, options in space.items():
         key = f"{prefix}.{section}"
-        if section not in sections:
-            problems.append(f"{key}: unknown section, expected one of {', '.join(sections)}")
+        if section not in ("model", "train"):
+            reader.problems.append(f"{key}: unknown section, expected one of model, train")
         elif not isinstance(options, Mapping):
-            problems.append(f"{key}: expected a mapping of options, got {options!r}")
+            reader.problems.append(f"{key}: expected a mapping of options, got {options!r}")
+        elif section == "model":
+            entries = reader.model_section(options, key) | entries
         else:
-            for option, content in options.items():
-                entry = _read_entry(content, f"{key}.{option}", problems)
-                if entry is not None:
-                    _check_values(section, option, entry, sections[section], key, problems)
-                    entries[f"{section}.{option}"] = entry
-    if not entries and not problems:
-        problems.append(f"{prefix}: expected at least one parameter to vary, got none")
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return SearchSpace(entries)
+            entries |= reader.options(options, key, "train", [("train", train)])
+    if not entries and not reader.problems:
+        reader.problems.append(f"{prefix}: expected at least one parameter to vary, got none")
+    if reader.problems:
+        raise ConfigError("; ".join(reader.problems))
+    return SearchSpace(entries, model)
 
 
 def split(parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Puts parameters back under their sections: {"model": {…}, "train": {…}}."""
+    """Puts parameters back under their sections: {"model": {"name": …, …}, "train": {…}}."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in parameters.items():
-        section, option = name.split(".", 1)
+        section, *_, option = name.split(".")
         sections.setdefault(section, {})[option] = value
     return sections
 
 
-def _read_entry(content: Any, key: str, problems: list[str]) -> Entry | None:
-    if not isinstance(content, Mapping) or content.get("type") not in _TYPES:
-        got = content.get("type") if isinstance(content, Mapping) else content
-        problems.append(f"{key}.type: expected one of {', '.join(_TYPES)}, got {got!r}")
-        return None
-    rest = {name: value for name, value in content.items() if name != "type"}
-    try:
-        return from_mapping(_TYPES[content["type"]], rest, key)
-    except ConfigError as err:
-        problems.append(str(err))
-        return None
+def _owner(name: str) -> str | None:
+    """The model that alone has this parameter; None if all trials have it."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 2 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads sections of a space and gathers what is wrong with them."""
+
+    model: str
+    models: Mapping[str, Options]
+    problems: list[str]
+
+    def model_section(self, options: Mapping[str, Any], key: str) -> dict[str, Entry]:
+        """The entries under `model`, `MODEL` first; those of models that no trial has are left."""
+        entries: dict[str, Entry] = {}
+        varied: list[str] = [self.model]
+        if "name" in options:
+            chosen = self._model_names(options["name"], f"{key}.name")
+            if chosen is not None:
+                entries[MODEL] = chosen
+                varied = [str(name) for name in chosen.choices]
+        shared = {k: v for k, v in options.items() if k != "name" and k not in self.models}
+        self._refuse_foreign(shared, varied, key)
+        known = {k: v for k, v in shared.items() if not self._foreign(k, varied)}
+        asked = [(name, self.models[name]) for name in varied]
+        entries |= self.options(known, key, "model", asked)
+        for name in (name for name in options if name in self.models):
+            own, address = options[name], f"{key}.{name}"
+            if not isinstance(own, Mapping):
+                self.problems.append(f"{address}: expected a mapping of options, got {own!r}")
+                continue
+            for option in sorted(set(own) & set(shared)):
+                self.problems.append(f"{address}.{option}: stands under {key} too")
+            found = self.options(own, address, f"model.{name}", [(name, self.models[name])])
+            entries |= found if name in varied else {}
+        return entries
+
+    def options(
+        self,
+        options: Mapping[str, Any],
+        key: str,
+        address: str,
+        allowed: Sequence[tuple[str, Options]],
+    ) -> dict[str, Entry]:
+        """Reads the entries of a section, each checked against everything that takes it."""
+        entries: dict[str, Entry] = {}
+        for option, content in options.items():
+            entry = read_entry(content, f"{key}.{option}", self.problems)
+            if entry is None:
+                continue
+            entries[f"{address}.{option}"] = entry
+            if address == "train" and option in FIXED:
+                self.problems.append(
+                    f"{key}.{option}: is the same for all trials, set it under train"
+                )
+                continue
+            for name, given in allowed:
+                of = f" (of {name})" if len(allowed) > 1 else ""
+                if _check_values(option, entry, given, key, of, self.problems):
+                    break
+        return entries
+
+    def _model_names(self, content: Any, key: str) -> Categorical | None:
+        entry = read_entry(content, key, self.problems)
+        if entry is None:
+            return None
+        names = ", ".join(self.models)
+        if not isinstance(entry, Categorical):
+            self.problems.append(f"{key}.type: expected categorical, with choices among {names}")
+            return None
+        unknown = [choice for choice in entry.choices if choice not in self.models]
+        if unknown:
+            self.problems.append(
+                f"{key}.choices: expected names of models ({names}), got {unknown[0]!r}"
+            )
+            return None
+        return entry
+
+    def _foreign(self, option: str, varied: Sequence[str]) -> list[str]:
+        """The models that have an option which one of those varied has not; [] if nobody has it."""
+        having = [name for name, given in self.models.items() if option in _fields(given)]
+        return [] if set(varied) <= set(having) else having
+
+    def _refuse_foreign(self, options: Mapping[str, Any], varied: Sequence[str], key: str) -> None:
+        """Says in one line which options are another model's, and what can be chosen instead."""
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for option in options:
+            if having := self._foreign(option, varied):
+                groups.setdefault(tuple(having), []).append(option)
+        for models, foreign in groups.items():
+            having, lacking = list(models), [n for n in varied if n not in models]
+            self.problems.append(
+                f"{key}: {', '.join(foreign)}: only {_words(having)} has, and {_words(lacking)} "
+                f"has not; choose model={having[0]}, search={lacking[0]} or search=wide, or put "
+                f"what one model has under {key}.{having[0]}"
+            )
+
+
+def _fields(options: Options) -> set[str]:
+    return {field.name for field in dataclasses.fields(options[0])}
+
+
+def _words(names: Sequence[str]) -> str:
+    return " and ".join(names)
 
 
 def _check_values(
-    section: str,
-    option: str,
-    entry: Entry,
-    allowed: tuple[type, Mapping[str, Any]],
-    key: str,
-    problems: list[str],
-) -> None:
-    """Tries the entry's extreme values on the options' dataclass, which knows what is allowed."""
-    if option in FIXED.get(section, ()):
-        problems.append(f"{key}.{option}: is the same for all trials, set it under {section}")
-        return
+    option: str, entry: Entry, allowed: Options, key: str, of: str, problems: list[str]
+) -> bool:
+    """Tries the entry's extreme values on the options' dataclass; says whether one is refused."""
     options, configured = allowed
     for value in entry.extremes:
         try:
@@ -215,16 +268,6 @@ def _check_values(
             if not message.startswith(f"{key}.{option}"):  # a check of several options together
                 reason = message.removeprefix(f"{key}: ").removeprefix(f"{option}: ")
                 message = f"{key}.{option}: {reason}"
-            problems.append(message)
-            return
-
-
-def _require_bounds(low: float, high: float, log: bool) -> None:
-    if not (float("-inf") < low < high < float("inf")):
-        raise ConfigError(f"expected finite low < high, got low {low!r} and high {high!r}")
-    if log and low <= 0:
-        raise ConfigError(f"low: expected more than 0 on the logarithmic scale, got {low!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+            problems.append(message + of)
+            return True
+    return False

@@ -6,7 +6,9 @@ the best trial's model; `manifest.json`.
 
 import dataclasses
 import datetime
+import itertools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +23,10 @@ STAGE = "sweep"
 #: "finished": all epochs, or no more patience; "stopped": by the scheduler; "failed": an error.
 Status = Literal["finished", "stopped", "failed"]
 
-#: What a trial reports to Ray Tune after every epoch: its number, the best validation Jaccard so
-#: far, every epoch until now (`training.EpochReport.as_dict`), and when it started (seconds, UTC).
-EPOCH, OBJECTIVE, HISTORY, STARTED = "epoch", "best_jaccard", "history", "started"
+#: What a trial reports to Ray Tune after every epoch: its number, every epoch until now
+#: (`training.EpochReport.as_dict`), when it started (seconds since 1970), how long it has trained,
+#: and what it raised, if that ended it and would again.
+EPOCH, HISTORY, STARTED, SECONDS, ERROR = "epoch", "history", "started", "train_seconds", "error"
 
 METRICS = ("jaccard", "f1", "prauc", "ddi_rate", "num_medications")
 _LOSSES = ("loss", "bce", "margin", "ddi")
@@ -45,6 +48,7 @@ class TrialRecord:
         host: where it ran; "" if it failed before its first report.
         cpus, gpus: what was reserved for it.
         checkpoint: folder of its last checkpoint; None if there is none.
+        attempts: how often it was started.
     """
 
     number: int
@@ -59,6 +63,13 @@ class TrialRecord:
     cpus: float
     gpus: float
     checkpoint: Path | None
+    attempts: int = 1
+
+    @property
+    def best_so_far(self) -> list[float]:
+        """After each epoch, the best validation Jaccard until then."""
+        values = (float(epoch["metrics"]["jaccard"]) for epoch in self.history)
+        return list(itertools.accumulate(values, max))
 
     @property
     def best_epoch(self) -> Mapping[str, Any] | None:
@@ -68,9 +79,9 @@ class TrialRecord:
     def describe(self) -> str:
         """One line: what was measured, and with which parameters."""
         values = ", ".join(
-            f"{name.split('.', 1)[1]}={value:.4g}"
+            f"{name.rsplit('.', 1)[1]}={value:.4g}"
             if isinstance(value, float)
-            else f"{name.split('.', 1)[1]}={value}"
+            else f"{name.removeprefix('model.').rsplit('.', 1)[-1]}={value}"
             for name, value in self.parameters.items()
         )
         best = self.best_epoch
@@ -86,22 +97,68 @@ class TrialRecord:
 
 @dataclasses.dataclass(frozen=True)
 class SweepResult:
-    """All trials of a sweep, by number."""
+    """All trials of a sweep, by number.
+
+    Attributes:
+        trials: see TrialRecord.
+        objectives: what was searched for.
+        max_ddi_rate: that the chosen trial has to keep; None: any.
+    """
 
     trials: tuple[TrialRecord, ...]
+    objectives: tuple[str, ...] = ("jaccard",)
+    max_ddi_rate: float | None = None
 
     @property
-    def best(self) -> TrialRecord:
-        """The trial with the best validation Jaccard, the first of equal ones.
+    def chosen(self) -> TrialRecord | None:
+        """The trial to promote: the best validation Jaccard, the first of equal ones.
+
+        None if no trial keeps `max_ddi_rate`.
 
         Raises:
             TrainingError: if every trial failed; names the first error.
         """
+        return max(filter(self._keeps, self._usable()), key=_jaccard, default=None)
+
+    @property
+    def best(self) -> TrialRecord:
+        """`chosen`, where there has to be one.
+
+        Raises:
+            TrainingError: if every trial failed, or none keeps `max_ddi_rate`.
+        """
+        if (chosen := self.chosen) is None:
+            raise TrainingError(self.unchosen())
+        return chosen
+
+    def unchosen(self) -> str:
+        """Why no trial is chosen, in one line."""
+        nearest = min(self._usable(), key=_ddi_rate)
+        return (
+            f"no trial keeps a DDI rate of at most {self.max_ddi_rate:g}, so none is promoted; the "
+            f"lowest is {_ddi_rate(nearest):.4f}, of trial {nearest.number} with Jaccard "
+            f"{_jaccard(nearest):.4f}; allow more with search.max_ddi_rate, or train towards less "
+            "with train.ddi_target"
+        )
+
+    def _usable(self) -> list[TrialRecord]:
         usable = [t for t in self.trials if t.status != "failed" and t.best_epoch is not None]
         if not usable:
             first = self.trials[0].error if self.trials else "none was started"
             raise TrainingError(f"all {len(self.trials)} trials failed; the first with {first}")
-        return max(usable, key=_jaccard)
+        return usable
+
+    def _keeps(self, trial: TrialRecord) -> bool:
+        return self.max_ddi_rate is None or _ddi_rate(trial) <= self.max_ddi_rate
+
+    def pareto(self) -> list[bool]:
+        """For each trial, whether none is as good in Jaccard and DDI rate and better in one."""
+        points = [
+            None if t.status == "failed" or t.best_epoch is None else (_jaccard(t), _ddi_rate(t))
+            for t in self.trials
+        ]
+        known = [point for point in points if point is not None]
+        return [p is not None and not any(_dominates(o, p) for o in known) for p in points]
 
     def count(self, status: str) -> int:
         """Number of trials with this status."""
@@ -109,7 +166,7 @@ class SweepResult:
 
     def table(self) -> pa.Table:
         """One row a trial; a parameter that takes values of several types is written as text."""
-        trials = self.trials
+        trials, chosen = self.trials, self.chosen
         best = [trial.best_epoch for trial in trials]
         columns: dict[str, pa.Array] = {
             "trial": pa.array([t.number for t in trials], pa.int32()),
@@ -129,21 +186,41 @@ class SweepResult:
             "host": pa.array([t.host for t in trials], pa.string()),
             "cpus": pa.array([t.cpus for t in trials], pa.float64()),
             "gpus": pa.array([t.gpus for t in trials], pa.float64()),
+            "attempts": pa.array([t.attempts for t in trials], pa.int32()),
+            "chosen": pa.array([t is chosen for t in trials], pa.bool_()),
+            "pareto": pa.array(self.pareto(), pa.bool_()),
             "history": pa.array([_epochs(t) for t in trials], pa.list_(_EPOCH_TYPE)),
         }
         return pa.table(columns)
 
 
-def parameters_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters among what a trial is given, which has its number and seed beside them."""
-    return {name: value for name, value in config.items() if name not in ("trial", "seed")}
+def write(result: SweepResult, folder: Path, bundle_fingerprint: str | None) -> None:
+    """Writes `sweep.parquet` and `best.json` into a folder that `artifacts.new_folder` gave.
 
-
-def write(result: SweepResult, folder: Path, bundle_fingerprint: str) -> None:
-    """Writes `sweep.parquet` and `best.json` into a folder that `artifacts.new_folder` gave."""
+    Args:
+        result: see SweepResult.
+        folder: where to write.
+        bundle_fingerprint: of the chosen trial's bundle; None if none is chosen.
+    """
     pq.write_table(result.table(), folder / "sweep.parquet")
     content = {**_best(result), "bundle": bundle_fingerprint}
     (folder / "best.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_trials(path: Path) -> tuple[TrialRecord, ...]:
+    """Reads a `sweep.parquet`; parameters that it holds as text stay text.
+
+    Raises:
+        ArtifactError: if it is missing or no table of a sweep.
+    """
+    try:
+        table = pq.read_table(path)
+        names = [name for name in table.column_names if name.startswith(("model.", "train."))]
+        return tuple(_record(row, names) for row in table.to_pylist())
+    except (OSError, KeyError, TypeError, pa.ArrowException) as err:
+        raise ArtifactError(
+            f"{path}: expected the sweep.parquet of a sweep ({type(err).__name__})"
+        ) from err
 
 
 def read_best(folder: Path) -> dict[str, Any]:
@@ -160,16 +237,31 @@ def read_best(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def summary(result: SweepResult) -> dict[str, Any]:
-    """What the manifest says of a sweep: how many trials of each status, and the best one."""
+def summary(result: SweepResult, seconds: float) -> dict[str, Any]:
+    """What the manifest says of a sweep.
+
+    Args:
+        result: see SweepResult.
+        seconds: that it ran, in all.
+
+    Returns:
+        How many trials of each status, how long they took, and the best one.
+    """
     counts = {status: result.count(status) for status in ("finished", "stopped", "failed")}
-    return {"trials": len(result.trials), **counts, "best": _best(result)}
+    return {"trials": len(result.trials), **counts, "seconds": seconds, "best": _best(result)}
 
 
 def _best(result: SweepResult) -> dict[str, Any]:
-    best = result.best
+    asked = {
+        "objectives": list(result.objectives),
+        "constraint": None if result.max_ddi_rate is None else {"ddi_rate": result.max_ddi_rate},
+    }
+    best = result.chosen
+    if best is None:
+        return {"trial": None, "reason": result.unchosen(), **asked}
     epoch = best.best_epoch or {}
     return {
+        **asked,
         "trial": best.number,
         "parameters": dict(best.parameters),
         "seed": best.seed,
@@ -198,6 +290,35 @@ def _epochs(trial: TrialRecord) -> list[dict[str, Any]]:
     ]
 
 
+def _record(row: Mapping[str, Any], names: list[str]) -> TrialRecord:
+    """A row of the table as a record; a parameter without a value is left out."""
+    history = [
+        {
+            "epoch": epoch["epoch"],
+            "losses": {name: epoch[f"train_{name}"] for name in _LOSSES},
+            "metrics": {name: epoch[name] for name in METRICS},
+            "best": epoch["epoch"] == row["best_epoch"],
+            "seconds": epoch["seconds"],
+        }
+        for epoch in row["history"]
+    ]
+    return TrialRecord(
+        number=row["trial"],
+        parameters={name: row[name] for name in names if row[name] is not None},
+        seed=row["seed"],
+        status=row["status"],
+        error=row["error"],
+        history=tuple(history),
+        started=row["started"],
+        seconds=row["seconds"],
+        host=row["host"],
+        cpus=row["cpus"],
+        gpus=row["gpus"],
+        checkpoint=None,
+        attempts=row.get("attempts", 1),
+    )
+
+
 def _column(values: list[Any]) -> pa.Array:
     kinds = {type(value) for value in values if value is not None}
     if len(kinds) > 1:
@@ -208,3 +329,12 @@ def _column(values: list[Any]) -> pa.Array:
 def _jaccard(trial: TrialRecord) -> float:
     best = trial.best_epoch
     return -1.0 if best is None else float(best["metrics"]["jaccard"])
+
+
+def _ddi_rate(trial: TrialRecord) -> float:
+    best = trial.best_epoch
+    return math.inf if best is None else float(best["metrics"]["ddi_rate"])
+
+
+def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    return a != b and a[0] >= b[0] and a[1] <= b[1]

@@ -1,13 +1,36 @@
 """What a sweep is to do, read from the configuration and checked before anything starts."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cafemed import search_space
+from cafemed.calibration import CalibrationConfig
 from cafemed.config import Range, from_mapping
-from cafemed.search_space import SearchSpace
+from cafemed.errors import ConfigError
+from cafemed.search_space import MODEL, SearchSpace
 from cafemed.training import FitConfig
+
+T = TypeVar("T")
+
+Sampler: TypeAlias = Literal["tpe", "tpe_multivariate", "nsga2", "random", "grid"]
+Scheduler: TypeAlias = Literal["asha", "median", "none"]
+Objective: TypeAlias = Literal["jaccard", "ddi_rate"]
+
+#: Settings of `search` that may change when a sweep goes on: they decide how many trials there are
+#: and where they run, not what a trial finds.
+FREE = (
+    "num_samples",
+    "max_hours",
+    "max_concurrent",
+    "cpus",
+    "gpus",
+    "memory_gb",
+    "max_failures",
+    "max_failed_trials",
+    "storage",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,24 +38,48 @@ class SearchConfig:
     """How a sweep is run (group `search`).
 
     Attributes:
+        space: what is varied; see cafemed/search_space.py.
         num_samples: trials.
-        max_concurrent: trials at the same time; None: as many as the resources allow.
-        cpus: CPUs reserved for a trial.
-        gpus: GPUs reserved for a trial; 0.25 lets four share one.
+        max_hours: no trial goes on when the sweep has run for so long, in all; None: no limit.
+        sampler: what proposes parameters; see cafemed/sampling.py.
+        scheduler: what stops poor trials early; see cafemed/stopping.py.
+        objectives: what is searched for: Jaccard up, or that and DDI rate down.
+        max_ddi_rate: of the trial that is promoted; samplers learn which trials keep it.
+        starts: parameters of the first trials; what one leaves out has its configured value.
+        prior: `sweep.parquet` files of other sweeps, whose trials the sampler is told first.
+        population_size: trials a generation of nsga2.
         seed: of the sampler, and with a trial's number of that trial.
         grace_period: epochs that no trial is stopped before.
         reduction_factor: ASHA lets the best 1 / reduction_factor of the trials go on at each rung.
-        space: what is varied; see cafemed/search_space.py.
+        max_concurrent: trials at the same time; None: as many as the resources allow.
+        cpus: CPUs reserved for a trial.
+        gpus: GPUs reserved for a trial; 0.25 lets four share one.
+        memory_gb: memory reserved for a trial, in units of 1e9 bytes; None: not counted.
+        max_failures: how often a trial is started again, from its checkpoint, before it is failed.
+        max_failed_trials: the sweep ends when more have failed; None: it always goes on.
+        storage: folder or URL of checkpoints and history, seen by every node; None: under the root.
     """
 
     space: dict[str, Any]
     num_samples: Annotated[int, Range(1)] = 32
-    max_concurrent: Annotated[int, Range(1)] | None = None
-    cpus: Annotated[float, Range(0, open_low=True)] = 1.0
-    gpus: Annotated[float, Range(0)] = 0.0
+    max_hours: Annotated[float, Range(0, open_low=True)] | None = None
+    sampler: Sampler = "tpe_multivariate"
+    scheduler: Scheduler = "asha"
+    objectives: tuple[Objective, ...] = ("jaccard",)
+    max_ddi_rate: Annotated[float, Range(0, 1)] | None = None
+    starts: tuple[dict[str, Any], ...] = ()
+    prior: tuple[str, ...] = ()
+    population_size: Annotated[int, Range(2)] = 16
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     grace_period: Annotated[int, Range(1)] = 5
     reduction_factor: Annotated[float, Range(1, open_low=True)] = 3.0
+    max_concurrent: Annotated[int, Range(1)] | None = None
+    cpus: Annotated[float, Range(0, open_low=True)] = 1.0
+    gpus: Annotated[float, Range(0)] = 0.0
+    memory_gb: Annotated[float, Range(0, open_low=True)] | None = None
+    max_failures: Annotated[int, Range(0)] = 3
+    max_failed_trials: Annotated[int, Range(0)] | None = None
+    storage: str | None = None
 
     @property
     def total_cpus(self) -> float:
@@ -45,61 +92,184 @@ class SweepPlan:
     """A checked sweep.
 
     Attributes:
-        model_name: passed to the builder.
-        model_options: all options of the model, as configured; JSON values.
+        model_name: the configured model.
+        models: name → all options, of the models that trials have; as configured for `model_name`,
+            the model's own defaults for the others. JSON values.
         fit: training as configured.
         search: see SearchConfig.
         space: what is varied.
+        starts: parameters of the first trials, for all samplers but grid.
+        calibrated: what is chosen on the validation patients for the trial that is promoted.
     """
 
     model_name: str
-    model_options: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
     fit: FitConfig
     search: SearchConfig
     space: SearchSpace
-
-    @property
-    def start(self) -> dict[str, Any] | None:
-        """The configured values of what is varied, if the space holds them all: the first trial."""
-        configured = {"model": self.model_options, "train": dataclasses.asdict(self.fit)}
-        parameters = {}
-        for name in self.space.entries:
-            section, option = name.split(".", 1)
-            parameters[name] = configured[section][option]
-        return parameters if self.space.holds(parameters) else None
+    starts: tuple[Mapping[str, Any], ...]
+    calibrated: CalibrationConfig
 
     def settings(self) -> dict[str, Any]:
         """JSON values that, with the inputs, decide what the sweep finds."""
-        return {
-            "model": {"name": self.model_name, "options": dict(self.model_options)},
+        others = {name: dict(o) for name, o in self.models.items() if name != self.model_name}
+        own = {"name": self.model_name, "options": dict(self.models[self.model_name])}
+        content = {
+            "model": own,
+            **({"models": others} if others else {}),
             "train": dataclasses.asdict(self.fit),
+            "calibration": dataclasses.asdict(self.calibrated),
             "search": dataclasses.asdict(self.search),
         }
+        return dict(json.loads(json.dumps(content)))
+
+    def kept_settings(self) -> dict[str, Any]:
+        """Those of the settings that a sweep keeps when it goes on; see FREE."""
+        return kept(self.settings())
+
+
+def kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those that may change when a sweep goes on."""
+    search = {name: value for name, value in settings["search"].items() if name not in FREE}
+    return {**settings, "search": search}
 
 
 def read(
-    model: Mapping[str, Any],
-    train: Mapping[str, Any],
-    search: Mapping[str, Any],
+    values: Mapping[str, Any],
     options_class: Callable[[str], type],
+    names: Sequence[str],
 ) -> SweepPlan:
-    """Reads and checks the sections `model`, `train` and `search` of the configuration.
+    """Reads and checks what the configuration says of a sweep.
 
     Args:
-        model: "name" and the model's options.
-        train: see FitConfig.
-        search: see SearchConfig.
+        values: the sections "model" ("name" and the model's options), "train" (FitConfig),
+            "search" (SearchConfig), and "calibration" (CalibrationConfig), which may be left out.
         options_class: gives the dataclass of a model's options; jobs pass `models.options_class`.
+        names: of all models; jobs pass `models.NAMES`.
 
     Raises:
         ConfigError: with everything that is wrong in a section.
     """
-    given = dict(model)
+    given, problems = dict(values["model"]), list[str]()
     name = given.pop("name")
-    options = options_class(name)
-    checked = dataclasses.asdict(from_mapping(options, given, "model"))
-    fit = from_mapping(FitConfig, train, "train")
-    settings = from_mapping(SearchConfig, search, "search")
-    sections = {"model": (options, checked), "train": (FitConfig, dataclasses.asdict(fit))}
-    space = search_space.parse(settings.space, sections)
-    return SweepPlan(name, checked, fit, settings, space)
+    own = _attempt(problems, lambda: from_mapping(options_class(name), given, "model"))
+    fit = _attempt(problems, lambda: from_mapping(FitConfig, values["train"], "train"))
+    settings = _attempt(problems, lambda: from_mapping(SearchConfig, values["search"], "search"))
+    calibrated = _attempt(
+        problems,
+        lambda: from_mapping(CalibrationConfig, values.get("calibration", {}), "calibration"),
+    )
+    if own is None or fit is None or settings is None or calibrated is None:
+        raise ConfigError("; ".join(problems))
+    known = {
+        other: dataclasses.asdict(own if other == name else options_class(other)())
+        for other in names
+    }
+    options = {other: (options_class(other), known[other]) for other in names}
+    configured = (FitConfig, dataclasses.asdict(fit))
+    space = _attempt(
+        problems, lambda: search_space.parse(settings.space, name, options, configured)
+    )
+    problems += _combinations(settings, space)
+    starts: list[dict[str, Any]] = []
+    if space is not None:
+        starts = _starts(settings, space, known, configured[1], problems)
+        problems += _grid(settings, space)
+    if problems or space is None:
+        raise ConfigError("; ".join(problems))
+    chosen = {other: known[other] for other in dict.fromkeys([name, *space.models])}
+    return SweepPlan(name, chosen, fit, settings, space, tuple(starts), calibrated)
+
+
+def _attempt(problems: list[str], read: Callable[[], T]) -> T | None:
+    """What `read` gives; None, and one more problem, if it refuses."""
+    try:
+        return read()
+    except ConfigError as err:
+        problems.append(str(err))
+        return None
+
+
+def _starts(
+    search: SearchConfig,
+    space: SearchSpace,
+    models: Mapping[str, Mapping[str, Any]],
+    train: Mapping[str, Any],
+    problems: list[str],
+) -> list[dict[str, Any]]:
+    """The first trials: those asked for, then each model as configured, as near as it can be."""
+    if search.sampler == "grid":
+        if search.starts:
+            problems.append("search.starts: sampler=grid tries every point, leave it out")
+        return []
+
+    def configured(model: str) -> dict[str, Any]:
+        sections: dict[str, Mapping[str, Any]] = {"model": models[model], "train": train}
+        values: dict[str, Any] = {}
+        for name, entry in space.active(model).items():
+            section, *_, option = name.split(".")
+            values[name] = model if name == MODEL else entry.nearest(sections[section][option])
+        return values
+
+    # The configured model first, if trials have it.
+    known = sorted(space.models, key=lambda name: name != space.model)
+    found = []
+    for number, start in enumerate(search.starts):
+        model = start.get(MODEL, known[0])
+        entries = space.active(model) if model in known else space.entries
+        for name, value in start.items():
+            if name not in entries or not entries[name].holds(value):
+                problems.append(f"search.starts[{number}].{name}: {value!r} is not in the space")
+        found.append({**configured(model), **start} if model in known else {})
+    found += [configured(model) for model in known]
+    return [start for i, start in enumerate(found) if start not in found[:i]]
+
+
+def _combinations(search: SearchConfig, space: SearchSpace | None) -> list[str]:
+    """Settings that do not work together, each with the reason."""
+    problems = []
+    if search.objectives[:1] != ("jaccard",) or len(set(search.objectives)) < len(
+        search.objectives
+    ):
+        problems.append(
+            "search.objectives: expected [jaccard] or [jaccard, ddi_rate], got "
+            f"{list(search.objectives)}"
+        )
+    if search.scheduler != "none" and len(search.objectives) > 1:
+        problems.append(
+            f"search.scheduler: {search.scheduler} compares trials by Jaccard alone and would cut "
+            "off the front's low DDI rates; with two objectives choose search.scheduler=none"
+        )
+    if search.sampler == "nsga2":
+        if search.scheduler != "none":
+            problems.append(
+                f"search.scheduler: nsga2 breeds from finished trials only, and {search.scheduler} "
+                "stops most; choose search.scheduler=none or search.sampler=tpe"
+            )
+        if space is not None and space.conditional:
+            problems.append(
+                "search.sampler: nsga2 crosses parameters that all trials have, and "
+                f"{space.conditional[0]} is one model's; choose tpe, or one model"
+            )
+        if search.num_samples <= search.population_size:
+            problems.append(
+                f"search.population_size: the first generation of nsga2 is drawn at random, and "
+                f"{search.population_size} of {search.num_samples} trials are that; choose fewer"
+            )
+    return problems
+
+
+def _grid(search: SearchConfig, space: SearchSpace) -> list[str]:
+    if search.sampler != "grid":
+        return []
+    real = [name for name, entry in space.entries.items() if entry.values is None]
+    if real:
+        return [
+            f"search.space.{name}: sampler=grid needs values that can be counted, and this is a "
+            "float; make it categorical with choices"
+            for name in real
+        ]
+    points = space.grid_size()
+    if points != search.num_samples:
+        return [f"search.num_samples: the grid has {points} points, got {search.num_samples}"]
+    return []

@@ -3,21 +3,21 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimiser of a process would import it, for two seconds
 from numpy.typing import NDArray
 from ray import tune
-from ray.tune.experiment import Trial
 from torch import Tensor
 
-from cafemed import checkpoints, search_space, sweep, training
+from cafemed import checkpoints, search_space, training
 from cafemed.batches import ModelInputs, VisitArrays
-from cafemed.errors import ArtifactError
-from cafemed.sweep import EPOCH, HISTORY, OBJECTIVE, STARTED
+from cafemed.errors import ArtifactError, UserError
+from cafemed.sweep import EPOCH, ERROR, HISTORY, SECONDS, STARTED
 from cafemed.training import Builder, EpochReport, FitConfig
 
 
@@ -27,8 +27,9 @@ class TrialData:
 
     Attributes:
         build: passed to `training.fit`; pickled by reference.
-        model_name: passed to `build`.
-        model_options: those configured; a trial replaces the ones it varies.
+        model_name: the configured model; a trial that varies the model has its own.
+        models: name → options, of every model that a trial may have; a trial replaces the ones it
+            varies.
         inputs: passed to `training.fit`.
         arrays: passed to `training.fit`.
         train_patients: indices.
@@ -38,76 +39,93 @@ class TrialData:
 
     build: Builder
     model_name: str
-    model_options: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]]
     inputs: ModelInputs
     arrays: VisitArrays
     train_patients: NDArray[np.int64]
     validation_patients: NDArray[np.int64]
     config: FitConfig
 
+    def model_of(self, parameters: Mapping[str, Any]) -> str:
+        """The name of a trial's model."""
+        return str(parameters.get(search_space.MODEL, self.model_name))
+
     def varied(self, parameters: Mapping[str, Any], seed: int) -> tuple[dict[str, Any], FitConfig]:
         """Model options and training configuration of a trial."""
         sections = search_space.split(parameters)
-        options = {**self.model_options, **sections.get("model", {})}
+        options = {**self.models[self.model_of(parameters)], **sections.get("model", {})}
+        options.pop("name", None)
         return options, dataclasses.replace(self.config, **sections.get("train", {}), seed=seed)
-
-
-def suggest(
-    space: search_space.SearchSpace, seed: int, trial: search_space.Suggests
-) -> dict[str, Any]:
-    """What a trial is given besides its parameters, which Optuna records as they are drawn."""
-    space.suggest(trial)
-    return {"trial": trial.number, "seed": trial_seed(seed, trial.number)}
-
-
-def trial_seed(seed: int, number: int) -> int:
-    """The seed of trial `number` in a sweep with this seed."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def run_trial(config: dict[str, Any], data: TrialData) -> None:
     """Trains one model; Ray Tune calls this in a worker.
 
-    An interrupted trial goes on from its last checkpoint.
+    An interrupted trial goes on from its last checkpoint. What it would do again, such as a model
+    that cannot be built or a loss that is not finite, is reported instead of raised, so that it is
+    not tried again.
 
     Args:
-        config: parameters ("train.learning_rate" → value), "trial" and "seed".
+        config: "trial", "seed", "parameters" ("train.learning_rate" → value), and "checkpoint",
+            where it goes on from if it was interrupted in another run of the sweep.
         data: see TrialData.
     """
-    options, fit_config = data.varied(sweep.parameters_of(config), config["seed"])
-    started = time.time()
+    started, parameters = time.time(), config["parameters"]
+    options, fit_config = data.varied(parameters, config["seed"])
     history: list[dict[str, Any]] = []
     # In Ray's own session folder, so that a killed worker leaves nothing behind when Ray ends.
     place = Path(tune.get_context().get_trial_dir())
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
-        earlier = tune.get_checkpoint()
-        if earlier is not None:
+        if (earlier := _earlier(config)) is not None:
             earlier.to_directory(folder)
             history += read_checkpoint(folder).history
+        before_s = sum(epoch["seconds"] for epoch in history)
 
-        def report(epoch: EpochReport) -> None:
+        def report(**more: Any) -> None:
+            found = {
+                EPOCH: len(history),
+                HISTORY: list(history),
+                STARTED: started,
+                SECONDS: before_s + time.time() - started,
+                **more,
+            }
+            tune.report(found, checkpoint=tune.Checkpoint.from_directory(folder))
+
+        def after_epoch(epoch: EpochReport) -> None:
             history.append(epoch.as_dict())
-            best = max(past["metrics"]["jaccard"] for past in history)
-            tune.report(
-                {EPOCH: epoch.epoch, OBJECTIVE: best, HISTORY: list(history), STARTED: started},
-                checkpoint=tune.Checkpoint.from_directory(folder),
-            )
+            report()
 
-        training.fit(
-            data.build,
-            data.model_name,
-            options,
-            data.inputs,
-            data.arrays,
-            data.train_patients,
-            data.validation_patients,
-            fit_config,
-            on_epoch=report,
-            checkpoint_dir=folder,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
+        restored = len(history)
+        try:
+            training.fit(
+                data.build,
+                data.model_of(parameters),
+                options,
+                data.inputs,
+                data.arrays,
+                data.train_patients,
+                data.validation_patients,
+                fit_config,
+                on_epoch=after_epoch,
+                checkpoint_dir=folder,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+            )
+        except UserError as err:
+            lines = str(err).splitlines() or [""]
+            report(**{ERROR: f"{type(err).__name__}: {lines[0]}"})
+        else:
+            if len(history) == restored:  # interrupted between its last epoch and the report of it
+                report()
+
+
+def _earlier(config: Mapping[str, Any]) -> tune.Checkpoint | None:
+    """The checkpoint to go on from: of this run of the sweep, else of the run before."""
+    found: tune.Checkpoint | None = tune.get_checkpoint()
+    if found is None and config["checkpoint"] is not None:
+        found = tune.Checkpoint(config["checkpoint"])
+    return found
 
 
 def best_weights(folder: Path) -> dict[str, Tensor]:
@@ -125,22 +143,3 @@ def read_checkpoint(folder: Path) -> checkpoints.Checkpoint:
     if checkpoint is None:
         raise ArtifactError(f"{folder}: expected the checkpoint of a trial, found none")
     return checkpoint
-
-
-class OnTrialEnd(tune.Callback):
-    """Calls a function with every trial that ends, in the process that runs the sweep."""
-
-    def __init__(self, function: Callable[[Trial], None]) -> None:
-        self._function = function
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leaves the function out: Ray Tune saves its callbacks, this may hold a terminal."""
-        return {"_function": lambda _trial: None}
-
-    def on_trial_complete(self, *_: Any, **info: Any) -> None:
-        """Ray Tune calls this, by keyword, when a trial is done or was stopped."""
-        self._function(info["trial"])
-
-    def on_trial_error(self, *_: Any, **info: Any) -> None:
-        """Ray Tune calls this, by keyword, when a trial raised."""
-        self._function(info["trial"])

@@ -1,5 +1,9 @@
 """A tiny model and cohort, for what trains and evaluates models without knowing them."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -77,3 +81,19 @@ def small_arrays():
         laboratory_counts=np.zeros(shape[0], np.int32),
         sizes=SIZES,
     )
+
+
+@pytest.fixture(scope="session")
+def sweeps():
+    """The module sweeps.py: sweeps without Ray."""
+    spec = importlib.util.spec_from_file_location("sweeps", Path(__file__).parent / "sweeps.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweeps"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def given(sweeps):
+    """Sixty invented patients whose medications follow from their diagnoses."""
+    return sweeps.invented_experiment()

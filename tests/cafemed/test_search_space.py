@@ -1,25 +1,15 @@
 """Search spaces: typed, checked against the options they vary, drawn as they say."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import optuna
 import pytest
-import yaml
 
-import models
-from cafemed import paths, search_space, sweep_plan
+from cafemed import search_space
 from cafemed.config import Range
 from cafemed.errors import ConfigError
-from cafemed.search_space import Categorical, Float, Integer
-from cafemed.training import FitConfig
-
-#: Spaces of CafeMed; those of another model are named after it.
-SPACES = sorted(
-    path for path in (paths.CONF_DIR / "search").glob("*.yaml") if path.stem not in models.NAMES
-)
-OTHER_MODELS = [name for name in models.NAMES if name != "cafemed"]
+from cafemed.search_entries import Categorical, Float, Integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +30,17 @@ class Model:
             raise ConfigError(f"parts: expected a divisor of width = {self.width}")
 
 
-SECTIONS: dict[str, Any] = {"train": (Train, {"rate": 0.2}), "model": (Model, {"width": 12})}
+@dataclasses.dataclass(frozen=True)
+class Other:
+    width: int = 8
+    depth: int = 2
 
 
-def parse(space: dict[str, Any]) -> search_space.SearchSpace:
-    return search_space.parse(space, SECTIONS)
+MODELS: dict[str, Any] = {"one": (Model, {"width": 12}), "two": (Other, {"width": 8})}
+
+
+def parse(space: dict[str, Any], model: str = "one") -> search_space.SearchSpace:
+    return search_space.parse(space, model, MODELS, (Train, {"rate": 0.2}))
 
 
 def test_entries_take_their_types_and_addresses():
@@ -91,7 +87,7 @@ def test_everything_wrong_is_reported_at_once_under_its_key():
         "search.space.train.flag.type": "expected one of float, int, categorical, got 'bool'",
         "search.space.model.parts": "expected a divisor of width = 12",
         "search.space.model.width.type": "got 3",
-        "search.space.modle": "unknown section, expected one of train, model",
+        "search.space.modle": "unknown section, expected one of model, train",
     }.items():
         assert any(p.startswith(f"{key}: ") and message in p for p in problems), (key, problems)
 
@@ -153,6 +149,12 @@ def test_values_are_drawn_within_the_entries_and_by_the_seed():
     assert 10 <= below <= 30
 
 
+def test_nearest_is_what_a_start_takes():
+    assert [Float(0.1, 1.0).nearest(x) for x in (0.0, 0.5, 2, None)] == [0.1, 0.5, 1.0, 0.1]
+    assert [Integer(1, 4).nearest(x) for x in (0, 3, 9, None)] == [1, 3, 4, 1]
+    assert [Categorical((2, "a", None)).nearest(x) for x in ("a", None, "b")] == ["a", None, 2]
+
+
 @pytest.mark.parametrize(
     ("entry", "inside", "outside"),
     [
@@ -167,54 +169,81 @@ def test_holds_says_what_can_be_drawn(entry: Any, inside: tuple[Any], outside: t
 
 
 def test_parameters_go_back_to_their_sections():
-    parameters = {"model.parts": 3, "train.rate": 0.1, "train.size": 2}
+    parameters = {"model.name": "one", "model.one.parts": 3, "train.rate": 0.1, "train.size": 2}
     assert search_space.split(parameters) == {
-        "model": {"parts": 3},
+        "model": {"name": "one", "parts": 3},
         "train": {"rate": 0.1, "size": 2},
     }
 
 
-@pytest.fixture
-def read() -> Callable[[dict[str, Any]], sweep_plan.SweepPlan]:
-    def read(search: dict[str, Any]) -> sweep_plan.SweepPlan:
-        return sweep_plan.read({"name": "cafemed"}, {}, search, models.options_class)
-
-    return read
-
-
-@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_spaces_of_the_configuration_fit_the_model(path, read):
-    plan = read(yaml.load(path.read_text(), yaml.CSafeLoader))
-    needed = {"model.modulation_strength", "model.reduction_ratio", "train.ddi_coefficient"}
-    assert needed <= set(plan.space.entries)
+BY_MODEL: dict[str, Any] = {
+    "train": {"size": {"type": "int", "low": 1, "high": 2}},
+    "model": {
+        "two": {"depth": {"type": "int", "low": 1, "high": 3}},
+        "width": {"type": "categorical", "choices": [4, 6]},
+        "one": {"parts": {"type": "categorical", "choices": [1, 2]}},
+        "name": {"type": "categorical", "choices": ["one", "two"]},
+    },
+}
 
 
-@pytest.mark.parametrize("name", OTHER_MODELS)
-def test_space_named_after_a_model_fits_it_and_holds_its_defaults(name):
-    content = yaml.safe_load((paths.CONF_DIR / "search" / f"{name}.yaml").read_text())
-    plan = sweep_plan.read({"name": name}, {}, content, models.options_class)
-    assert "train.ddi_coefficient" in plan.space.entries
-    assert any(entry.startswith("model.") for entry in plan.space.entries)
-    assert plan.start is not None
+def test_a_trial_has_the_parameters_of_its_model_only():
+    space = parse(BY_MODEL)
+    assert next(iter(space.entries)) == "model.name"
+    assert space.models == ("one", "two")
+    assert set(space.conditional) == {"model.one.parts", "model.two.depth"}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [space.suggest(study.ask()) for _ in range(20)]
+    shared = {"model.name", "model.width", "train.size"}
+    own = {"one": {"model.one.parts"}, "two": {"model.two.depth"}}
+    assert {parameters["model.name"] for parameters in drawn} == {"one", "two"}
+    for parameters in drawn:
+        assert set(parameters) == shared | own[parameters["model.name"]]
+        assert space.holds(parameters)
+    assert not space.holds(drawn[0] | {"model.one.parts": 1, "model.two.depth": 1})
 
 
-def test_the_papers_space_starts_from_the_papers_values(read):
-    content = yaml.safe_load((paths.CONF_DIR / "search" / "paper.yaml").read_text())
-    assert read(content).start == {
-        "model.modulation_strength": 0.1,
-        "model.reduction_ratio": 4,
-        "train.ddi_coefficient": FitConfig().ddi_coefficient,
-    }
+def test_without_the_models_name_the_configured_one_is_searched():
+    fixed = {**BY_MODEL, "model": {k: v for k, v in BY_MODEL["model"].items() if k != "name"}}
+    assert set(parse(fixed, "two").entries) == {"model.width", "model.two.depth", "train.size"}
+    assert parse(fixed, "two").conditional == ()
 
 
-def test_configured_values_outside_the_space_are_no_start(read):
-    space = {"train": {"learning_rate": {"type": "float", "low": 0.1, "high": 0.2}}}
-    assert read({"space": space}).start is None
+def test_a_grid_has_every_point_of_every_model_once():
+    space = parse(BY_MODEL)
+    points = list(space.grid())
+    assert len(points) == space.grid_size() == 2 * 2 * (2 + 3)
+    assert all(space.holds(point) for point in points)
+    assert len({tuple(sorted(point.items())) for point in points}) == len(points)
 
 
-def test_bad_settings_of_a_sweep_are_named(read):
-    space = {"train": {"learning_rate": {"type": "float", "low": 0.1, "high": 0.2}}}
-    with pytest.raises(ConfigError) as caught:
-        read({"space": space, "num_samples": 0, "cpu": 1, "gpus": -1.0})
-    for problem in ("search.cpu: unknown key", "search.num_samples: ", "search.gpus: "):
-        assert problem in str(caught.value)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"parts": {"type": "categorical", "choices": [1, 2]}}, "parts: only one has, and two has"),
+        ({"name": {"type": "categorical", "choices": ["one", "six"]}}, r"models \(one, two\), got"),
+        ({"name": {"type": "int", "low": 0, "high": 1}}, "name.type: expected categorical"),
+        ({"one": {"type": "categorical"}}, "search.space.model.one.type.type: expected one of"),
+        ({"one": 3}, "search.space.model.one: expected a mapping of options, got 3"),
+        ({"one": {"depth": {"type": "int", "low": 1, "high": 2}}}, "one.depth: unknown key"),
+        (
+            {"width": {"type": "int", "low": 1, "high": 4}, "two": {"width": {"type": "int"}}},
+            "search.space.model.two.width: stands under search.space.model too",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_models_is_refused(model: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        parse({"model": model}, "two")
+
+
+def test_a_value_that_one_of_the_models_refuses_names_it():
+    with pytest.raises(ConfigError, match=r"width: parts: .* \(of one\)$"):
+        parse(
+            {
+                "model": {
+                    "width": {"type": "int", "low": 3, "high": 8},
+                    "name": {"type": "categorical", "choices": ["two", "one"]},
+                }
+            }
+        )

@@ -1,6 +1,11 @@
 """Real sweeps on a Ray of their own: trials, failures, the seed, and the best trial's bundle."""
 
+import contextlib
 import dataclasses
+import errno
+import itertools
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +22,6 @@ from torch import nn
 import models
 from cafemed import (
     artifacts,
-    batches,
     bundle,
     calibration,
     cluster,
@@ -34,15 +38,15 @@ from cafemed import (
 )
 from cafemed.batches import ModelInputs
 from cafemed.calibration import Predictions
-from cafemed.codes import CodeLists, node_name
-from cafemed.cohort import Cohort
+from cafemed.conductor import Conductor
 from cafemed.errors import ArtifactError, ConfigError, TrainingError
 from cafemed.experiment import Experiment
-from cafemed.graphs import CausalGraph, EffectTable
+from cafemed.ledger import Header, Ledger
+from cafemed.sampling import trial_seed
 from cafemed.scaling import Scaling
 from cafemed.sweep import SweepResult, TrialRecord
 from cafemed.training import FitConfig
-from cafemed.trials import TrialData, trial_seed
+from cafemed.trials import TrialData
 
 # The builders below are sent to workers, which cannot import the tests.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -66,63 +70,8 @@ def fails_on_ratio_2(
     return models.build(name, inputs, options, seed)
 
 
-@pytest.fixture(scope="module")
-def given() -> Experiment:
-    """Sixty invented patients whose medications follow from their diagnoses."""
-    random = np.random.default_rng(0)
-    visits = random.integers(2, 5, 60)
-    total = int(visits.sum())
-    sizes = {"diagnosis": 12, "procedure": 6, "medication": 8}
-    vocabularies = {k: tuple(f"x:{k[0].upper()}{i}" for i in range(n)) for k, n in sizes.items()}
-    diagnoses = [
-        sorted(random.choice(12, random.integers(1, 5), replace=False)) for _ in visits_of(total)
-    ]
-    procedures = [
-        sorted(random.choice(6, random.integers(0, 3), replace=False)) for _ in visits_of(total)
-    ]
-    medications = CodeLists.of([sorted({d % 8 for d in codes}) for codes in diagnoses])
-    ddi = np.zeros((8, 8), np.bool_)
-    ddi[0, 1] = ddi[1, 0] = True
-    cohort = Cohort(
-        patient_offsets=np.concatenate([[0], np.cumsum(visits)]).astype(np.int64),
-        patient_ids=tuple(f"p{i}" for i in range(60)),
-        visit_ids=tuple(f"v{i}" for i in range(total)),
-        admitted=np.full(total, "NaT", "datetime64[s]"),
-        diagnoses=CodeLists.of(diagnoses),
-        procedures=CodeLists.of(procedures),
-        medications=medications,
-        targets=medications,
-        vocabularies=vocabularies,
-        ddi=ddi,
-        split=np.repeat(np.array([0, 1, 2], np.int8), [40, 10, 10]),
-        sex=np.zeros(60, np.int8),
-        age=np.linspace(20, 90, total, dtype=np.float32),
-        molecules={vocabularies["medication"][3]: ("C", "CO")},
-        fingerprint="c0",
-    )
-    rows = tuple(node_name(k, c) for k in ("diagnosis", "procedure") for c in vocabularies[k])
-    columns = tuple(node_name("medication", c) for c in vocabularies["medication"])
-    effect = random.normal(size=(18, 8)).astype(np.float32) / 10
-    effects = EffectTable.known(rows, columns, effect, np.zeros_like(effect), "raw")
-    none = np.zeros(0, np.int32)
-    floats = none.astype(np.float32)
-    graph = CausalGraph((), none, none, none > 0, floats, none.astype(np.int64), floats)
-    return Experiment(
-        cohort=cohort,
-        graph=graph,
-        effects=effects,
-        arrays=batches.cohort_arrays(cohort, graph),
-        inputs=batches.model_inputs(vocabularies, effects, ddi),
-        sources={"cohort": "c0", "graph": "a0"},
-    )
-
-
 #: Probabilities and sets as in the sweep.
 AS_TRAINED = calibration.CalibrationConfig(temperature="fixed", threshold="fixed")
-
-
-def visits_of(total: int) -> range:
-    return range(total)
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +86,15 @@ def local_ray() -> Iterator[None]:
 
 def plan_of(**search: Any) -> sweep_plan.SweepPlan:
     settings = {"space": SPACE, "num_samples": 4, "max_concurrent": 2, "grace_period": 3}
-    return sweep_plan.read(MODEL, TRAIN, settings | search, models.options_class)
+    values = {"model": MODEL, "train": TRAIN, "search": settings | search}
+    return sweep_plan.read(values, models.options_class, models.NAMES)
 
 
 def data_of(plan: sweep_plan.SweepPlan, given: Experiment, build: Any) -> TrialData:
     return TrialData(
         build=build,
         model_name=plan.model_name,
-        model_options=plan.model_options,
+        models=plan.models,
         inputs=given.inputs,
         arrays=given.arrays,
         train_patients=given.cohort.patients_of("train"),
@@ -158,7 +108,18 @@ def run(
 ) -> tuple[SweepResult, list[TrialRecord], TrialData]:
     plan = plan_of(**search)
     data, ended = data_of(plan, given, build), list[TrialRecord]()
-    return tuning.run(plan, data, storage / "trials", ended.append), ended, data
+    ledger = Ledger(storage / "trials")
+    if not ledger.exists():
+        ledger.open(Header("f", {}, plan.settings(), {}))
+    conductor = Conductor(plan, ledger, (), ended.append)
+    tuning.run(conductor, data)
+    return conductor.result(), ended, data
+
+
+def with_checkpoint(trial: TrialRecord, storage: Path) -> TrialRecord:
+    found = Ledger(storage / "trials").checkpoint(trial.number)
+    assert found is not None
+    return dataclasses.replace(trial, checkpoint=Path(found[0]))
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -168,7 +129,7 @@ def test_a_sweep_ends_in_a_published_model(given: Experiment, tmp_path: Path):
     assert sorted(trial.number for trial in ended) == [0, 1, 2, 3]
     assert {trial.status for trial in result.trials} == {"finished"}
     # The first trial has the configured values, the others what the sampler drew.
-    assert result.trials[0].parameters == plan_of().start
+    assert result.trials[0].parameters == plan_of().starts[0]
     assert len({trial.parameters["train.learning_rate"] for trial in result.trials}) == 4
     assert [trial.seed for trial in result.trials] == [trial_seed(0, i) for i in range(4)]
     best = result.best
@@ -179,6 +140,7 @@ def test_a_sweep_ends_in_a_published_model(given: Experiment, tmp_path: Path):
         )
     )
 
+    best = with_checkpoint(best, tmp_path)
     made = promotion.make_bundle(best, data, given, bundle.Preprocessing(), AS_TRAINED)
     assert made.preprocessing.scaling == scaling.fit(given.cohort) != Scaling()
     assert made.molecules == given.cohort.molecules
@@ -211,10 +173,11 @@ def check_table(path: Path, result: SweepResult) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(given: Experiment, tmp_path: Path):
-    result, _, _ = run(given, tmp_path, fails_on_ratio_2, num_samples=3, seed=1)
+    result, _, _ = run(given, tmp_path, fails_on_ratio_2, num_samples=3, seed=1, max_failures=1)
     failed = [t for t in result.trials if t.parameters["model.reduction_ratio"] == 2]
     assert 1 <= len(failed) < 3
     assert all((t.status, t.error) == ("failed", "RuntimeError: no ratio of 2") for t in failed)
+    assert {t.attempts for t in failed} == {2}
     assert result.count("failed") == len(failed)
     assert result.best.parameters["model.reduction_ratio"] == 4
     table = result.table()
@@ -237,11 +200,7 @@ def test_one_trial_at_a_time_gives_the_same_sweep_and_stops_poor_trials(
 ):
     def sweep_of_seed_7() -> SweepResult:
         search = {"num_samples": 5, "max_concurrent": 1, "grace_period": 1, "seed": 7}
-        return run(given, tmp_path, **search)[0]
-
-    def outcome(result: SweepResult) -> list[Any]:
-        history = [[(e["losses"], e["metrics"]) for e in t.history] for t in result.trials]
-        return [[(dict(t.parameters), t.status) for t in result.trials], history]
+        return run(given, tmp_path / str(len(list(tmp_path.iterdir()))), **search)[0]
 
     result = sweep_of_seed_7()
     assert outcome(result) == outcome(sweep_of_seed_7())
@@ -270,7 +229,7 @@ def test_a_bundle_has_the_best_epochs_weights_and_they_are_tested_again(
     fitted = training.fit(
         models.build,
         data.model_name,
-        data.model_options,
+        data.models[data.model_name],
         data.inputs,
         data.arrays,
         data.train_patients,
@@ -341,10 +300,11 @@ def test_publishing_again_changes_nothing(given: Experiment, tmp_path: Path):
 
 def make_published(given: Experiment, tmp_path: Path) -> tuple[Path, Path]:
     plan = plan_of()
-    model = models.build(plan.model_name, given.inputs, plan.model_options)
+    options = plan.models[plan.model_name]
+    model = models.build(plan.model_name, given.inputs, options)
     made = bundle.Bundle(
         plan.model_name,
-        plan.model_options,
+        options,
         model.state_dict(),
         given.cohort.vocabularies,
         given.graph,
@@ -367,3 +327,110 @@ def make_published(given: Experiment, tmp_path: Path) -> tuple[Path, Path]:
 def test_importing_tuning_needs_no_ray():
     code = "import sys, cafemed.tuning; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def harming(place: Path, kind: str) -> Any:
+    """A builder whose models do harm in the middle of their second epoch."""
+
+    def build(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+        model, calls = models.build(name, inputs, options, seed), itertools.count(1)
+
+        def harm(*_: Any) -> None:
+            if next(calls) != 9:
+                return
+            if kind == "dies once":
+                with contextlib.suppress(FileExistsError):
+                    (place / f"{seed}").touch(exist_ok=False)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            elif kind == "dies always" and options["reduction_ratio"] == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif kind == "disk is full" and not (place / "freed").exists():
+                raise OSError(errno.ENOSPC, "No space left on device", "checkpoint")
+
+        model.register_forward_pre_hook(harm)
+        return model
+
+    return build
+
+
+def outcome(result: SweepResult) -> list[Any]:
+    return [
+        (dict(t.parameters), t.seed, t.status, [(e["losses"], e["metrics"]) for e in t.history])
+        for t in result.trials
+    ]
+
+
+ONE_BY_ONE: dict[str, Any] = {"num_samples": 4, "max_concurrent": 1, "grace_period": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_killed_trials_go_on_from_their_checkpoints_with_the_same_scores(
+    given: Experiment, tmp_path: Path
+):
+    whole, _, _ = run(given, tmp_path / "whole", **ONE_BY_ONE)
+    (tmp_path / "marks").mkdir()
+    killed, _, _ = run(
+        given, tmp_path / "killed", harming(tmp_path / "marks", "dies once"), **ONE_BY_ONE
+    )
+    reached = [trial for trial in killed.trials if len(trial.history) > 1]
+    assert len(list((tmp_path / "marks").iterdir())) == len(reached) > 1
+    assert {trial.attempts for trial in reached} == {2}
+    assert outcome(killed) == outcome(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_trial_that_dies_each_time_is_recorded_and_the_sweep_goes_on(
+    given: Experiment, tmp_path: Path
+):
+    build = harming(tmp_path, "dies always")
+    result, _, _ = run(given, tmp_path, build, **ONE_BY_ONE, seed=1, max_failures=1)
+    assert [trial.number for trial in result.trials] == [0, 1, 2, 3]
+    failed = [trial for trial in result.trials if trial.status == "failed"]
+    assert {t.parameters["model.reduction_ratio"] for t in failed} == {2}
+    assert all("died" in str(t.error) and t.attempts == 2 for t in failed)
+    assert {len(t.history) for t in failed} == {2}  # the second attempt began with the second epoch
+    assert result.best.status == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_full_disk_fails_no_trial_and_the_sweep_goes_on_when_it_is_freed(
+    given: Experiment, tmp_path: Path
+):
+    whole, _, _ = run(given, tmp_path / "whole", **ONE_BY_ONE)
+    build = harming(tmp_path, "disk is full")
+    with pytest.raises(OSError, match="No space left on device"):
+        run(given, tmp_path, build, **ONE_BY_ONE, max_failures=0)
+    entries = Ledger(tmp_path / "trials").entries()
+    assert entries[-1].state == "running"
+    assert "failed" not in {entry.state for entry in entries}
+    (tmp_path / "freed").touch()
+    result, ended, _ = run(given, tmp_path, build, **ONE_BY_ONE)
+    assert outcome(result) == outcome(whole)
+    assert len(ended) == 4 - sum(entry.state != "running" for entry in entries)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_what_would_fail_again_is_not_tried_again(given: Experiment, tmp_path: Path):
+    def refuses(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+        if options["reduction_ratio"] == 2:
+            raise TrainingError("not a number")
+        return models.build(name, inputs, options, seed)
+
+    result, _, _ = run(given, tmp_path, refuses, **ONE_BY_ONE, seed=1)
+    failed = [trial for trial in result.trials if trial.status == "failed"]
+    assert failed
+    assert {(t.error, t.attempts) for t in failed} == {("TrainingError: not a number", 1)}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_sweep_is_extended_without_running_its_trials_again(
+    given: Experiment, tmp_path: Path
+):
+    first, _, _ = run(given, tmp_path, num_samples=1, max_concurrent=1)
+    longer, ended, _ = run(given, tmp_path, num_samples=2, max_concurrent=1)
+    assert [trial.number for trial in ended] == [1]
+    assert longer.trials[0] == first.trials[0]

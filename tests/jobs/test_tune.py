@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -222,11 +224,127 @@ def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
     process.send_signal(signal_number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err == "interrupted; nothing half-written was left\n"
-    assert not (experiment / "trials").exists()
+    *told, last = err.splitlines()
+    assert last == "interrupted; nothing half-written was left"
+    begun = (experiment / "trials" / "sweep.json").exists()
+    command = f"python jobs/tune.py resume={experiment / 'trials'}"
+    assert told == ([f"the sweep goes on with: {command}"] if begun else [])
+    assert begun or marker == "tune"
     assert (experiment / "sweep").exists() == before
     assert not list(experiment.glob(".sweep*"))
     assert_nothing_runs_in(root / "tmp")
+    shutil.rmtree(experiment / "trials", ignore_errors=True)
+
+
+ONE_BY_ONE = [
+    "search=smoke",
+    "model.dimension=8",
+    "train.epochs=30",
+    "train.patience=30",
+    "search.grace_period=15",  # long enough to be killed in
+    "search.num_samples=5",
+    "search.max_concurrent=1",
+]
+
+
+def scores(experiment: Path) -> list[dict[str, Any]]:
+    """What a sweep found, without times, places and attempts."""
+    rows = pq.read_table(experiment / "sweep" / "sweep.parquet").to_pylist()
+    assert sum(row["chosen"] for row in rows) == 1
+    left_out = ("started", "seconds", "host", "attempts")
+    for row in rows:
+        for epoch in row["history"]:
+            del epoch["seconds"]
+    return [{k: v for k, v in row.items() if k not in left_out} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def other(root: Path, experiment: Path) -> Path:
+    """Another experiment on the same cohort, for sweeps that must not meet those of `small`."""
+    folder = paths.experiment_dir(root, "other")
+    for stage in ("cohort", "graph"):
+        shutil.copytree(experiment / stage, folder / stage)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, other: Path) -> list[dict[str, Any]]:
+    """The scores of a sweep that nothing interrupts."""
+    status, _, err = run(root, "tune", "name=other", *ONE_BY_ONE)
+    assert (status, err) == (0, "")
+    found = scores(other)
+    assert [row["trial"] for row in found] == list(range(5))
+    assert {row["status"] for row in found} == {"finished", "stopped"}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["driver", "raylet"])
+def test_a_killed_sweep_goes_on_to_the_same_scores(
+    root: Path, other: Path, whole: list[dict[str, Any]], victim: str
+):
+    process = start(root, "tune", "name=other", "force=true", *ONE_BY_ONE)
+    assert process.stdout
+    ended = 0
+    for line in process.stdout:
+        ended += line.startswith("trial ")
+        if ended == 2:
+            break
+    time.sleep(0.5)  # in the middle of the third
+    if victim == "driver":
+        process.kill()
+    else:
+        for pid, command in processes_with(str(root / "tmp")):
+            if "raylet/raylet " in command:
+                os.kill(pid, signal.SIGKILL)
+    with process:
+        process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert (other / "trials" / "sweep.json").is_file()
+    status, out, err = run(root, "tune", "name=other", *ONE_BY_ONE)
+    assert (status, err) == (0, "")
+    before = int(out.split("goes on: ")[1].split(" of 5 trials ended, 1 was interrupted")[0])
+    assert 2 <= before <= 4
+    assert sum(line.startswith("trial ") for line in out.splitlines()) == 5 - before
+    assert scores(other) == whole
+    attempts = pq.read_table(other / "sweep" / "sweep.parquet")["attempts"].to_pylist()
+    assert attempts == [2 if number == before else 1 for number in range(5)]
+    assert not (other / "trials").exists()
+    shutil.rmtree(root / "tmp")
+    (root / "tmp").mkdir()
+
+
+@pytest.mark.slow
+def test_resume_names_the_folder_and_may_ask_for_more(
+    root: Path, other: Path, whole: list[dict[str, Any]]
+):
+    process = start(root, "tune", "name=other", "force=true", *ONE_BY_ONE)
+    assert process.stdout
+    next(line for line in process.stdout if line.startswith("trial "))
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    command = err.splitlines()[0].removeprefix("the sweep goes on with: python jobs/tune.py ")
+    assert command == f"resume={other / 'trials'}"
+    status, _, err = run(root, "tune", "name=other", *ONE_BY_ONE, "search.seed=1")
+    assert status == 2
+    assert "holds an unfinished sweep with other settings (search.seed is 0, now 1)" in err
+    status, out, err = run(root, "tune", command, "search.num_samples=6")
+    assert (status, err) == (0, "")
+    found = scores(other)
+    assert len(found) == 6
+    for row in (*found, *whole):
+        del row["chosen"], row["pareto"]
+    assert found[:5] == whole
+    # Finished, the same command as at first has all it asks for; more goes on from there.
+    status, out, _ = run(root, "tune", "name=other", *ONE_BY_ONE)
+    assert status == 0
+    assert "unchanged, skipped" in out
+    status, out, _ = run(root, "tune", "name=other", *ONE_BY_ONE, "search.num_samples=7")
+    assert status == 0
+    assert "goes on: 6 of 7 trials ended" in out
+    assert bundle.load(other / "sweep" / "bundle").metrics["validation"]["jaccard"] == max(
+        row["jaccard"] for row in scores(other)
+    )
 
 
 def assert_nothing_runs_in(temp: Path) -> None:
@@ -239,6 +357,10 @@ def assert_nothing_runs_in(temp: Path) -> None:
 
 
 def commands_with(text: str) -> list[str]:
+    return [command for _, command in processes_with(text)]
+
+
+def processes_with(text: str) -> list[tuple[int, str]]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -246,7 +368,7 @@ def commands_with(text: str) -> list[str]:
         except OSError:
             continue  # it ended meanwhile
         if text in command:
-            found.append(command)
+            found.append((int(path.parent.name), command))
     return found
 
 

@@ -1,0 +1,281 @@
+"""What a sweep does next and what it keeps: drawing, stopping, recording, going on from history.
+
+No Ray here: `cafemed/tuning.py` runs the trials and tells the conductor what happens to them. So
+all of it can be tried without processes, and what a sweep decides depends on what it was told only.
+"""
+
+import dataclasses
+import datetime
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from cafemed.errors import TrainingError
+from cafemed.ledger import Entry, Ledger
+from cafemed.sampling import Proposer, trial_seed
+from cafemed.stopping import make_rule
+from cafemed.sweep import Status, SweepResult, TrialRecord
+from cafemed.sweep_plan import SweepPlan
+from cafemed.training import FitConfig
+
+_S_PER_HOUR = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A trial to run.
+
+    Attributes:
+        number, parameters, seed: see TrialRecord.
+        checkpoint: where it goes on from; None: from the start.
+    """
+
+    number: int
+    parameters: Mapping[str, Any]
+    seed: int
+    checkpoint: str | None
+
+
+class Conductor:
+    """A sweep while it runs.
+
+    Made on a ledger with history, it tells sampler and scheduler all of it, in the order of the
+    trials' numbers: those that ended, then those that were interrupted, up to their checkpoints.
+
+    Attributes:
+        histories: number → epochs so far, of the trials that are running.
+        broken: the error that keeps the ledger from being written; the sweep ends, to be resumed.
+        failed: why the sweep gives up, in one line; None while it does not.
+
+    Args:
+        plan: see SweepPlan.
+        ledger: holds the trials so far; is written to.
+        prior: trials of other sweeps that the sampler is told first.
+        on_trial: called with every trial that ends.
+        clock: gives seconds, from any start.
+    """
+
+    def __init__(
+        self,
+        plan: SweepPlan,
+        ledger: Ledger,
+        prior: Sequence[TrialRecord] = (),
+        on_trial: Callable[[TrialRecord], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.plan, self.ledger, self._on_trial, self._now = plan, ledger, on_trial, clock
+        self.histories: dict[int, Sequence[Mapping[str, Any]]] = {}
+        self.broken: OSError | None = None
+        self.failed: str | None = None
+        self._proposer = Proposer(plan)
+        self._rule = make_rule(plan.search, plan.fit.epochs)
+        self._records: dict[int, TrialRecord] = {}
+        self._running: dict[int, Entry] = {}
+        self._waiting: list[Start] = []
+        entries = ledger.entries()
+        self._before = max((entry.clock for entry in entries), default=0.0)
+        self._began = self._now()
+        for record in prior:
+            self._proposer.know(record)
+        self._replay(entries)
+
+    @property
+    def seconds(self) -> float:
+        """How long the sweep has run, in all."""
+        return self._before + self._now() - self._began
+
+    @property
+    def remaining(self) -> int:
+        """How many trials are still to end."""
+        return max(self.plan.search.num_samples - len(self._records), 0)
+
+    @property
+    def ended(self) -> list[TrialRecord]:
+        """The trials that ended, by number."""
+        return [self._records[number] for number in sorted(self._records)]
+
+    @property
+    def interrupted(self) -> list[int]:
+        """The trials that wait to go on."""
+        return [start.number for start in self._waiting]
+
+    def describe_history(self) -> str:
+        """One line that says how much of the sweep is there."""
+        total, waiting = self.plan.search.num_samples, len(self._waiting)
+        goes = "was interrupted and goes" if waiting == 1 else "were interrupted and go"
+        more = f", {waiting} {goes} on" if waiting else ""
+        return f"goes on: {len(self._records)} of {total} trials ended{more}"
+
+    def over(self) -> bool:
+        """Says whether no trial goes on: time is up, too many failed, or nothing can be written."""
+        return self._time_is_up() or self.failed is not None or self.broken is not None
+
+    def next(self) -> Start | None:
+        """The next trial to run: those interrupted, then new ones; None if there is none."""
+        if self.over():
+            return None
+        if self._waiting:
+            return self._waiting.pop(0)
+        known = set(self._records) | set(self._running)
+        free = (n for n in range(self.plan.search.num_samples) if n not in known)
+        if (number := next(free, None)) is None:
+            return None
+        parameters = self._proposer.draw(number)
+        seed = trial_seed(self.plan.search.seed, number)
+        self._note(Entry(number, parameters, seed, "running", 0, None, self.seconds))
+        return Start(number, parameters, seed, None)
+
+    def started(self, number: int) -> None:
+        """Takes note that a trial was started, for the first time or again."""
+        entry = self._running[number]
+        self._note(dataclasses.replace(entry, attempts=entry.attempts + 1, clock=self.seconds))
+
+    def stops(self, number: int, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Takes note of a trial's epochs so far and says whether it stops."""
+        self.histories[number] = history
+        best = max(float(epoch["metrics"]["jaccard"]) for epoch in history)
+        return self._rule.stops(number, len(history), best)
+
+    def end(
+        self,
+        number: int,
+        history: Sequence[Mapping[str, Any]],
+        *,
+        error: str | None = None,
+        started: float | None = None,
+        seconds: float = 0.0,
+        host: str = "",
+    ) -> None:
+        """Takes note that a trial ended: it was trained, was stopped, or raised.
+
+        Args:
+            number: of the trial.
+            history: all its epochs.
+            error: what it raised, in one line.
+            started: when its first line ran, in seconds since 1970.
+            seconds: from there to its last epoch.
+            host: where it ran.
+        """
+        entry = self._running[number]
+        when = None if started is None else datetime.datetime.fromtimestamp(started, datetime.UTC)
+        if error is None and not history:
+            error = "ended without an epoch"
+        self._record(
+            TrialRecord(
+                number=number,
+                parameters=entry.parameters,
+                seed=entry.seed,
+                status=_status(error, history, self.plan.fit),
+                error=error,
+                history=tuple(history),
+                started=when,
+                seconds=seconds,
+                host=host,
+                cpus=self.plan.search.cpus,
+                gpus=self.plan.search.gpus,
+                checkpoint=None,
+                attempts=entry.attempts,
+            )
+        )
+        limit = self.plan.search.max_failed_trials
+        count = sum(record.status == "failed" for record in self._records.values())
+        if limit is not None and count > limit:
+            self.failed = (
+                f"{count} trials failed, and search.max_failed_trials allows {limit}; the last "
+                f"with {error}"
+            )
+
+    def result(self) -> SweepResult:
+        """The trials of a sweep that is over; those that the time limit cut off count as stopped.
+
+        Raises:
+            OSError: if the ledger cannot be written.
+            TrainingError: if more trials failed than may.
+        """
+        if self.broken is not None:
+            raise self.broken
+        if self.failed is not None:
+            raise TrainingError(self.failed)
+        if self._time_is_up():
+            for number, history in list(self.histories.items()):
+                if number in self._running and history:
+                    self.end(number, history, seconds=_training_seconds(history))
+        search = self.plan.search
+        return SweepResult(tuple(self.ended), search.objectives, search.max_ddi_rate)
+
+    def _time_is_up(self) -> bool:
+        limit = self.plan.search.max_hours
+        return limit is not None and self.seconds >= limit * _S_PER_HOUR
+
+    def _replay(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._proposer.repeat(entry.number, entry.parameters)
+            if entry.record is not None:
+                for epoch, best in enumerate(entry.record.best_so_far, 1):
+                    self._rule.stops(entry.number, epoch, best)
+                self._proposer.tell(entry.record)
+                self._records[entry.number] = entry.record
+        for entry in entries:
+            if entry.record is None:
+                self._running[entry.number] = entry
+                self._go_on(entry)
+
+    def _go_on(self, entry: Entry) -> None:
+        """Ends an interrupted trial whose last epoch turns out to be its last, or queues it."""
+        found = self.ledger.checkpoint(entry.number)
+        history = [] if found is None else found[1].history
+        stop = False
+        for epochs in range(1, len(history) + 1):
+            stop = self.stops(entry.number, history[:epochs])
+        if history and (stop or _is_complete(history, self.plan.fit)):
+            self.end(entry.number, history, seconds=_training_seconds(history))
+        else:
+            checkpoint = None if found is None else found[0]
+            self._waiting.append(Start(entry.number, entry.parameters, entry.seed, checkpoint))
+
+    def _record(self, record: TrialRecord) -> None:
+        number = record.number
+        entry = Entry(
+            number,
+            record.parameters,
+            record.seed,
+            record.status,
+            record.attempts,
+            record,
+            self.seconds,
+        )
+        if not self._note(entry):
+            return
+        del self._running[number]
+        self.histories.pop(number, None)
+        self._records[number] = record
+        self._proposer.tell(record)
+        if self._on_trial is not None:
+            self._on_trial(record)
+
+    def _note(self, entry: Entry) -> bool:
+        """Writes an entry to the ledger; says whether that went well."""
+        self._running[entry.number] = entry
+        try:
+            self.ledger.write(entry)
+        except OSError as err:
+            self.broken = err
+            return False
+        return True
+
+
+def _status(error: str | None, history: Sequence[Mapping[str, Any]], fit: FitConfig) -> Status:
+    if error is not None:
+        return "failed"
+    return "finished" if _is_complete(history, fit) else "stopped"
+
+
+def _is_complete(history: Sequence[Mapping[str, Any]], fit: FitConfig) -> bool:
+    """Whether a trial's epochs or its patience are used up."""
+    jaccard = [epoch["metrics"]["jaccard"] for epoch in history]
+    since_best = len(jaccard) - 1 - jaccard.index(max(jaccard))
+    return len(history) >= fit.epochs or since_best >= fit.patience
+
+
+def _training_seconds(history: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(epoch["seconds"] for epoch in history))

@@ -1,0 +1,140 @@
+"""A sweep from its ledger to its folder: loads, searches, bundles the chosen trial, writes."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cafemed import artifacts, bundle_files, cluster, console, experiment, knowledge, sweep
+from cafemed.conductor import Conductor
+from cafemed.errors import TrainingError
+from cafemed.ledger import Ledger
+from cafemed.sweep import SweepResult, TrialRecord
+from cafemed.sweep_plan import SweepPlan
+
+if TYPE_CHECKING:
+    from cafemed.experiment import Experiment
+    from cafemed.training import Builder
+    from cafemed.trials import TrialData
+
+
+def run(
+    folder: Path, plan: SweepPlan, ledger: Ledger, inputs: Mapping[str, str], build: "Builder"
+) -> None:
+    """Goes on with the sweep in the ledger until it is over, and writes the sweep's folder.
+
+    The ledger is removed at the end. Whatever ends this before leaves it, to go on from.
+
+    Args:
+        folder: of the experiment.
+        plan: see SweepPlan.
+        ledger: made ready by `sweep_start.prepare`, and locked.
+        inputs: name → fingerprint.
+        build: see `training.fit`.
+
+    Raises:
+        ConfigError: if a local Ray has less than one trial reserves.
+        TrainingError: if all trials failed, or more than `search.max_failed_trials`.
+    """
+    given = experiment.load_inputs(folder)
+    data = _trial_data(plan, given, build)
+    console.say("tune", f"{plan.search.num_samples} trials over {', '.join(plan.space.entries)}")
+    result, seconds = _search(plan, ledger, data)
+    try:
+        chosen = result.chosen
+    except TrainingError:
+        ledger.remove()  # nothing in it is worth going on from
+        raise
+    with artifacts.new_folder(folder / "sweep", sweep.STAGE, inputs, plan.settings()) as (
+        partial,
+        report,
+    ):
+        if chosen is None:
+            fingerprint = None
+        else:
+            fingerprint = _write_bundle(
+                chosen, plan, ledger, data, given, folder, partial / "bundle"
+            )
+        sweep.write(result, partial, fingerprint)
+        report |= sweep.summary(result, seconds)
+    ledger.remove()
+    _summarise(result, chosen)
+
+
+def _trial_data(plan: SweepPlan, given: "Experiment", build: "Builder") -> "TrialData":
+    from cafemed.trials import TrialData
+
+    return TrialData(
+        build=build,
+        model_name=plan.model_name,
+        models=plan.models,
+        inputs=given.inputs,
+        arrays=given.arrays,
+        train_patients=given.cohort.patients_of("train"),
+        validation_patients=given.cohort.patients_of("validation"),
+        config=plan.fit,
+    )
+
+
+def _search(plan: SweepPlan, ledger: Ledger, data: "TrialData") -> tuple[SweepResult, float]:
+    """Runs the trials that are still to run; gives all of them and the seconds they took."""
+    from cafemed import tuning
+
+    prior, left = knowledge.prior_trials(plan)
+    if plan.search.prior:
+        console.say("prior", f"{len(prior)} trials of other sweeps, {left} do not fit the space")
+    with console.counter("trials", plan.search.num_samples) as count:
+
+        def ended(trial: TrialRecord) -> None:
+            console.say("trial", trial.describe())
+            count()
+
+        conductor = Conductor(plan, ledger, prior, ended)
+        for _ in conductor.ended:
+            count()
+        if conductor.ended or conductor.interrupted:
+            console.say("tune", conductor.describe_history())
+        if conductor.remaining and not conductor.over():
+            with cluster.ray_cluster(plan.search.total_cpus, plan.search.gpus) as where:
+                console.say("ray", where)
+                tuning.run(conductor, data)
+        return conductor.result(), conductor.seconds
+
+
+def _write_bundle(
+    chosen: TrialRecord,
+    plan: SweepPlan,
+    ledger: Ledger,
+    data: "TrialData",
+    given: "Experiment",
+    folder: Path,
+    target: Path,
+) -> str:
+    """Bundles a trial from its checkpoint; one of a sweep that goes on has its bundle already."""
+    from cafemed import promotion
+    from cafemed.bundle import Preprocessing
+
+    found = ledger.checkpoint(chosen.number)
+    if found is None:
+        shutil.copytree(folder / "sweep" / "bundle", target)
+        return artifacts.verify(target, bundle_files.STAGE).fingerprint
+    cohort = artifacts.read_manifest(folder / "cohort", "cohort").config
+    preprocessing = Preprocessing(
+        inputs=given.cohort.inputs,
+        target_window_h=cohort["target_window_h"],
+    )
+    with ledger.local(found[0]) as place:
+        trial = dataclasses.replace(chosen, checkpoint=place)
+        made = promotion.make_bundle(trial, data, given, preprocessing, plan.calibrated)
+    return promotion.write_bundle(target, made)
+
+
+def _summarise(result: SweepResult, chosen: TrialRecord | None) -> None:
+    """Prints how many trials there were, and the best one."""
+    counts = ", ".join(
+        f"{result.count(s)} {s}" for s in ("finished", "stopped", "failed") if result.count(s)
+    )
+    console.say("tune", f"{len(result.trials)} trials: {counts}")
+    if chosen is not None:
+        console.say("best", chosen.describe())

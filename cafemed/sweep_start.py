@@ -1,0 +1,201 @@
+"""How a sweep begins: anew, from its interrupted history, or from a finished sweep's trials."""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cafemed import artifacts, config, console, knowledge, sweep
+from cafemed.artifacts import Manifest
+from cafemed.errors import ArtifactError, ConfigError
+from cafemed.ledger import Entry, Header, Ledger
+from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, kept
+
+_S_PER_HOUR = 3600.0
+#: Settings that a message lists at most.
+_MAX_LISTED = 3
+
+
+def fingerprint(inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """What a sweep keeps when it goes on, whatever number of trials it has."""
+    return artifacts.fingerprint(sweep.STAGE, inputs, kept(settings))
+
+
+def is_done(folder: Path, ledger: Ledger, plan: SweepPlan, inputs: Mapping[str, str]) -> bool:
+    """Says whether the sweep's folder has all that is asked for, and prints so if it has.
+
+    Args:
+        folder: of the finished sweep.
+        ledger: of the unfinished one; what a finished sweep left of its own is removed.
+        plan: see SweepPlan.
+        inputs: name → fingerprint.
+    """
+    found = _finished(folder, plan, inputs)
+    if found is None or not _is_enough(found, plan.search):
+        return False
+    header = ledger.header() if ledger.exists() else None
+    if header is not None and header.fingerprint == fingerprint(inputs, plan.settings()):
+        if header.job["forced"]:
+            return False  # it was being redone
+        if header.settings["search"]["num_samples"] <= found.report["trials"]:
+            ledger.remove()
+    console.say("sweep", f"unchanged, skipped (force=true redoes it): {folder}")
+    return True
+
+
+def prepare(
+    folder: Path,
+    ledger: Ledger,
+    plan: SweepPlan,
+    inputs: Mapping[str, str],
+    job: Mapping[str, Any],
+    force: bool,
+) -> bool:
+    """Makes the ledger ready for a conductor.
+
+    Args:
+        folder: of the finished sweep, if there is one.
+        ledger: of the sweep.
+        plan: see SweepPlan.
+        inputs: name → fingerprint.
+        job: see Header.
+        force: drop what is there; but a sweep that was itself begun by force goes on.
+
+    Returns:
+        Whether the sweep goes on from trials that it has.
+
+    Raises:
+        ConfigError: if the ledger is of an unfinished sweep with other settings.
+    """
+    wanted = fingerprint(inputs, plan.settings())
+    header = Header(wanted, inputs, plan.settings(), {**job, "forced": force})
+    found = ledger.header() if ledger.exists() else None
+    if found is not None and found.fingerprint == wanted and found.job["forced"] >= force:
+        ledger.open(dataclasses.replace(header, job={**job, "forced": found.job["forced"]}))
+        return True
+    if found is not None and not force:
+        raise ConfigError(
+            f"{ledger.storage}: holds an unfinished sweep with other settings "
+            f"({_difference(found, header)}); go on with that one by "
+            f"python jobs/tune.py resume={ledger.storage}, or drop it with force=true"
+        )
+    ledger.remove()
+    done = None if force else _finished(folder, plan, inputs)
+    if done is not None:
+        for record in knowledge.own_trials(folder, plan.space):
+            clock = float(done.report["seconds"])
+            ledger.write(
+                Entry(
+                    record.number,
+                    record.parameters,
+                    record.seed,
+                    record.status,
+                    record.attempts,
+                    record,
+                    clock,
+                )
+            )
+    ledger.open(header)  # last: before it there is no sweep to go on from
+    return done is not None
+
+
+def _finished(folder: Path, plan: SweepPlan, inputs: Mapping[str, str]) -> Manifest | None:
+    """The manifest of a whole finished sweep that this plan would go on from."""
+    try:
+        found = artifacts.verify(folder, sweep.STAGE)
+    except ArtifactError:
+        return None
+    same = fingerprint(found.inputs, found.config) == fingerprint(inputs, plan.settings())
+    return found if same else None
+
+
+def _is_enough(found: Manifest, search: SearchConfig) -> bool:
+    """Whether a finished sweep has the trials asked for, or has used up its time."""
+    time_is_up = (
+        search.max_hours is not None and found.report["seconds"] >= search.max_hours * _S_PER_HOUR
+    )
+    return bool(found.report["trials"] >= search.num_samples or time_is_up)
+
+
+def _difference(found: Header, wanted: Header) -> str:
+    """The first settings, or inputs, in which two sweeps differ."""
+    before, now = _flat(kept(found.settings)), _flat(kept(wanted.settings))
+    before |= {f"the {name}": value[:12] for name, value in found.inputs.items()}
+    now |= {f"the {name}": value[:12] for name, value in wanted.inputs.items()}
+    other = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    told = [f"{key} is {before.get(key)}, now {now.get(key)}" for key in other[:_MAX_LISTED]]
+    more = f" and {len(other) - _MAX_LISTED} more" if len(other) > _MAX_LISTED else ""
+    return ", ".join(told) + more
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        return {prefix: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def storage_of(plan: SweepPlan, experiment: Path) -> str:
+    """Where an experiment's sweep has its ledger and checkpoints: a folder or URL of its own."""
+    if plan.search.storage is None:
+        return str(experiment / "trials")
+    chosen = plan.search.storage
+    if "://" not in chosen and not Path(chosen).is_absolute():
+        raise ConfigError(f"search.storage: expected an absolute folder or a URL, got {chosen!r}")
+    return f"{chosen.rstrip('/')}/{experiment.name}"
+
+
+@contextlib.contextmanager
+def resumable(ledger: Ledger) -> Iterator[None]:
+    """Says how the sweep goes on, if the block ends before the sweep does."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if ledger.exists():
+                command = f"python jobs/tune.py resume={ledger.storage}"
+                print(f"the sweep goes on with: {command}", file=sys.stderr, flush=True)
+        raise
+
+
+def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a job that was told `resume=PATH`: that of the sweep in PATH.
+
+    Args:
+        values: the job's configuration as it was composed.
+        overrides: what the command line says, "key=value".
+
+    Raises:
+        ConfigError: if the command line changes what a sweep keeps.
+        ArtifactError: if there is no sweep to go on with in PATH.
+    """
+    path = config.checked(str, values["resume"], "resume")
+    header = Ledger(path if "://" in path else Path(path).expanduser().absolute()).header()
+    search, promote = dict(header.settings["search"]), header.job["promote"]
+    free = [f"search.{name}" for name in FREE if name != "storage"]
+    for key in (override.split("=", 1)[0].lstrip("+") for override in overrides):
+        if key == "promote":
+            promote = values["promote"]
+        elif key in free:
+            name = key.removeprefix("search.")
+            search[name] = values["search"][name]
+        elif key != "resume":
+            raise ConfigError(
+                f"{key}: resume={path} goes on with the settings that the sweep has; leave it out "
+                f"(what may change is promote, {', '.join(free)})"
+            )
+    model = header.settings["model"]
+    return {
+        "name": header.job["name"],
+        "paths": {"root": header.job["root"]},
+        "force": False,
+        "promote": promote,
+        "model": {"name": model["name"], **model["options"]},
+        "train": header.settings["train"],
+        "calibration": header.settings["calibration"],
+        "search": search,
+    }

@@ -1,0 +1,106 @@
+"""What Ray Tune asks while it runs a sweep, passed on to the conductor.
+
+Ray Tune pickles these with its own state, which nobody reads: a sweep goes on from its ledger.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from cafemed import sweep
+from cafemed.conductor import Conductor
+
+
+class _Hook:
+    """Has a conductor, which is left behind when it is pickled: it may hold a terminal."""
+
+    conductor: Conductor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Search(_Hook, Searcher):
+    """Proposes the next trial."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        super().__init__()
+        self.conductor = conductor
+
+    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
+        """Ray Tune calls this when a trial may be added."""
+        start = self.conductor.next()
+        if start is None:
+            return Searcher.FINISHED
+        return {
+            "trial": start.number,
+            "seed": start.seed,
+            "checkpoint": start.checkpoint,
+            "parameters": dict(start.parameters),
+        }
+
+    def on_trial_complete(self, *_: Any, **__: Any) -> None:
+        """The conductor is told by Events, which know why a trial ended."""
+
+    def save_to_dir(self, *_: Any, **__: Any) -> None:
+        """Nothing: the ledger has it."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep is not restored from Ray Tune's files."""
+
+
+class Schedule(_Hook, FIFOScheduler):
+    """Runs trials in order, and stops those that the conductor stops."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.conductor = conductor
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:  # noqa: ARG002
+        """Ray Tune calls this after every report of a trial."""
+        history = list(result.get(sweep.HISTORY, ()))
+        stops = bool(history) and self.conductor.stops(trial.config["trial"], history)
+        return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
+
+
+class Stop(_Hook, tune.Stopper):
+    """Ends the sweep when the conductor says so."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.conductor = conductor
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:  # noqa: ARG002
+        """No trial alone."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Ray Tune asks this all the time."""
+        return self.conductor.over()
+
+
+class Events(_Hook, tune.Callback):
+    """Tells the conductor when trials start and end."""
+
+    def __init__(
+        self, conductor: Conductor, ended: Callable[[Conductor, Trial, bool], None]
+    ) -> None:
+        self.conductor, self._ended = conductor, ended
+
+    def on_trial_start(self, *_: Any, **info: Any) -> None:
+        """Ray Tune calls this, by keyword, when a trial starts, and when it starts again."""
+        self.conductor.started(info["trial"].config["trial"])
+
+    def on_trial_complete(self, *_: Any, **info: Any) -> None:
+        """Ray Tune calls this, by keyword, when a trial is done or was stopped."""
+        self._ended(self.conductor, info["trial"], False)
+
+    def on_trial_error(self, *_: Any, **info: Any) -> None:
+        """Ray Tune calls this, by keyword, when a trial failed too often."""
+        self._ended(self.conductor, info["trial"], True)

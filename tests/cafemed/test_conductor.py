@@ -1,0 +1,211 @@
+"""Sweeps decide the same whatever interrupts them, and lose nothing; without Ray's processes."""
+
+import dataclasses
+import errno
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cafemed import artifacts
+from cafemed.conductor import Conductor
+from cafemed.errors import TrainingError
+from cafemed.ledger import Header, Ledger
+from cafemed.sweep import TrialRecord
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def begin(plan: Any, folder: Path, **more: Any) -> Conductor:
+    ledger = Ledger(folder)
+    if not ledger.exists():
+        ledger.open(Header("f", {}, plan.settings(), {}))
+    return Conductor(plan, ledger, **more)
+
+
+def uninterrupted(sweeps: Any, plan: Any, folder: Path) -> list[Any]:
+    conductor = begin(plan, folder)
+    sweeps.play(conductor)
+    return sweeps.outcome(conductor)
+
+
+def cut_after(sweeps: Any, events: int) -> Any:
+    left = itertools.count(events, -1)
+
+    def tick() -> None:
+        if next(left) <= 0:
+            raise sweeps.SweepCutError
+
+    return tick
+
+
+CASES = [
+    {"sampler": "tpe", "scheduler": "asha"},
+    {"sampler": "tpe_multivariate", "scheduler": "asha", "num_samples": 14},
+    {"sampler": "random", "scheduler": "median"},
+    {"sampler": "nsga2", "scheduler": "none", "population_size": 3},
+    {"sampler": "tpe", "scheduler": "none", "objectives": ["jaccard", "ddi_rate"]},
+    {"sampler": "tpe", "scheduler": "asha", "max_ddi_rate": 0.055},
+]
+
+
+@pytest.mark.parametrize("search", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_interrupted_anywhere_it_ends_as_if_it_had_not_been(
+    sweeps: Any, tmp_path: Path, search: dict[str, Any]
+):
+    plan = sweeps.plan_of(**search)
+    expected = uninterrupted(sweeps, plan, tmp_path / "whole")
+    assert [number for number, *_ in expected] == list(range(plan.search.num_samples))
+    stopped = [status for *_, status, _ in expected if status == "stopped"]
+    assert bool(stopped) == (plan.search.scheduler != "none")
+    # At a sample of events, and soon after again: drawn, saved, decided, ended, between them.
+    for first in range(1, 140, 29):
+        folder = tmp_path / str(first)
+        for events in (first, 5, 11):
+            with pytest.raises(sweeps.SweepCutError):
+                sweeps.play(begin(plan, folder), cut_after(sweeps, events))
+        conductor = begin(plan, folder)
+        sweeps.play(conductor)
+        assert sweeps.outcome(conductor) == expected, first
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_with_several_slots_every_trial_is_there_once(sweeps: Any, tmp_path: Path, slots: int):
+    plan = sweeps.plan_of()
+    ended: list[TrialRecord] = []
+    for events in (20, 30, 25):
+        conductor = begin(plan, tmp_path, on_trial=ended.append)
+        with pytest.raises(sweeps.SweepCutError):
+            sweeps.play(conductor, cut_after(sweeps, events), slots)
+    conductor = begin(plan, tmp_path, on_trial=ended.append)
+    sweeps.play(conductor, slots=slots)
+    assert [trial.number for trial in conductor.result().trials] == list(range(12))
+    assert sorted(trial.number for trial in ended) == list(range(12))  # none was run twice
+    assert sum(trial.attempts for trial in conductor.result().trials) > 12
+
+
+def test_a_full_disk_ends_the_sweep_and_freed_it_goes_on(
+    sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    plan, write = sweeps.plan_of(), artifacts.write_text
+    expected = uninterrupted(sweeps, plan, tmp_path / "whole")
+    for free in range(1, 36, 7):
+        folder = tmp_path / str(free)
+        left = itertools.count(free, -1)
+
+        def full(path: Path, text: str, left: Any = left) -> None:
+            if path.parent.name.startswith("checkpoint_"):
+                write(path, text)  # of the trials, which have another disk
+                return
+            if next(left) <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            write(path, text)
+
+        conductor = begin(plan, folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts, "write_text", full)
+            sweeps.play(conductor)
+        with pytest.raises(OSError, match="No space left on device"):
+            conductor.result()
+        conductor = begin(plan, folder)
+        sweeps.play(conductor)
+        assert sweeps.outcome(conductor) == expected, free
+
+
+def test_a_damaged_checkpoint_is_passed_over(sweeps: Any, tmp_path: Path):
+    plan = sweeps.plan_of(scheduler="none", num_samples=1)
+    with pytest.raises(sweeps.SweepCutError):
+        sweeps.play(begin(plan, tmp_path), cut_after(sweeps, 13))
+    ledger = Ledger(tmp_path)
+    path, found = ledger.checkpoint(0)  # type: ignore[misc]
+    assert found.epoch == 6
+    next(Path(path).glob("*.safetensors")).write_bytes(b"half")
+    path, found = ledger.checkpoint(0)  # type: ignore[misc]
+    assert found.epoch == 5
+    conductor = begin(plan, tmp_path)
+    assert conductor.interrupted == [0]
+    sweeps.play(conductor)
+    assert len(conductor.result().trials[0].history) == sweeps.EPOCHS
+
+
+def test_a_finished_sweep_extended_is_the_longer_sweep(sweeps: Any, tmp_path: Path):
+    expected = uninterrupted(sweeps, sweeps.plan_of(num_samples=12), tmp_path / "whole")
+    short = sweeps.plan_of(num_samples=5)
+    sweeps.play(begin(short, tmp_path / "short"))
+    longer = begin(sweeps.plan_of(num_samples=12), tmp_path / "short")
+    assert longer.remaining == 7
+    sweeps.play(longer)
+    assert sweeps.outcome(longer) == expected
+
+
+def test_failed_trials_are_recorded_and_too_many_end_the_sweep(sweeps: Any, tmp_path: Path):
+    conductor = begin(sweeps.plan_of(max_failed_trials=1), tmp_path)
+    for _ in range(2):
+        start = conductor.next()
+        assert start is not None
+        assert not conductor.over()
+        conductor.started(start.number)
+        conductor.started(start.number)
+        conductor.end(start.number, [], error="RuntimeError: no")
+    assert conductor.over()
+    assert conductor.next() is None
+    assert [(t.status, t.error, t.attempts) for t in conductor.ended] == [
+        ("failed", "RuntimeError: no", 2)
+    ] * 2
+    with pytest.raises(TrainingError, match=r"2 trials failed, and search\.max_failed_trials"):
+        conductor.result()
+    # Allowed more, it goes on.
+    conductor = begin(sweeps.plan_of(max_failed_trials=5), tmp_path)
+    sweeps.play(conductor)
+    assert len(conductor.result().trials) == 12
+
+
+def test_when_the_time_is_up_trials_that_run_count_as_stopped(sweeps: Any, tmp_path: Path):
+    now = [0.0]
+
+    def tick() -> None:
+        now[0] += 60.0
+
+    plan = sweeps.plan_of(max_hours=0.5, scheduler="none")
+    conductor = begin(plan, tmp_path, clock=lambda: now[0])
+    sweeps.play(conductor, tick, slots=2)
+    trials = conductor.result().trials
+    assert 1 < len(trials) < 12
+    assert 0 < sum(trial.status == "stopped" for trial in trials) <= 2
+    assert conductor.seconds >= 1800
+    # Going on counts from there: no time is left.
+    again = begin(plan, tmp_path, clock=lambda: now[0])
+    assert again.over()
+    assert again.next() is None
+    assert len(again.result().trials) == len(trials)
+    more = begin(sweeps.plan_of(scheduler="none"), tmp_path)
+    sweeps.play(more)
+    assert len(more.result().trials) == 12
+
+
+def test_the_chosen_trial_keeps_the_ddi_rate(sweeps: Any, tmp_path: Path):
+    limited = begin(sweeps.plan_of(max_ddi_rate=0.0502, sampler="random"), tmp_path)
+    sweeps.play(limited)
+    result = limited.result()
+    keeping = [
+        t for t in result.trials if t.best_epoch and t.best_epoch["metrics"]["ddi_rate"] <= 0.0502
+    ]
+    assert 0 < len(keeping) < 12
+    assert result.chosen in keeping
+    assert result.chosen.best_so_far[-1] == max(t.best_so_far[-1] for t in keeping)
+    free = dataclasses.replace(result, max_ddi_rate=None)
+    assert free.chosen not in keeping
+    none = dataclasses.replace(result, max_ddi_rate=0.05)
+    assert none.chosen is None
+    with pytest.raises(TrainingError, match=r"no trial keeps a DDI rate of at most 0\.05, so none"):
+        _ = none.best
+    table = result.table()
+    assert table["chosen"].to_pylist() == [t is result.chosen for t in result.trials]
+    points = [(t.best_so_far[-1], t.best_epoch["metrics"]["ddi_rate"]) for t in result.trials]  # type: ignore[index]
+    front = [not any(a >= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
+    assert table["pareto"].to_pylist() == front
+    assert 1 < sum(front) < 12

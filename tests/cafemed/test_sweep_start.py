@@ -1,0 +1,197 @@
+"""A sweep begins anew, from its history or from a finished one; another's is left alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cafemed import artifacts, sweep, sweep_start
+from cafemed.conductor import Conductor
+from cafemed.errors import ConfigError
+from cafemed.ledger import Ledger
+from cafemed.sweep import SweepResult
+
+INPUTS = {"cohort": "c" * 64, "graph": "g" * 64}
+JOB = {"root": "/root", "name": "x", "promote": True}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+class Place:
+    """An experiment's folder, where sweeps are started and written as a job does it."""
+
+    def __init__(self, folder: Path, sweeps: Any) -> None:
+        self.folder, self.sweeps = folder / "sweep", sweeps
+        self.ledger = Ledger(folder / "trials")
+
+    def prepare(self, plan: Any, force: bool = False, inputs: Any = INPUTS) -> bool:
+        return sweep_start.prepare(self.folder, self.ledger, plan, inputs, JOB, force)
+
+    def is_done(self, plan: Any) -> bool:
+        return sweep_start.is_done(self.folder, self.ledger, plan, INPUTS)
+
+    def run(self, plan: Any) -> SweepResult:
+        conductor = Conductor(plan, self.ledger)
+        self.sweeps.play(conductor)
+        found = conductor.result()
+        with artifacts.new_folder(self.folder, sweep.STAGE, INPUTS, plan.settings()) as (
+            partial,
+            report,
+        ):
+            sweep.write(found, partial, None)
+            report |= sweep.summary(found, conductor.seconds)
+        self.ledger.remove()
+        return found
+
+
+@pytest.fixture
+def place(tmp_path: Path, sweeps: Any) -> Place:
+    return Place(tmp_path, sweeps)
+
+
+def test_a_finished_sweep_is_left_and_extended_on_demand(
+    place: Place, sweeps: Any, capsys: pytest.CaptureFixture[str]
+):
+    short, whole = sweeps.plan_of(num_samples=4), sweeps.plan_of(num_samples=9)
+    assert not place.is_done(short)
+    assert not place.prepare(short)
+    first = place.run(short)
+    assert place.is_done(short)
+    assert place.is_done(sweeps.plan_of(num_samples=2, cpus=2.0))
+    assert "unchanged, skipped" in capsys.readouterr().out
+    assert not place.is_done(whole)
+    assert place.prepare(whole)
+    longer = place.run(whole)
+    assert [t.number for t in longer.trials] == list(range(9))
+    assert [dict(t.parameters) for t in longer.trials[:4]] == [
+        dict(t.parameters) for t in first.trials
+    ]
+    # What a table holds of history is enough for the sampler and the scheduler.
+    fresh = Place(place.folder.parent / "fresh", sweeps)
+    fresh.prepare(whole)
+    expected = fresh.run(whole)
+    assert [dict(t.parameters) for t in longer.trials] == [
+        dict(t.parameters) for t in expected.trials
+    ]
+    assert [t.status for t in longer.trials] == [t.status for t in expected.trials]
+    assert longer.chosen is not None
+    assert longer.chosen.number == expected.chosen.number  # type: ignore[union-attr]
+
+
+def test_an_unfinished_sweep_goes_on_unless_it_is_another(place: Place, sweeps: Any):
+    plan = sweeps.plan_of(num_samples=4)
+    place.prepare(plan)
+    with pytest.raises(sweeps.SweepCutError):
+        sweeps.play(Conductor(plan, place.ledger), cut(sweeps, 12))
+    assert not place.is_done(plan)
+    assert place.prepare(sweeps.plan_of(num_samples=6, max_concurrent=2))
+    assert place.ledger.header().settings["search"]["num_samples"] == 6
+    other = sweeps.plan_of(num_samples=4, seed=1, sampler="random")
+    with pytest.raises(ConfigError) as caught:
+        place.prepare(other)
+    message = str(caught.value)
+    assert "search.seed is 0, now 1" in message
+    assert "search.sampler is tpe_multivariate, now random" in message
+    assert f"python jobs/tune.py resume={place.ledger.storage}" in message
+    assert "\n" not in message
+    with pytest.raises(ConfigError, match="the cohort is cccccccccccc, now dddddddddddd"):
+        place.prepare(plan, inputs=INPUTS | {"cohort": "d" * 64})
+    assert place.ledger.entries()  # refused, not touched
+    assert not place.prepare(other, force=True)
+    assert place.ledger.entries() == []
+
+
+def cut(sweeps: Any, events: int) -> Any:
+    left = iter(range(events))
+
+    def tick() -> None:
+        if next(left, None) is None:
+            raise sweeps.SweepCutError
+
+    return tick
+
+
+def test_a_sweep_that_is_redone_by_force_goes_on_when_it_was_interrupted(place: Place, sweeps: Any):
+    plan = sweeps.plan_of(num_samples=3)
+    place.prepare(plan)
+    place.run(plan)
+    for _ in range(2):  # the same command twice
+        place.prepare(plan, force=True)
+        with pytest.raises(sweeps.SweepCutError):
+            sweeps.play(Conductor(plan, place.ledger), cut(sweeps, 15))
+    assert len(place.ledger.entries()) > 1
+    assert not place.is_done(plan)
+    assert place.prepare(plan)
+    place.run(plan)
+    assert place.is_done(plan)
+
+
+def test_what_a_finished_sweep_left_is_cleared_but_not_an_extension(place: Place, sweeps: Any):
+    plan, more = sweeps.plan_of(num_samples=3), sweeps.plan_of(num_samples=5)
+    place.prepare(plan)
+    place.run(plan)
+    place.prepare(plan)  # as if the job had died before it removed the ledger
+    assert place.is_done(plan)
+    assert not place.ledger.exists()
+    place.prepare(more)
+    assert place.is_done(plan)
+    assert place.ledger.exists()
+
+
+def test_a_job_that_died_while_it_extended_begins_the_extension_again(place: Place, sweeps: Any):
+    plan, more = sweeps.plan_of(num_samples=3), sweeps.plan_of(num_samples=5)
+    place.prepare(plan)
+    place.run(plan)
+    place.prepare(more)
+    (Path(place.ledger.storage) / "sweep.json").unlink()  # written last
+    (Path(place.ledger.storage) / "00001.json").unlink()
+    assert place.prepare(more)
+    assert [entry.number for entry in place.ledger.entries()] == [0, 1, 2]
+
+
+def test_used_up_time_counts_as_done_until_there_is_more(place: Place, sweeps: Any):
+    plan = sweeps.plan_of(num_samples=3)
+    place.prepare(plan)
+    place.run(plan)
+    manifest = place.folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["report"]["seconds"] = 7200.0
+    manifest.write_text(json.dumps(content))
+    assert place.is_done(sweeps.plan_of(num_samples=9, max_hours=2.0))
+    assert not place.is_done(sweeps.plan_of(num_samples=9, max_hours=2.5))
+    assert not place.is_done(sweeps.plan_of(num_samples=9))
+
+
+def resumed(place: Place, *overrides: str, **search: Any) -> dict[str, Any]:
+    values = {"resume": place.ledger.storage, "promote": False, "search": search}
+    return sweep_start.resumed(values, [f"resume={place.ledger.storage}", *overrides])
+
+
+def test_resume_takes_the_sweeps_own_settings(place: Place, sweeps: Any):
+    plan = sweeps.plan_of(seed=5)
+    place.prepare(plan)
+    values = resumed(place)
+    assert (values["name"], values["paths"]["root"], values["promote"]) == ("x", "/root", True)
+    assert values["search"]["seed"] == 5
+    assert values["model"]["name"] == "cafemed"
+    assert values["train"]["epochs"] == sweeps.EPOCHS
+    changed = resumed(place, "search.num_samples=50", "promote=false", num_samples=50, seed=0)
+    assert changed["search"] == values["search"] | {"num_samples": 50}
+    assert changed["promote"] is False
+    with pytest.raises(ConfigError, match=r"search\.seed: resume=.* goes on with the settings"):
+        resumed(place, "search.seed=1", seed=1)
+
+
+def test_storage_has_a_folder_for_each_experiment(sweeps: Any, tmp_path: Path):
+    def where(storage: str | None) -> str:
+        return sweep_start.storage_of(sweeps.plan_of(storage=storage), tmp_path / "mimic3")
+
+    assert where(None) == str(tmp_path / "mimic3" / "trials")
+    assert where("/nfs/sweeps/") == "/nfs/sweeps/mimic3"
+    assert where("s3://bucket/sweeps") == "s3://bucket/sweeps/mimic3"
+    with pytest.raises(ConfigError, match=r"search\.storage: expected an absolute folder or a URL"):
+        where("here")

@@ -1,0 +1,104 @@
+"""A sweep on two nodes with fake GPUs, one of which is lost while it runs."""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from torch import nn
+
+import models
+from cafemed import cluster, sweep_plan, tuning
+from cafemed.batches import ModelInputs
+from cafemed.conductor import Conductor
+from cafemed.experiment import Experiment
+from cafemed.ledger import Header, Ledger
+from cafemed.sweep import TrialRecord
+from cafemed.trials import TrialData
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SPACE = {"train": {"learning_rate": {"type": "float", "low": 1e-3, "high": 1e-2, "log": True}}}
+MODEL = {"name": "cafemed", "dimension": 8, "dropout": 0.1}
+EPOCHS = 60
+
+# The builder below is sent to workers, which cannot import the tests.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def slow(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+    """A model that needs 0.3 s an epoch, so that four processes start before a trial ends."""
+    model = models.build(name, inputs, options, seed)
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    return model
+
+
+@pytest.fixture
+def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    """A cluster, and its second node; each has two CPUs and a fake GPU."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster
+
+    size = {"num_cpus": 2, "num_gpus": 1, "object_store_memory": 100 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args=size)
+    try:
+        second = nodes.add_node(**size)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        yield nodes, second
+    finally:
+        nodes.shutdown()
+
+
+def test_trials_of_a_lost_node_go_on_elsewhere_from_their_checkpoints(
+    given: Experiment, tmp_path: Path, two_nodes: tuple[Any, Any]
+):
+    nodes, second = two_nodes
+    search = {"space": SPACE, "num_samples": 6, "gpus": 0.5, "scheduler": "none"}
+    train = {"epochs": EPOCHS, "patience": EPOCHS, "batch_size": 8}
+    values = {"model": MODEL, "train": train, "search": search}
+    plan = sweep_plan.read(values, models.options_class, models.NAMES)
+    data = TrialData(
+        build=slow,
+        model_name=plan.model_name,
+        models=plan.models,
+        inputs=given.inputs,
+        arrays=given.arrays,
+        train_patients=given.cohort.patients_of("train"),
+        validation_patients=given.cohort.patients_of("validation"),
+        config=plan.fit,
+    )
+    ledger = Ledger(tmp_path / "trials")
+    ledger.open(Header("f", {}, plan.settings(), {}))
+    ended: list[TrialRecord] = []
+    lost: list[int] = []
+
+    class Losing(Conductor):
+        """Takes the second node away when four trials have had three epochs."""
+
+        def stops(self, number: int, history: Any) -> bool:
+            stop = super().stops(number, history)
+            begun = [n for n, epochs in self.histories.items() if len(epochs) >= 3]
+            if not lost and len(begun) == 4:
+                lost.extend(begun)
+                nodes.remove_node(second, allow_graceful=False)
+            return stop
+
+    with cluster.ray_cluster(4) as where:
+        assert where.endswith("4 CPUs, 2 GPUs")
+        conductor = Losing(plan, ledger, (), ended.append)
+        tuning.run(conductor, data)
+    result = conductor.result()
+    assert len(lost) == 4
+    assert sorted(trial.number for trial in ended) == list(range(6))
+    assert {trial.status for trial in result.trials} == {"finished"}
+    assert [len(trial.history) for trial in result.trials] == [EPOCHS] * 6
+    # Two of the four were on that node; they went on, and did not begin again.
+    moved = [trial for trial in result.trials if trial.attempts > 1]
+    assert len(moved) == 2
+    assert {trial.number for trial in moved} <= set(lost)
+    epochs_s = {t.number: sum(e["seconds"] for e in t.history) for t in result.trials}
+    assert all(trial.seconds >= 0.9 * epochs_s[trial.number] for trial in moved)
+    assert result.best in result.trials

@@ -44,7 +44,7 @@ class Conductor:
 
     Attributes:
         histories: number → epochs so far, of the trials that are running.
-        broken: the error that keeps the ledger from being written; the sweep ends, to be resumed.
+        broken: what no trial can help, such as a full disk; the sweep ends, to be resumed.
         failed: why the sweep gives up, in one line; None while it does not.
 
     Args:
@@ -65,7 +65,7 @@ class Conductor:
     ) -> None:
         self.plan, self.ledger, self._on_trial, self._now = plan, ledger, on_trial, clock
         self.histories: dict[int, Sequence[Mapping[str, Any]]] = {}
-        self.broken: OSError | None = None
+        self.broken: Exception | None = None
         self.failed: str | None = None
         self._proposer = Proposer(plan)
         self._rule = make_rule(plan.search, plan.fit.epochs)
@@ -82,7 +82,17 @@ class Conductor:
     @property
     def seconds(self) -> float:
         """How long the sweep has run, in all."""
-        return self._before + self._now() - self._began
+        return self._before + self.seconds_of_run
+
+    @property
+    def seconds_of_run(self) -> float:
+        """How long it has run since it was begun, or went on, the last time."""
+        return self._now() - self._began
+
+    def parameters_of(self, number: int) -> Mapping[str, Any] | None:
+        """Those of a trial that is running; None if it is not."""
+        entry = self._running.get(number)
+        return None if entry is None else entry.parameters
 
     @property
     def remaining(self) -> int:
@@ -189,7 +199,8 @@ class Conductor:
         """The trials of a sweep that is over; those that the time limit cut off count as stopped.
 
         Raises:
-            OSError: if the ledger cannot be written.
+            OSError: if the ledger, or a trial's checkpoint, cannot be written.
+            ConfigError: if a node does not see the storage.
             TrainingError: if more trials failed than may.
         """
         if self.broken is not None:

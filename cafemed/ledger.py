@@ -199,7 +199,7 @@ class Ledger:
             yield Path(path)
             return
         with tempfile.TemporaryDirectory() as name:
-            source = path.removeprefix(f"{self.storage}/")
+            source = path.split("?")[0].removeprefix(f"{self.storage.split('?')[0]}/")
             fs.copy_files(self._path(source), name, source_filesystem=self._files)
             yield Path(name)
 
@@ -219,7 +219,7 @@ class Ledger:
         for run in runs:
             folder = f"{run}/trial-{number:05d}"
             names = [n for n in self._names(folder) if n.startswith("checkpoint_")]
-            found += [f"{self.storage}/{folder}/{name}" for name in sorted(names, reverse=True)]
+            found += [self._url(f"{folder}/{name}") for name in sorted(names, reverse=True)]
         return found
 
     def _entry(self, name: str) -> Entry:
@@ -240,6 +240,11 @@ class Ledger:
                 f"{self.storage}/{name}: not a trial of a sweep's history ({type(err).__name__}); "
                 "remove it to run the trial again"
             ) from err
+
+    def _url(self, name: str) -> str:
+        """How a place below the storage is written; a URL's options stay behind it."""
+        base, mark, options = self.storage.partition("?")
+        return f"{base}/{name}{mark}{options}"
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

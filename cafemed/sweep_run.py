@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cafemed import artifacts, bundle_files, cluster, console, experiment, knowledge, sweep
+from cafemed import (
+    artifacts,
+    bundle_files,
+    cluster,
+    console,
+    experiment,
+    knowledge,
+    sweep,
+    sweep_display,
+)
 from cafemed.conductor import Conductor
 from cafemed.errors import TrainingError
 from cafemed.ledger import Ledger
@@ -84,22 +93,19 @@ def _search(plan: SweepPlan, ledger: Ledger, data: "TrialData") -> tuple[SweepRe
     prior, left = knowledge.prior_trials(plan)
     if plan.search.prior:
         console.say("prior", f"{len(prior)} trials of other sweeps, {left} do not fit the space")
-    with console.counter("trials", plan.search.num_samples) as count:
 
-        def ended(trial: TrialRecord) -> None:
-            console.say("trial", trial.describe())
-            count()
+    def ended(trial: TrialRecord) -> None:
+        console.say("trial", trial.describe())
 
-        conductor = Conductor(plan, ledger, prior, ended)
-        for _ in conductor.ended:
-            count()
-        if conductor.ended or conductor.interrupted:
-            console.say("tune", conductor.describe_history())
-        if conductor.remaining and not conductor.over():
-            with cluster.ray_cluster(plan.search.total_cpus, plan.search.gpus) as where:
-                console.say("ray", where)
+    conductor = Conductor(plan, ledger, prior, ended)
+    if conductor.ended or conductor.interrupted:
+        console.say("tune", conductor.describe_history())
+    if conductor.remaining and not conductor.over():
+        with cluster.ray_cluster(plan.search.total_cpus, plan.search.gpus) as where:
+            console.say("ray", where)
+            with sweep_display.following(conductor):
                 tuning.run(conductor, data)
-        return conductor.result(), conductor.seconds
+    return conductor.result(), conductor.seconds
 
 
 def _write_bundle(

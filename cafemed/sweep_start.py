@@ -146,7 +146,8 @@ def storage_of(plan: SweepPlan, experiment: Path) -> str:
     chosen = plan.search.storage
     if "://" not in chosen and not Path(chosen).is_absolute():
         raise ConfigError(f"search.storage: expected an absolute folder or a URL, got {chosen!r}")
-    return f"{chosen.rstrip('/')}/{experiment.name}"
+    base, mark, options = chosen.partition("?")  # what a URL says of its store stays behind it
+    return f"{base.rstrip('/')}/{experiment.name}{mark}{options}"
 
 
 @contextlib.contextmanager

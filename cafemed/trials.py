@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ray import tune
 from torch import Tensor
 
-from cafemed import checkpoints, search_space, training
+from cafemed import checkpoints, search_space, shared_storage, training
 from cafemed.batches import ModelInputs, VisitArrays
 from cafemed.errors import ArtifactError, UserError
 from cafemed.sweep import EPOCH, ERROR, HISTORY, SECONDS, STARTED
@@ -66,11 +66,17 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
     not tried again.
 
     Args:
-        config: "trial", "seed", "parameters" ("train.learning_rate" → value), and "checkpoint",
-            where it goes on from if it was interrupted in another run of the sweep.
+        config: "trial", "seed", "parameters" ("train.learning_rate" → value); "checkpoint", where
+            it goes on from if it was interrupted in another run of the sweep; "ledger", the file
+            of the sweep that every node has to see, and "storage_key", which setting says where.
         data: see TrialData.
+
+    Raises:
+        ConfigError: if this node does not see the storage.
     """
     started, parameters = time.time(), config["parameters"]
+    if config["ledger"] is not None:
+        shared_storage.require_seen(Path(config["ledger"]), config["storage_key"])
     options, fit_config = data.varied(parameters, config["seed"])
     history: list[dict[str, Any]] = []
     # In Ray's own session folder, so that a killed worker leaves nothing behind when Ray ends.

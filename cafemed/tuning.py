@@ -9,18 +9,20 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cafemed import cluster, console, sweep
+from cafemed import cluster, console, shared_storage, sweep
 from cafemed.conductor import Conductor
-from cafemed.errors import TrainingError
+from cafemed.errors import TrainingError, UserError
 from cafemed.sweep_plan import SearchConfig
 
 if TYPE_CHECKING:
-    from ray.tune import ResultGrid, Tuner
+    from ray.tune import Tuner
     from ray.tune.experiment import Trial
 
     from cafemed.trials import TrialData
 
 _BYTES_PER_GB = 1e9
+#: That a busy cluster may take to start a process and run a task that does nothing.
+_ANSWER_S = 60.0
 #: What a machine refuses to every trial alike; such a trial did not fail, it waits to go on.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -37,15 +39,17 @@ def run(conductor: Conductor, data: "TrialData") -> None:
         data: what all trials share.
 
     Raises:
-        ConfigError: if a local Ray has less than one trial reserves.
+        ConfigError: if the cluster's nodes do not share the storage, or a local Ray has less than
+            one trial reserves.
     """
     search = conductor.plan.search
+    shared_storage.require_shared(conductor.ledger.storage, _storage_key(search))
     require_resources(search)
     if conductor.remaining == 0 or conductor.over():
         return
     # What goes wrong in a trial is in its record.
     with console.silenced("ray", "ray.tune", "ray.train"):
-        _fit(_tuner(conductor, data))
+        _tuner(conductor, data).fit()
 
 
 def require_resources(search: SearchConfig) -> None:
@@ -60,8 +64,8 @@ def require_resources(search: SearchConfig) -> None:
     cluster.require_resources("a trial", wanted)
 
 
-def _fit(tuner: "Tuner") -> "ResultGrid":
-    return tuner.fit()
+def _storage_key(search: SearchConfig) -> str:
+    return "paths.root" if search.storage is None else "search.storage"
 
 
 def _tuner(conductor: Conductor, data: "TrialData") -> "Tuner":
@@ -76,7 +80,7 @@ def _tuner(conductor: Conductor, data: "TrialData") -> "Tuner":
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(trials.run_trial, data=data), resources),
         tune_config=tune.TuneConfig(
-            search_alg=tuning_hooks.Search(conductor),
+            search_alg=tuning_hooks.Search(conductor, _storage_key(search)),
             scheduler=tuning_hooks.Schedule(conductor),
             num_samples=conductor.remaining,
             max_concurrent_trials=search.max_concurrent,
@@ -101,8 +105,14 @@ def ended(conductor: Conductor, trial: "Trial", failed: bool) -> None:
     number, found = trial.config["trial"], trial.last_result or {}
     # A trial that did not fail in the end still has the error of an earlier attempt.
     cause = _cause(trial) if failed else None
-    if isinstance(cause, OSError) and cause.errno in _DISK:
+    # A trial raises no error of a user's but that its node does not see the storage.
+    if isinstance(cause, UserError) or (isinstance(cause, OSError) and cause.errno in _DISK):
         conductor.broken = cause
+        return
+    if _is_of_the_cluster(cause) and not _cluster_answers():
+        conductor.broken = TrainingError(
+            "the cluster that the sweep runs on does not answer any more; its trials wait"
+        )
         return
     conductor.end(
         number,
@@ -122,8 +132,25 @@ def _cause(trial: "Trial") -> Exception:
     try:
         error: Exception = pickle.loads(Path(trial.pickled_error_file).read_bytes())  # noqa: S301
     except Exception as err:  # noqa: BLE001  an exception's own class decides what unpickling does
-        return TrainingError(f"its error cannot be read ({type(err).__name__})")
+        return RuntimeError(f"its error cannot be read ({type(err).__name__})")
     return getattr(error, "cause", None) or error
+
+
+def _is_of_the_cluster(cause: Exception | None) -> bool:
+    """Whether a trial failed by what it ran on: a process, a node or a connection was lost."""
+    from ray.exceptions import RayError
+
+    return isinstance(cause, RayError)
+
+
+def _cluster_answers() -> bool:
+    """Whether a task still runs; without the driver's own node none does, and each trial fails."""
+    import ray
+
+    try:
+        return bool(ray.get(ray.remote(num_cpus=0)(lambda: True).remote(), timeout=_ANSWER_S))
+    except (ray.exceptions.RayError, OSError, RuntimeError):
+        return False
 
 
 def _trial_name(trial: "Trial") -> str:

@@ -11,7 +11,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cafemed import sweep
+from cafemed import ledger, sweep
 from cafemed.conductor import Conductor
 
 
@@ -27,9 +27,9 @@ class _Hook:
 class Search(_Hook, Searcher):
     """Proposes the next trial."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conductor, storage_key: str) -> None:
         super().__init__()
-        self.conductor = conductor
+        self.conductor, self._storage_key = conductor, storage_key
 
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
         """Ray Tune calls this when a trial may be added."""
@@ -40,8 +40,14 @@ class Search(_Hook, Searcher):
             "trial": start.number,
             "seed": start.seed,
             "checkpoint": start.checkpoint,
+            "ledger": self._ledger_file(),
+            "storage_key": self._storage_key,
             "parameters": dict(start.parameters),
         }
+
+    def _ledger_file(self) -> str | None:
+        folder = self.conductor.ledger.folder
+        return None if folder is None else str(folder / ledger.FILE)
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         """The conductor is told by Events, which know why a trial ended."""

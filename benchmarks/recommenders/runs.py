@@ -107,8 +107,10 @@ class Bench:
         name = f"{_slug(task.name)}-{task.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         checkpoint = self.work / "checkpoints" / name
         started = time.process_time()
+        resumed = checkpoint.exists()
         learned, history = self._learn(task, checkpoint)
-        spent = time.process_time() - started
+        # Of an interrupted run nobody knows it.
+        spent = None if resumed else time.process_time() - started
         record = {
             "name": task.name,
             "kind": task.learner.kind,
@@ -126,9 +128,10 @@ class Bench:
         targets, offsets = self.sets("validation")
         found = metrics.evaluate(learned.validation, targets, offsets, self.given.inputs.ddi)
         changes = " ".join(f"{key}={value}" for key, value in task.learner.changes)
+        effort = "" if spent is None else f", {spent:.0f} CPU-s"
         return (
             f"{task.name} [{changes}] seed {task.seed}: epoch {learned.best_epoch} of "
-            f"{learned.epochs}, {spent:.0f} CPU-s, validation Jaccard {found.jaccard:.4f}"
+            f"{learned.epochs}{effort}, validation Jaccard {found.jaccard:.4f}"
         )
 
     def _write(self, name: str, record: Mapping[str, Any], learned: Learned) -> None:
@@ -198,19 +201,29 @@ class Bench:
             EvaluationSet.of(given.arrays, patients[split]).predict(model)
             for split in ("validation", "test")
         ]
-        # Of those epochs that this process did: the others were before an interruption.
-        epoch_cpu_s = (clock[-1] - clock[0]) / max(len(clock) - 1, 1)
+        # Of those epochs that this process did, if any: others were before an interruption.
+        done = len(clock) - 1
+        epoch_cpu_s = (clock[-1] - clock[0]) / done if done else None
         history = [epoch.as_dict() | {"cpu_s": epoch_cpu_s} for epoch in result.history]
         return Learned(parts[0], parts[1], result.best_epoch, len(history)), history
 
 
 def fingerprint(given: Experiment) -> str:
-    """SHA-256 of what a model learns from: visits, split, graph's effects, interacting pairs."""
+    """SHA-256 of what a model learns from.
+
+    Visits, split, effects and interacting pairs; laboratory events and molecules where there are
+    any. Node classes, sex and age are not in it: they come with the effects' graph and the visits.
+    """
     cohort, digest = given.cohort, hashlib.sha256()
     lists = (cohort.diagnoses, cohort.procedures, cohort.medications, cohort.targets)
     contents = [cohort.patient_offsets, given.inputs.effects, given.inputs.ddi]
     contents += [part for codes in lists for part in (codes.ids, codes.offsets)]
     contents += [cohort.patients_of(split) for split in SPLITS]
+    arrays = given.arrays
+    if arrays.laboratory_items.size:
+        contents += [arrays.laboratory_items, arrays.laboratory_values, arrays.laboratory_counts]
+    if given.inputs.molecules is not None:
+        contents.append(given.inputs.molecules)
     for content in contents:
         digest.update(np.ascontiguousarray(content).tobytes())
     return digest.hexdigest()

@@ -142,6 +142,7 @@ def test_a_finished_run_is_found_again_and_not_trained_again(bench, monkeypatch)
     assert run.record["epochs"] == 2
     assert len(run.record["history"]) == 2
     assert not list(bench.work.glob("checkpoints/*"))
+    assert run.record["cpu_s"] > 0
 
     def refuse(*_arguments, **_options):
         raise AssertionError("trained again")
@@ -155,6 +156,31 @@ def test_a_finished_run_is_found_again_and_not_trained_again(bench, monkeypatch)
     ):
         with pytest.raises(AssertionError, match="trained again"):
             bench.do(other)
+
+
+def test_an_interrupted_run_goes_on_and_says_no_time(bench, monkeypatch):
+    learner = TRAINED.changed((("train.patience", 3),))
+    done = []
+
+    def fit(*arguments, on_epoch, **options):
+        def interrupt(report):
+            on_epoch(report)
+            done.append(report.epoch)
+            if len(done) == 1:
+                raise KeyboardInterrupt
+
+        return original(*arguments, on_epoch=interrupt, **options)
+
+    original = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        bench.do(Task("one", learner, 0))
+    assert bench.find(learner, 0) is None
+    bench.do(Task("one", learner, 0))
+    assert done == [1, 2]
+    record = bench.load(learner, 0).record
+    assert record["epochs"] == 2
+    assert record["cpu_s"] is None
 
 
 def test_runs_of_a_version_with_fewer_options_are_those_that_do_the_same(bench):

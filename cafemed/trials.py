@@ -68,7 +68,8 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
     Args:
         config: "trial", "seed", "parameters" ("train.learning_rate" → value); "checkpoint", where
             it goes on from if it was interrupted in another run of the sweep; "ledger", the file
-            of the sweep that every node has to see, and "storage_key", which setting says where.
+            of the sweep that every node has to see, and "storage_key", which setting says where;
+            "gpus", what is reserved for it.
         data: see TrialData.
 
     Raises:
@@ -116,7 +117,7 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
                 fit_config,
                 on_epoch=after_epoch,
                 checkpoint_dir=folder,
-                device="cuda" if torch.cuda.is_available() else "cpu",
+                device=_device(config["gpus"]),
             )
         except UserError as err:
             lines = str(err).splitlines() or [""]
@@ -124,6 +125,11 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
         else:
             if len(history) == restored:  # interrupted between its last epoch and the report of it
                 report()
+
+
+def _device(gpus: float) -> str:
+    """Where a trial trains: Ray hides no GPU from one that reserves none."""
+    return "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
 
 
 def _earlier(config: Mapping[str, Any]) -> tune.Checkpoint | None:

@@ -42,6 +42,7 @@ class Search(_Hook, Searcher):
             "checkpoint": start.checkpoint,
             "ledger": self._ledger_file(),
             "storage_key": self._storage_key,
+            "gpus": self.conductor.plan.search.gpus,
             "parameters": dict(start.parameters),
         }
 

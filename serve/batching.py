@@ -5,7 +5,8 @@ a few fixed shapes, and a patient's shape must follow from that patient alone. P
 not enough: a model may drop the padding and lay all codes of a batch end to end. So each patient
 is filled up with visits after the current one, which cannot influence it, until the number of
 visits, of codes, and of positions (the sum over visits of the longest list, at least 1) are all
-those of the shape; and a batch is filled up by repeating its first patient.
+those of the shape; and a batch is filled up by repeating its first patient. Fillers have codes of
+those kinds alone whose vocabulary is not empty: the others have no code to fill with.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from scipy import sparse
 from torch.nn.functional import pad
 
 from cafemed.batches import Batch, collate, visit_arrays
-from cafemed.codes import CodeLists
+from cafemed.codes import KINDS, CodeLists
 from cafemed.graphs import CausalGraph
 from cafemed.laboratory import Laboratory
 from cafemed.scaling import Scaling
@@ -33,6 +34,7 @@ _MIN_POSITIONS = 32
 _MIN_VISITS = 2
 #: Positions of one run: the more, the better it fills the processor and the longer one waits.
 _RUN_POSITIONS = 512
+_ALL_KINDS = tuple(range(len(KINDS)))
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -41,11 +43,24 @@ class Shape:
 
     Attributes:
         visits: that a patient has room for; fillers come on top.
-        positions: of every patient, fillers included; twice as many codes.
+        positions: of every patient, fillers included.
+        kinds: indices of the kinds that have a vocabulary (`kinds_of`).
     """
 
     visits: int
     positions: int
+    kinds: tuple[int, ...] = _ALL_KINDS
+
+    @property
+    def codes(self) -> int:
+        """Codes of every patient, fillers included.
+
+        Halfway between the fewest and the most that visits with codes can have, (K + 1) / 2 a
+        position of K kinds. With a single kind, all positions but those of `visits` empty visits.
+        """
+        if len(self.kinds) == 1:
+            return self.positions - self.visits
+        return self.positions * (len(self.kinds) + 1) // 2
 
     @property
     def patients(self) -> int:
@@ -65,18 +80,23 @@ class Shape:
     @property
     def steps(self) -> int:
         """Visits of every patient, fillers included."""
-        return self.visits + 2 * self.num_fillers
+        room = self.visits if len(self.kinds) > 1 else 2 * self.visits
+        return room + 2 * self.num_fillers
 
 
-def shape_of(patient: EncodedPatient) -> Shape:
+def kinds_of(vocabularies: Mapping[str, tuple[str, ...]]) -> tuple[int, ...]:
+    """Indices of the kinds that have a vocabulary; medications always do."""
+    return tuple(k for k, kind in enumerate(KINDS) if vocabularies[kind])
+
+
+def shape_of(patient: EncodedPatient, kinds: tuple[int, ...] = _ALL_KINDS) -> Shape:
     """The shape for a patient: the smallest that has room for it and its fillers."""
     visits = _MIN_VISITS
     while visits < patient.num_visits:
         visits *= 2
     for power in itertools.count():
-        shape = Shape(visits, _MIN_POSITIONS << power)
-        full, single, _ = _missing(patient, shape)
-        if min(full, single) >= shape.num_fillers:
+        shape = Shape(visits, _MIN_POSITIONS << power, kinds)
+        if _has_room(patient, shape):
             return shape
     raise AssertionError("unreachable")
 
@@ -84,17 +104,25 @@ def shape_of(patient: EncodedPatient) -> Shape:
 def fillers_of(patient: EncodedPatient, shape: Shape) -> NDArray[np.int64]:
     """Codes of each list of the visits that come after a patient's last, int64 (visits, 3).
 
-    First empty visits, which have one position and no code; then visits with three equally long
-    lists, which have three codes a position, and visits with diagnoses alone, which have one. So
-    many of each are chosen that the sums come out.
+    First empty visits, which have one position and no code; then visits with equally long lists of
+    all K kinds, which have K codes a position, and visits with the first kind alone, which have
+    one. So many of each are chosen that the sums come out. With a single kind there are no visits
+    of the former sort, and as many empty ones as make `shape.visits` with the patient's own.
     """
+    kinds = shape.kinds
+    if len(kinds) == 1:
+        empty, lists, single = _missing_of_one(patient, shape)
+        fillers = np.zeros((empty + lists, 3), np.int64)
+        fillers[empty:, kinds[0]] = _split(single, lists)
+        return fillers
     full, single, odd = _missing(patient, shape)
-    empty = np.zeros((shape.visits - patient.num_visits, 3), np.int64)
-    threes = np.repeat(_split(full, shape.num_fillers)[:, None], 3, axis=1)
+    nothing = np.zeros((shape.visits - patient.num_visits, 3), np.int64)
+    wide = np.zeros((shape.num_fillers, 3), np.int64)
+    wide[:, kinds] = _split(full, shape.num_fillers)[:, None]
     ones = np.zeros((shape.num_fillers, 3), np.int64)
-    ones[:, 0] = _split(single, shape.num_fillers)
-    ones[0, 1] = odd
-    return np.concatenate([empty, threes, ones])
+    ones[:, kinds[0]] = _split(single, shape.num_fillers)
+    ones[0, kinds[1]] = odd
+    return np.concatenate([nothing, wide, ones])
 
 
 def batch_of(
@@ -149,14 +177,36 @@ def batch_of(
     )
 
 
+def _has_room(patient: EncodedPatient, shape: Shape) -> bool:
+    """Whether enough is missing for every filler with codes to have one of each of its lists."""
+    if len(shape.kinds) == 1:
+        _, lists, single = _missing_of_one(patient, shape)
+        return single >= lists
+    full, single, _ = _missing(patient, shape)
+    return min(full, single) >= shape.num_fillers
+
+
 def _missing(patient: EncodedPatient, shape: Shape) -> tuple[int, int, int]:
-    """Positions to fill with three codes each and with one code each, and a code left over."""
-    sizes = np.array([[len(codes) for codes in kind] for kind in patient.known])
+    """Positions to fill with K codes each and with one code each, and a code left over (K = 3)."""
+    sizes = _sizes(patient)
     used = int(sizes.max(0).clip(min=1).sum())
     positions = shape.positions - used - (shape.visits - patient.num_visits)
-    codes = 2 * shape.positions - int(sizes.sum())
-    full, odd = divmod(codes - positions, 2)
+    codes = shape.codes - int(sizes.sum())
+    full, odd = divmod(codes - positions, len(shape.kinds) - 1)
     return full, positions - full, odd
+
+
+def _missing_of_one(patient: EncodedPatient, shape: Shape) -> tuple[int, int, int]:
+    """Of a single kind: empty visits to add, visits with codes to add, and their codes."""
+    sizes = _sizes(patient)
+    empty = shape.visits - int((sizes.sum(0) == 0).sum())
+    lists = shape.steps - patient.num_visits - empty
+    return empty, lists, shape.codes - int(sizes.sum())
+
+
+def _sizes(patient: EncodedPatient) -> NDArray[np.int64]:
+    """Codes of each list, int64 (3, visits)."""
+    return np.array([[len(codes) for codes in kind] for kind in patient.known], np.int64)
 
 
 def _split(total: int, parts: int) -> NDArray[np.int64]:

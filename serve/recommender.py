@@ -17,7 +17,7 @@ from cafemed import bundle as bundles
 from cafemed.batches import input_adjacencies
 from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE
-from serve.batching import Shape, batch_of, shape_of
+from serve.batching import Shape, batch_of, kinds_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.schema import (
     Interaction,
@@ -50,6 +50,7 @@ class Recommender:
         self._encoder = Encoder(bundle.vocabularies, bundle.preprocessing)
         self._model = bundles.restore_model(bundle, models.build)
         self._adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
+        self._kinds = kinds_of(bundle.vocabularies)
         self._medications = bundle.vocabularies["medication"]
 
     @classmethod
@@ -101,7 +102,7 @@ class Recommender:
         result = np.empty((len(patients), len(self._medications)), np.float32)
         by_shape: dict[Shape, list[int]] = defaultdict(list)
         for i, patient in enumerate(patients):
-            by_shape[shape_of(patient)].append(i)
+            by_shape[shape_of(patient, self._kinds)].append(i)
         for shape, members in by_shape.items():
             for start in range(0, len(members), shape.patients):
                 run = members[start : start + shape.patients]

@@ -40,14 +40,16 @@ def make_bundle(
     seed: int = 0,
     model_name: str = "cafemed",
     modalities: str | None = None,
+    without: tuple[str, ...] = (),
 ) -> Bundle:
     """A bundle whose model has random weights, larger than at a start, so that scores differ.
 
     With `modalities` the model is given these of the cohort's laboratory values, sexes and ages,
-    and its medications have molecules.
+    and its medications have molecules. `without` names kinds whose vocabulary is empty.
     """
     preprocessing = preprocessing or Preprocessing(scaling=SCALING if modalities else Scaling())
-    vocabularies = {**VOCABULARIES, "laboratory": ITEMS} if modalities else VOCABULARIES
+    vocabularies = VOCABULARIES | dict.fromkeys(without, ())
+    vocabularies |= {"laboratory": ITEMS} if modalities else {}
     options = MODEL_OPTIONS | ({"modalities": modalities} if modalities else {})
     molecules = MOLECULES if modalities else {}
     rng = np.random.default_rng(seed)
@@ -58,7 +60,7 @@ def make_bundle(
             ("procedure", "procedure"),
             ("previous_medication", "medication"),
         )
-        for code in VOCABULARIES[of]
+        for code in vocabularies[of]
     )
     source = np.arange(0, len(nodes) - 1, 2, dtype=np.int32)
     graph = CausalGraph(
@@ -70,8 +72,8 @@ def make_bundle(
         support=np.ones(len(source), np.int64),
         strength=np.full(len(source), np.nan, np.float32),
     )
-    rows = tuple(node_name(kind, c) for kind in KINDS[:2] for c in VOCABULARIES[kind])
-    columns = tuple(node_name("medication", c) for c in VOCABULARIES["medication"])
+    rows = tuple(node_name(kind, c) for kind in KINDS[:2] for c in vocabularies[kind])
+    columns = tuple(node_name("medication", c) for c in vocabularies["medication"])
     effect = rng.normal(0, 0.3, (len(rows), len(columns))).astype(np.float32)
     effects = EffectTable.known(rows, columns, effect, np.full_like(effect, 0.01), "raw")
     ddi = np.triu(rng.random((len(columns), len(columns))) < 0.3, 1)
@@ -111,6 +113,19 @@ def served_model(request: pytest.FixtureRequest) -> Bundle:
     """A bundle of each model, and of one that reads all there is, in memory."""
     name, _, modalities = request.param.partition(" ")
     return make_bundle(model_name=name, modalities=modalities or None)
+
+
+@pytest.fixture(params=[("procedure",), ("diagnosis",), ("diagnosis", "procedure")], ids="+".join)
+def without(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Kinds of which a cohort has no codes."""
+    kinds: tuple[str, ...] = request.param
+    return kinds
+
+
+@pytest.fixture(params=models.NAMES)
+def served_without(request: pytest.FixtureRequest, without: tuple[str, ...]) -> Bundle:
+    """A bundle of each model for such a cohort, in memory."""
+    return make_bundle(model_name=request.param, without=without)
 
 
 @pytest.fixture(scope="session")

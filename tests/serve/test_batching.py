@@ -1,7 +1,9 @@
 import dataclasses
 import math
+from collections import defaultdict
 
 import numpy as np
+import pytest
 import torch
 
 from cafemed.batches import Batch, input_adjacencies
@@ -43,6 +45,25 @@ def test_fillers_complete_visits_codes_and_positions_of_the_shape() -> None:
         assert whole.max(1).clip(min=1).sum() == shape.positions
         assert fillers.min() >= 0
         assert fillers.max() <= shape.width
+
+
+@pytest.mark.parametrize("kinds", [(0, 1, 2), (0, 2), (1, 2), (2,)])
+def test_fillers_have_codes_of_kinds_with_a_vocabulary_alone(kinds: tuple[int, ...]) -> None:
+    others = [k for k in range(3) if k not in kinds]
+    totals = defaultdict(set)
+    for sizes in PATIENTS:
+        own = np.array(sizes)
+        own[:, others] = 0
+        chosen = patient([tuple(row) for row in own.tolist()])
+        shape = shape_of(chosen, kinds)
+        fillers = fillers_of(chosen, shape)
+        whole = np.concatenate([own, fillers])
+        assert fillers.min() >= 0
+        assert fillers.max() <= shape.width
+        assert not fillers[:, others].any()
+        totals[shape].add((len(whole), whole.sum(), whole.max(1).clip(min=1).sum()))
+    expected = {shape: {(shape.steps, shape.codes, shape.positions)} for shape in totals}
+    assert totals == expected
 
 
 def test_usual_patients_share_few_shapes_without_much_filling() -> None:

@@ -180,6 +180,16 @@ def test_an_answer_is_the_same_in_every_position_bit_for_bit(served_model: Bundl
         np.testing.assert_array_equal(recommender.probabilities(batch)[position], alone)
 
 
+def test_a_cohort_may_have_no_codes_of_a_kind(served_without: Bundle) -> None:
+    bundle = served_without
+    recommender = Recommender(bundle, 1)
+    patients = recommender.encode(some_patients(bundle, 30))
+    alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
+    np.testing.assert_array_equal(recommender.probabilities(patients), alone)
+    expected = np.stack([direct(bundle, patient) for patient in patients])
+    np.testing.assert_allclose(alone, expected, atol=1e-6)
+
+
 def test_what_comes_after_the_current_visit_cannot_matter(
     served: Bundle, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -201,13 +201,20 @@ class Conductor:
         Raises:
             OSError: if the ledger, or a trial's checkpoint, cannot be written.
             ConfigError: if a node does not see the storage.
-            TrainingError: if more trials failed than may.
+            TrainingError: if more trials failed than may, or trials are left that nothing kept
+                from running.
         """
         if self.broken is not None:
             raise self.broken
         if self.failed is not None:
             raise TrainingError(self.failed)
-        if self._time_is_up():
+        if not self._time_is_up():
+            if self.remaining:  # such as by a signal that only Ray Tune listens to
+                raise TrainingError(
+                    f"the search ended early, with {len(self._records)} of "
+                    f"{self.plan.search.num_samples} trials; run the same command to go on"
+                )
+        else:
             for number, history in list(self.histories.items()):
                 if number in self._running and history:
                     self.end(number, history, seconds=_training_seconds(history))

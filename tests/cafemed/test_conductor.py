@@ -187,6 +187,20 @@ def test_when_the_time_is_up_trials_that_run_count_as_stopped(sweeps: Any, tmp_p
     assert len(more.result().trials) == 12
 
 
+def test_a_search_that_was_ended_early_is_not_taken_for_complete(sweeps: Any, tmp_path: Path):
+    plan = sweeps.plan_of(num_samples=3)
+    conductor = begin(plan, tmp_path)
+    start = conductor.next()
+    assert start is not None
+    conductor.started(start.number)
+    conductor.end(start.number, sweeps.history_of(start.parameters))
+    with pytest.raises(TrainingError, match=r"^the search ended early, with 1 of 3 trials; run"):
+        conductor.result()
+    conductor = begin(plan, tmp_path)
+    sweeps.play(conductor)
+    assert len(conductor.result().trials) == 3
+
+
 def test_the_chosen_trial_keeps_the_ddi_rate(sweeps: Any, tmp_path: Path):
     limited = begin(sweeps.plan_of(max_ddi_rate=0.0502, sampler="random"), tmp_path)
     sweeps.play(limited)

@@ -15,9 +15,10 @@ from cafemed import (
     knowledge,
     sweep,
     sweep_display,
+    sweep_start,
 )
 from cafemed.conductor import Conductor
-from cafemed.errors import TrainingError
+from cafemed.errors import ArtifactError, TrainingError
 from cafemed.ledger import Ledger
 from cafemed.sweep import SweepResult, TrialRecord
 from cafemed.sweep_plan import SweepPlan
@@ -45,6 +46,7 @@ def run(
     Raises:
         ConfigError: if a local Ray has less than one trial reserves.
         TrainingError: if all trials failed, or more than `search.max_failed_trials`.
+        ArtifactError: if the chosen trial has no checkpoint that can be read.
     """
     given = experiment.load_inputs(folder)
     data = _trial_data(plan, given, build)
@@ -62,7 +64,7 @@ def run(
             fingerprint = None
         else:
             fingerprint = _write_bundle(
-                chosen, plan, ledger, data, given, folder, partial / "bundle"
+                chosen, plan, ledger, inputs, data, given, folder, partial / "bundle"
             )
         sweep.write(result, partial, fingerprint)
         report |= sweep.summary(result, seconds)
@@ -111,6 +113,7 @@ def _write_bundle(
     chosen: TrialRecord,
     plan: SweepPlan,
     ledger: Ledger,
+    inputs: Mapping[str, str],
     data: "TrialData",
     given: "Experiment",
     folder: Path,
@@ -122,7 +125,16 @@ def _write_bundle(
 
     found = ledger.checkpoint(chosen.number)
     if found is None:
-        shutil.copytree(folder / "sweep" / "bundle", target)
+        before = folder / "sweep"
+        if (
+            sweep_start.finished(before, plan, inputs) is None
+            or sweep.read_best(before)["trial"] != chosen.number
+        ):
+            raise ArtifactError(
+                f"{ledger.storage}: trial {chosen.number}, the best one, has no checkpoint that can "
+                "be read; start anew with force=true"
+            )
+        shutil.copytree(before / "bundle", target)
         return artifacts.verify(target, bundle_files.STAGE).fingerprint
     cohort = artifacts.read_manifest(folder / "cohort", "cohort").config
     preprocessing = Preprocessing(

@@ -32,7 +32,7 @@ def is_done(folder: Path, ledger: Ledger, plan: SweepPlan, inputs: Mapping[str, 
         plan: see SweepPlan.
         inputs: name → fingerprint.
     """
-    found = _finished(folder, plan, inputs)
+    found = finished(folder, plan, inputs)
     if found is None or not _is_enough(found, plan.search):
         return False
     header = ledger.header() if ledger.exists() else None
@@ -82,7 +82,7 @@ def prepare(
             f"python jobs/tune.py resume={ledger.storage}, or drop it with force=true"
         )
     ledger.remove()
-    done = None if force else _finished(folder, plan, inputs)
+    done = None if force else finished(folder, plan, inputs)
     if done is not None:
         for record in knowledge.own_trials(folder, plan.space):
             clock = float(done.report["seconds"])
@@ -101,7 +101,7 @@ def prepare(
     return done is not None
 
 
-def _finished(folder: Path, plan: SweepPlan, inputs: Mapping[str, str]) -> Manifest | None:
+def finished(folder: Path, plan: SweepPlan, inputs: Mapping[str, str]) -> Manifest | None:
     """The manifest of a whole finished sweep that this plan would go on from."""
     try:
         found = artifacts.verify(folder, sweep.STAGE)

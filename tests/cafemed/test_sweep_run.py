@@ -1,0 +1,49 @@
+"""From a ledger whose trials have all ended to a sweep's folder, without Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import models
+from cafemed import artifacts, sweep, sweep_run
+from cafemed.conductor import Conductor
+from cafemed.errors import ArtifactError
+from cafemed.ledger import Header, Ledger
+
+INPUTS = {"cohort": "c" * 64, "graph": "g" * 64}
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.fixture
+def ledger(sweeps: Any, given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """Three trials that ended, and none of their checkpoints."""
+    monkeypatch.setattr(sweep_run.experiment, "load_inputs", lambda _: given)
+    plan, found = sweeps.plan_of(num_samples=3), Ledger(tmp_path / "trials")
+    found.open(Header("f", INPUTS, plan.settings(), {}))
+    sweeps.play(Conductor(plan, found))
+    (Path(found.storage) / "run-001").rename(tmp_path / "lost")
+    return found
+
+
+@pytest.mark.parametrize("before", ["nothing", "another sweep", "another best trial"])
+def test_a_best_trial_without_a_checkpoint_takes_no_other_models_place(
+    sweeps: Any, ledger: Ledger, tmp_path: Path, before: str
+):
+    plan = sweeps.plan_of(num_samples=3)
+    result = Conductor(plan, ledger).result()
+    if before != "nothing":
+        other = sweeps.plan_of(num_samples=3, seed=1) if before == "another sweep" else plan
+        stage = (tmp_path / "sweep", sweep.STAGE, INPUTS, other.settings())
+        with artifacts.new_folder(*stage) as (partial, _):
+            (partial / "bundle").mkdir()
+            chosen = result.best.number
+            kept = [t for t in result.trials if (t.number == chosen) == (other is not plan)]
+            sweep.write(sweep.SweepResult(tuple(kept)), partial, None)
+    with pytest.raises(ArtifactError, match=rf"trial {result.best.number}, the best one, has no"):
+        sweep_run.run(tmp_path, plan, ledger, INPUTS, models.build)
+    assert ledger.exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 from cafemed import artifacts, search_space, sweep
 from cafemed.errors import ArtifactError, ConfigError
-from cafemed.search_entries import Categorical, Entry
+from cafemed.search_entries import Categorical, Entry, Float
 from cafemed.search_space import MODEL, SearchSpace
 from cafemed.sweep import TrialRecord
 from cafemed.sweep_plan import SweepPlan
@@ -123,4 +123,6 @@ def _value(entry: Entry, value: Any) -> Any:
     if isinstance(entry, Categorical) and not entry.holds(value):
         same = (choice for choice in entry.choices if str(choice) == value)
         return next(same, value)
+    if isinstance(entry, Float) and type(value) is int:
+        return float(value)
     return value

@@ -50,8 +50,8 @@ class Float:
         return None
 
     def suggest(self, name: str, trial: Suggests) -> float:
-        """Draws a value."""
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
+        """Draws a value; a real number also where a whole one is fixed beforehand."""
+        return float(trial.suggest_float(name, self.low, self.high, log=self.log))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 
 from cafemed import artifacts, knowledge, sweep
 from cafemed.errors import ArtifactError, ConfigError
+from cafemed.sampling import Proposer
 from cafemed.search_entries import Categorical, Float
 from cafemed.search_space import SearchSpace
 from cafemed.sweep import SweepResult
@@ -47,6 +48,27 @@ def test_a_table_gives_its_trials_again(sweeps: Any, tmp_path: Path):
     narrow = SearchSpace({"model.x": Categorical((1,)), "train.y": Float(0, 1)}, "m")
     with pytest.raises(ArtifactError, match="trial 1 does not lie in the space"):
         knowledge.own_trials(tmp_path, narrow)
+
+
+def test_whole_numbers_of_a_real_parameter_are_real_in_the_table(sweeps: Any, tmp_path: Path):
+    real = {"dropout": {"type": "float", "low": 0.0, "high": 0.8}}
+    rate = {"learning_rate": {"type": "float", "low": 1e-4, "high": 1}}
+    starts = [{"model.dropout": 0, "train.learning_rate": 1}]
+    plan = sweeps.plan_of(space={"model": real, "train": rate}, starts=starts)
+    proposer = Proposer(plan)
+    drawn = [proposer.draw(number) for number in range(3)]
+    assert drawn[0] == starts[0]
+    table = written(sweeps, tmp_path / "sweep", plan, drawn)
+    found = knowledge.own_trials(tmp_path / "sweep", plan.space)
+    assert [record.parameters for record in found] == drawn
+    prior, left = knowledge.prior_trials(sweeps.plan_of(space=plan.search.space, prior=[table]))
+    assert ([record.parameters for record in prior], left) == (drawn, 0)
+    # Of a sweep that varied it as a choice.
+    chosen = {"model": {"dropout": {"type": "categorical", "choices": [0, 0.5]}}, "train": rate}
+    values = [{"model.dropout": 0, "train.learning_rate": 0.5}]
+    other = written(sweeps, tmp_path / "other", sweeps.plan_of(space=chosen), values)
+    prior, left = knowledge.prior_trials(sweeps.plan_of(space=plan.search.space, prior=[other]))
+    assert [type(value) for value in prior[0].parameters.values()] == [float, float]
 
 
 def test_trials_fit_by_what_they_varied_and_what_was_configured(sweeps: Any, tmp_path: Path):

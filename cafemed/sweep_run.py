@@ -131,8 +131,8 @@ def _write_bundle(
             or sweep.read_best(before)["trial"] != chosen.number
         ):
             raise ArtifactError(
-                f"{ledger.storage}: trial {chosen.number}, the best one, has no checkpoint that can "
-                "be read; start anew with force=true"
+                f"{ledger.storage}: trial {chosen.number}, the best one, has no checkpoint that "
+                "can be read; start anew with force=true"
             )
         shutil.copytree(before / "bundle", target)
         return artifacts.verify(target, bundle_files.STAGE).fingerprint

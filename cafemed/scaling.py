@@ -10,6 +10,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
+from cafemed import suppression
 from cafemed.cohort import Cohort
 from cafemed.config import Range
 from cafemed.errors import ConfigError
@@ -29,7 +30,7 @@ class Scaling:
     """Mean and standard deviation of ages and of each laboratory item.
 
     Attributes:
-        age_mean, age_sd: in years.
+        age_mean, age_sd: in years; (0, 1) where too few ages are known (`fit`).
         laboratory_mean, laboratory_sd: one an item, in the item's unit; sd 1 where it is unknown or
             all values are equal.
     """
@@ -76,10 +77,17 @@ class Scaling:
 
 
 def fit(cohort: Cohort) -> Scaling:
-    """Takes means and standard deviations over the visits of the training patients."""
+    """Takes means and standard deviations over the visits of the training patients.
+
+    Ages of fewer than `suppression.FEWEST` patients are left unscaled, mean 0 and sd 1: their mean,
+    which leaves the hospital with the model, would tell of these few. (Laboratory items of so few
+    are not in a cohort at all.)
+    """
     in_training = np.zeros(cohort.num_visits, np.bool_)
     in_training[cohort.visits_of(cohort.patients_of("train"))] = True
-    age_mean, age_sd = _moments(cohort.age[in_training & np.isfinite(cohort.age)])
+    has_age = in_training & np.isfinite(cohort.age)
+    enough = len(np.unique(cohort.patient_of_visit()[has_age])) >= suppression.FEWEST
+    age_mean, age_sd = _moments(cohort.age[has_age & enough])
     measured = np.repeat(in_training, cohort.laboratory.items.counts)
     items, values = cohort.laboratory.items.ids[measured], cohort.laboratory.values[measured]
     order = np.argsort(items, kind="stable")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cafemed import scaling as scalings
+from cafemed import suppression
 from cafemed.batches import (
     ModelInputs,
     cohort_arrays,
@@ -110,8 +111,9 @@ def measured_cohort(cohort, measured):
 @pytest.mark.parametrize("patients", [[0], [3], [1, 3], [4, 2, 0, 1]])
 @pytest.mark.parametrize("inputs", ["current", "history"])
 def test_a_batch_has_scaled_ages_and_laboratory_values(
-    patients, inputs, measured_cohort, measured, graph
+    patients, inputs, measured_cohort, measured, graph, monkeypatch
 ):
+    monkeypatch.setattr(suppression, "FEWEST", 2)  # so that ages are scaled
     cohort = dataclasses.replace(measured_cohort, inputs=inputs)
     scaling = scalings.fit(cohort)
     batch = collate(cohort_arrays(cohort, graph), np.array(patients))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cafemed import scaling as scalings
+from cafemed import suppression
 from cafemed.codes import CodeLists
 from cafemed.cohort import Cohort
 from cafemed.config import from_mapping
@@ -17,6 +18,12 @@ from cafemed.scaling import Scaling
 SPLIT = np.array([0, 0, 1, 2, 0], np.int8)
 VISITS = (2, 40, 3, 2, 1)
 ITEMS = ("lab:a", "lab:b", "lab:never", "lab:same", "lab:test_only")
+
+
+@pytest.fixture(autouse=True)
+def three_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cohort's training patients are enough to publish a mean of."""
+    monkeypatch.setattr(suppression, "FEWEST", 3)
 
 
 @pytest.fixture
@@ -93,6 +100,15 @@ def test_other_patients_change_nothing(cohort: Cohort) -> None:
     assert scalings.fit(changed) == scalings.fit(cohort)
     in_training = dataclasses.replace(changed, split=np.zeros(5, np.int8))
     assert scalings.fit(in_training) != scalings.fit(cohort)
+
+
+def test_ages_of_few_patients_do_not_leave_with_the_model(cohort: Cohort) -> None:
+    assert scalings.fit(cohort).age_mean > 0
+    age = cohort.age.copy()
+    age[cohort.patient_of_visit() == 4] = np.nan  # two are left, with 41 visits between them
+    made = scalings.fit(dataclasses.replace(cohort, age=age))
+    assert (made.age_mean, made.age_sd) == (0.0, 1.0)
+    assert made.laboratory_mean == scalings.fit(cohort).laboratory_mean
 
 
 def test_one_absurd_value_does_not_flatten_the_others(cohort: Cohort) -> None:

@@ -35,7 +35,7 @@ def is_done(folder: Path, ledger: Ledger, plan: SweepPlan, inputs: Mapping[str, 
     found = finished(folder, plan, inputs)
     if found is None or not _is_enough(found, plan.search):
         return False
-    header = ledger.header() if ledger.exists() else None
+    header = _readable(ledger)
     if header is not None and header.fingerprint == fingerprint(inputs, plan.settings()):
         if header.job["forced"]:
             return False  # it was being redone
@@ -68,10 +68,11 @@ def prepare(
 
     Raises:
         ConfigError: if the ledger is of an unfinished sweep with other settings.
+        ArtifactError: if it is damaged, unless `force` drops it.
     """
     wanted = fingerprint(inputs, plan.settings())
     header = Header(wanted, inputs, plan.settings(), {**job, "forced": force})
-    found = ledger.header() if ledger.exists() else None
+    found = _readable(ledger) if force or not ledger.exists() else ledger.header()
     if found is not None and found.fingerprint == wanted and found.job["forced"] >= force:
         ledger.open(dataclasses.replace(header, job={**job, "forced": found.job["forced"]}))
         return True
@@ -99,6 +100,14 @@ def prepare(
             )
     ledger.open(header)  # last: before it there is no sweep to go on from
     return done is not None
+
+
+def _readable(ledger: Ledger) -> Header | None:
+    """The header of an unfinished sweep; None if there is none, or none that can be read."""
+    try:
+        return ledger.header() if ledger.exists() else None
+    except ArtifactError:
+        return None
 
 
 def finished(folder: Path, plan: SweepPlan, inputs: Mapping[str, str]) -> Manifest | None:

@@ -8,7 +8,7 @@ import pytest
 
 from cafemed import artifacts, sweep, sweep_start
 from cafemed.conductor import Conductor
-from cafemed.errors import ConfigError
+from cafemed.errors import ArtifactError, ConfigError
 from cafemed.ledger import Ledger
 from cafemed.sweep import SweepResult
 
@@ -140,6 +140,25 @@ def test_what_a_finished_sweep_left_is_cleared_but_not_an_extension(place: Place
     place.prepare(more)
     assert place.is_done(plan)
     assert place.ledger.exists()
+
+
+@pytest.mark.parametrize("text", ["{", '{"format_version": 0}'])
+def test_a_history_that_cannot_be_read_is_dropped_by_force_alone(
+    place: Place, sweeps: Any, text: str
+):
+    plan, more = sweeps.plan_of(num_samples=3), sweeps.plan_of(num_samples=5)
+    place.prepare(plan)
+    place.run(plan)
+    place.prepare(more)
+    header = Path(place.ledger.storage) / "sweep.json"
+    header.write_text(text)
+    assert place.is_done(plan)  # the finished sweep is whole all the same
+    with pytest.raises(ArtifactError, match="start anew with force=true"):
+        place.prepare(more)
+    assert header.read_text() == text
+    assert not place.prepare(more, force=True)
+    assert place.ledger.entries() == []
+    assert place.ledger.header().settings["search"]["num_samples"] == 5
 
 
 def test_a_job_that_died_while_it_extended_begins_the_extension_again(place: Place, sweeps: Any):

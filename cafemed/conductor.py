@@ -78,6 +78,7 @@ class Conductor:
         for record in prior:
             self._proposer.know(record)
         self._replay(entries)
+        self._count_failed()
 
     @property
     def seconds(self) -> float:
@@ -187,13 +188,7 @@ class Conductor:
                 attempts=entry.attempts,
             )
         )
-        limit = self.plan.search.max_failed_trials
-        count = sum(record.status == "failed" for record in self._records.values())
-        if limit is not None and count > limit:
-            self.failed = (
-                f"{count} trials failed, and search.max_failed_trials allows {limit}; the last "
-                f"with {error}"
-            )
+        self._count_failed()
 
     def result(self) -> SweepResult:
         """The trials of a sweep that is over; those that the time limit cut off count as stopped.
@@ -224,6 +219,16 @@ class Conductor:
     def _time_is_up(self) -> bool:
         limit = self.plan.search.max_hours
         return limit is not None and self.seconds >= limit * _S_PER_HOUR
+
+    def _count_failed(self) -> None:
+        """Gives up if more trials failed than may, those before an interruption too."""
+        limit = self.plan.search.max_failed_trials
+        errors = [record.error for record in self.ended if record.status == "failed"]
+        if limit is not None and len(errors) > limit:
+            self.failed = (
+                f"{len(errors)} trials failed, and search.max_failed_trials allows {limit}; the "
+                f"last with {errors[-1]}"
+            )
 
     def _replay(self, entries: Sequence[Entry]) -> None:
         for entry in entries:

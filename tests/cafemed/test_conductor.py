@@ -158,6 +158,11 @@ def test_failed_trials_are_recorded_and_too_many_end_the_sweep(sweeps: Any, tmp_
     ] * 2
     with pytest.raises(TrainingError, match=r"2 trials failed, and search\.max_failed_trials"):
         conductor.result()
+    # The same command gives up again, as a job that is started again by itself has to.
+    again = begin(sweeps.plan_of(max_failed_trials=1), tmp_path)
+    assert again.next() is None
+    with pytest.raises(TrainingError, match=r"2 trials failed, .*; the last with RuntimeError: no"):
+        again.result()
     # Allowed more, it goes on.
     conductor = begin(sweeps.plan_of(max_failed_trials=5), tmp_path)
     sweeps.play(conductor)

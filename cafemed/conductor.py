@@ -196,25 +196,33 @@ class Conductor:
         Raises:
             OSError: if the ledger, or a trial's checkpoint, cannot be written.
             ConfigError: if a node does not see the storage.
-            TrainingError: if more trials failed than may, or trials are left that nothing kept
-                from running.
+            TrainingError: if more trials failed than may, if time was up before any trial had an
+                epoch, or if trials are left that nothing kept from running.
         """
+        self._require_going()
+        if self._time_is_up():
+            for number, history in list(self.histories.items()):
+                if number in self._running and history:
+                    self.end(number, history, seconds=_training_seconds(history))
+            self._require_going()  # the disk may be full, and the trials wait
+            if self.remaining and not any(record.history for record in self.ended):
+                raise TrainingError(
+                    f"search.max_hours={self.plan.search.max_hours:g} was up before any trial had "
+                    "an epoch; allow more and run again"
+                )
+        elif self.remaining:  # such as by a signal that only Ray Tune listens to
+            raise TrainingError(
+                f"the search ended early, with {len(self._records)} of "
+                f"{self.plan.search.num_samples} trials; run the same command to go on"
+            )
+        search = self.plan.search
+        return SweepResult(tuple(self.ended), search.objectives, search.max_ddi_rate)
+
+    def _require_going(self) -> None:
         if self.broken is not None:
             raise self.broken
         if self.failed is not None:
             raise TrainingError(self.failed)
-        if not self._time_is_up():
-            if self.remaining:  # such as by a signal that only Ray Tune listens to
-                raise TrainingError(
-                    f"the search ended early, with {len(self._records)} of "
-                    f"{self.plan.search.num_samples} trials; run the same command to go on"
-                )
-        else:
-            for number, history in list(self.histories.items()):
-                if number in self._running and history:
-                    self.end(number, history, seconds=_training_seconds(history))
-        search = self.plan.search
-        return SweepResult(tuple(self.ended), search.objectives, search.max_ddi_rate)
 
     def _time_is_up(self) -> bool:
         limit = self.plan.search.max_hours

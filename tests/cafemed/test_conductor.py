@@ -192,6 +192,46 @@ def test_when_the_time_is_up_trials_that_run_count_as_stopped(sweeps: Any, tmp_p
     assert len(more.result().trials) == 12
 
 
+def test_time_up_on_a_full_disk_loses_no_trial(
+    sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = [0.0]
+    plan = sweeps.plan_of(max_hours=0.5, num_samples=2, max_concurrent=1)
+    conductor = begin(plan, tmp_path, clock=lambda: now[0])
+    start = conductor.next()
+    assert start is not None
+    conductor.started(start.number)
+    conductor.stops(start.number, sweeps.history_of(start.parameters, 1))
+    now[0] = 1800.0
+
+    def full(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write_text", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            conductor.result()
+    assert [entry.state for entry in Ledger(tmp_path).entries()] == ["running"]
+
+
+def test_time_up_before_any_epoch_is_said_and_may_be_raised(sweeps: Any, tmp_path: Path):
+    now = [0.0]
+    conductor = begin(sweeps.plan_of(max_hours=0.5), tmp_path, clock=lambda: now[0])
+    for error in ("RuntimeError: no", None):
+        start = conductor.next()
+        assert start is not None
+        conductor.started(start.number)
+        if error is not None:
+            conductor.end(start.number, [], error=error)
+    now[0] = 1800.0
+    with pytest.raises(TrainingError, match=r"^search\.max_hours=0\.5 was up before any trial had"):
+        conductor.result()
+    more = begin(sweeps.plan_of(max_hours=2.0), tmp_path, clock=lambda: now[0])
+    assert more.interrupted == [1]
+    sweeps.play(more)
+    assert len(more.result().trials) == 12
+
+
 def test_a_search_that_was_ended_early_is_not_taken_for_complete(sweeps: Any, tmp_path: Path):
     plan = sweeps.plan_of(num_samples=3)
     conductor = begin(plan, tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 from cafemed import calibration, suppression
 from cafemed.artifacts import Manifest
 from cafemed.bundle import Bundle
+from cafemed.codes import LABORATORY
 from cafemed.registry import Version
 
 FORMAT_VERSION = 1
@@ -112,6 +113,11 @@ def _limits(served: Bundle, cohort: Manifest, report: Mapping[str, Any]) -> Iter
             "It is given the visit's own diagnoses and procedures. Hospitals code them at "
             "discharge, after the medications that it is asked for."
         )
+        if served.vocabularies.get(LABORATORY):
+            yield (
+                "Laboratory values are the first of the stay and may follow from the medications "
+                "(drug levels)."
+            )
     if config.get("protocol") == "published":
         yield (
             "The published protocol leaks: visits may be out of order, and vocabularies were taken "

@@ -205,7 +205,13 @@ def _with_laboratory(
 ) -> Cohort:
     table: LaboratoryTable = _adapter(config).LABORATORY
     console.say("cohort", f"reading laboratory events from {inputs.tables[table.name].path}")
-    measured = laboratory.read(inputs.tables[table.name], table, made.visit_ids, made.admitted)
+    measured = laboratory.read(
+        inputs.tables[table.name],
+        table,
+        made.visit_ids,
+        made.admitted,
+        config.cohort.target_window_h,
+    )
     files.append(measured.file)
     added, lost = protocols.with_laboratory(made, measured, config.cohort.max_laboratory)
     dropped += lost

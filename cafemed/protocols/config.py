@@ -21,8 +21,8 @@ class CohortConfig:
             all the other settings but max_laboratory, which must then keep their defaults.
         inputs: what is known when recommending. "current": the visit's own diagnoses and
             procedures; "history": only those of earlier visits.
-        target_window_h: recommend the medications started within so many hours of admission;
-            null: all of the stay.
+        target_window_h: recommend the medications started within so many hours of admission, and
+            see no laboratory values from after them; null: all of the stay.
         require: kinds of which a usable visit has at least one code.
         min_visits: usable visits that a patient needs.
         max_diagnoses, max_procedures, max_medications: keep the codes in most visits of the

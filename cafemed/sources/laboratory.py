@@ -28,12 +28,14 @@ _DAY_S = 24 * 3600
 _PENDING = 4_000_000
 #: Why rows are not used, in the order in which they are looked at.
 _LATER = "not the first of its item and visit"
+_OUTSIDE = "not measured within the target window"
 _REASONS = (
     "no visit",
     "visit not in the cohort",
     "no item",
     "no finite number",
     "measured before admission",
+    _OUTSIDE,
     _LATER,
 )
 _UNKNOWN_TIME, _LONG_AGO = np.iinfo(np.int64).max, -(1 << 60)
@@ -96,23 +98,27 @@ def read(
     table: LaboratoryTable,
     visit_ids: Sequence[str],
     admitted: NDArray[np.datetime64],
+    window_h: float | None = None,
 ) -> Measured:
     """Reads the first value of each item and visit: the earliest since admission, ties by row.
 
     A value without a time comes after all others of its visit; a time at midnight stands for its
-    whole day, since dates without a time of day are read so.
+    whole day, since dates without a time of day are read so. With a window only what was measured
+    within it is read, and nothing without a time: a later value may follow from the medications
+    that are to be recommended.
 
     Args:
         file: a table with a row a measurement.
         table: its columns.
         visit_ids: the cohort's visits.
         admitted: datetime64[s] (V,), NaT where unknown.
+        window_h: hours from admission; None: all of the stay.
 
     Raises:
         DataError: if the file is missing, empty or unreadable, a column is missing, or a time or
             value of one of these visits does not parse.
     """
-    found = _Found(table, visit_ids, admitted)
+    found = _Found(table, visit_ids, admitted, window_h)
     with console.waiting(f"reading {file.path.name}"):
         for rows in _pieces(file, table):
             found.add(file, rows)
@@ -174,15 +180,17 @@ class _Found:
         table: LaboratoryTable,
         visit_ids: Sequence[str],
         admitted: NDArray[np.datetime64],
+        window_h: float | None,
     ) -> None:
         self.items: dict[str, str] = {}  # as written in the file → as in vocabularies
         self.names: list[str] = []  # in order of appearance
         self.num_rows = 0
-        self.dropped = dict.fromkeys(_REASONS, 0)
+        self.dropped = {r: 0 for r in _REASONS if r != _OUTSIDE or window_h is not None}
         self._table = table
         self._visit_ids = pa.array(visit_ids, pa.string())
         self._are_numbers = all(name.isdigit() for name in visit_ids)
         self._admitted = np.where(np.isnat(admitted), _LONG_AGO, admitted.astype(np.int64))
+        self._window_s = None if window_h is None else window_h * 3600
         self._index: dict[str, int] = {}
         self._parts: list[_Rows] = []
         self._num_merged = 0
@@ -238,17 +246,24 @@ class _Found:
             value = pc.fill_null(value, np.nan).to_numpy(zero_copy_only=False).astype(np.float32)
         time = self._times(file, chosen, line)
         visit = pc.index_in(chosen[names.visit], value_set=self._visit_ids).to_numpy()
-        finite = np.isfinite(value)
-        # A date without a time of day is read as its midnight, and is not before that day.
-        admitted = self._admitted[visit]
-        since = np.where(time % _DAY_S == 0, admitted - admitted % _DAY_S, admitted)
-        early = finite & (time < since)
+        finite, admitted = np.isfinite(value), self._admitted[visit]
+        early = finite & (time < self._since(time, admitted))
         self.dropped["no finite number"] += int((~finite).sum())
         self.dropped["measured before admission"] += int(early.sum())
-        kept = np.flatnonzero(finite & ~early)
+        usable = finite & ~early
+        if self._window_s is not None:
+            outside = usable & (time >= admitted + self._window_s)
+            self.dropped[_OUTSIDE] += int(outside.sum())
+            usable &= ~outside
+        kept = np.flatnonzero(usable)
         self.dropped[_LATER] += len(kept)
         item = self._numbers(chosen[names.item].take(pa.array(kept)))
         return _Rows(visit[kept].astype(np.int32), item, time[kept], value[kept])
+
+    def _since(self, time: NDArray[np.int64], admitted: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The earliest time that is not before admission, int64 seconds (n,)."""
+        # A date without a time of day is read as its midnight, and is not before that day.
+        return np.where(time % _DAY_S == 0, admitted - admitted % _DAY_S, admitted)
 
     def _times(self, file: InputFile, rows: pa.Table, line: NDArray[np.int64]) -> NDArray[np.int64]:
         """Seconds since 1970, int64; _UNKNOWN_TIME where there is none."""

@@ -246,6 +246,7 @@ def test_the_card_says_what_a_reader_has_to_know(found: Evaluated):
     assert "Hospitals code them at discharge" in limits
     assert "Only 60 test patients: the intervals are wide" in limits
     assert "invented" not in limits
+    assert "drug levels" not in limits
     text = card_text.markdown(made)
     low, high = measured["intervals"]["f1"]
     assert f"{measured['metrics']['f1']:.3f} [{low:.3f}, {high:.3f}]" in text
@@ -394,3 +395,14 @@ def test_a_card_lies_beside_its_version_and_is_replaced_whole(
     path.write_text("[1")
     with pytest.raises(ArtifactError, match=r"0003\.json: not a record of the registry"):
         registry.read_card(home, 3)
+
+
+def test_the_card_says_that_laboratory_values_may_follow_from_medications(
+    build_bag: Any, cohort: Cohort
+):
+    measured = cohort.vocabularies | {"laboratory": ("lab:1",)}
+    found = evaluate(build_bag, dataclasses.replace(cohort, vocabularies=measured))
+    assert (
+        "Laboratory values are the first of the stay and may follow from the medications (drug "
+        "levels)."
+    ) in found.card["limits"]

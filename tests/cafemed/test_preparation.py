@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import datetime
 import os
 
 import numpy as np
@@ -181,6 +182,26 @@ def test_laboratory_values_are_read_only_when_asked(config, tmp_path):
     (root / "LABEVENTS.csv").unlink()
     with pytest.raises(DataError, match=r"expected LABEVENTS.csv .*max_laboratory=0 does without"):
         prepare(asked, tmp_path / "exp")
+
+
+def test_laboratory_values_from_after_the_target_window_are_not_read(config, tmp_path):
+    root = tmp_path / "tables"
+    header = "ROW_ID,SUBJECT_ID,HADM_ID,ITEMID,CHARTTIME,VALUENUM"
+    late = []
+    for cells in (row.split(",") for row in lab_rows(root) if row.split(",")[4]):
+        time = datetime.datetime.fromisoformat(cells[4]) + datetime.timedelta(hours=24)
+        late.append(",".join([*cells[:3], "50913", str(time), cells[5]]))
+    (root / "LABEVENTS.csv").write_text("\n".join([header, *lab_rows(root), *late]) + "\n")
+    items = {}
+    for window in (None, 24.0, 24.5):
+        settings = CohortConfig(max_laboratory=5, target_window_h=window)
+        report = prepare(dataclasses.replace(config, cohort=settings), tmp_path / "exp")
+        items[window] = cohort.load(tmp_path / "exp" / "cohort").vocabularies["laboratory"]
+        lost = {row["reason"]: row["rows"] for row in report["dropped"]}
+        outside = lost.get("not measured within the target window")
+        assert (outside or 0) > 0 if window == 24.0 else outside in (None, 0)
+    both = ("lab:50912", "lab:50913")
+    assert items == {None: both, 24.0: both[:1], 24.5: both}
 
 
 def test_laboratory_values_leave_the_rest_of_the_cohort_alone(config, tmp_path):

@@ -55,9 +55,14 @@ def write(folder, rows, name="LABEVENTS.csv"):
     return folder
 
 
-def expected(rows):
+OUTSIDE = "not measured within the target window"
+
+
+def expected(rows, window_h=None):
     """Visit and item → value, and how many rows went for which reason."""
     first, dropped = {}, dict.fromkeys(laboratory._REASONS, 0)
+    if window_h is None:
+        del dropped[OUTSIDE]
     for number, row in enumerate(rows):
         item = "lab:" + row["itemid"].replace(".", "").upper()
         if not row["hadm_id"]:
@@ -78,14 +83,20 @@ def expected(rows):
                 if time < since:
                     dropped["measured before admission"] += 1
                     continue
+            if window_h is not None:
+                window = datetime.timedelta(hours=window_h)
+                if not time or not admitted or time >= admitted + window:
+                    dropped[OUTSIDE] += 1
+                    continue
             found = first.setdefault((row["hadm_id"], item), [])
             found.append((time or datetime.datetime.max, number, row["valuenum"]))
             dropped["not the first of its item and visit"] += len(found) > 1
     return {key: np.float32(min(found)[2]) for key, found in first.items()}, dropped
 
 
-def read(folder, table=mimic3.LABORATORY):
-    return laboratory.read(table.locate(folder)[table.name], table, VISITS, ADMITTED)
+def read(folder, table=mimic3.LABORATORY, window_h=None):
+    file = table.locate(folder)[table.name]
+    return laboratory.read(file, table, VISITS, ADMITTED, window_h)
 
 
 def as_dict(found):
@@ -96,14 +107,15 @@ def as_dict(found):
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("in_pieces", [False, True])
-def test_the_first_value_since_admission_is_found(seed, in_pieces, tmp_path, monkeypatch):
+@pytest.mark.parametrize("window_h", [None, 1.5])
+def test_the_first_value_since_admission_is_found(seed, in_pieces, window_h, tmp_path, monkeypatch):
     if in_pieces:  # many small ones, merged often
         monkeypatch.setattr(reading, "_BLOCK_BYTES", 700)
         monkeypatch.setattr(laboratory, "_PENDING", 5)
     rows = draw(seed)
-    values, dropped = expected(rows)
+    values, dropped = expected(rows, window_h)
     assert min(dropped.values()) > 0
-    found = read(write(tmp_path, rows))
+    found = read(write(tmp_path, rows), window_h=window_h)
     assert as_dict(found) == values
     assert {d.reason: d.num_rows for d in found.dropped} == dropped
     assert {d.table for d in found.dropped} == {"laboratory"}

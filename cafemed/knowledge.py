@@ -92,7 +92,9 @@ def _in_terms_of(
     model = own.pop("name", there["name"])
     if model not in plan.space.models:
         return None
-    base = there["options"] if model == there["name"] else configured["models"][model]
+    # Without a manifest, only what the trial varied is known of it.
+    others = configured.get("models", {})
+    base = there["options"] if model == there["name"] else others.get(model, {})
     options = {"model": {**base, **own, "name": model}}
     options["train"] = {**configured.get("train", {}), **sections.get("train", {})}
     active = plan.space.active(model)

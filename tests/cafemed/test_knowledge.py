@@ -153,6 +153,29 @@ def test_failed_trials_tell_nothing_and_a_table_alone_is_enough(sweeps: Any, tmp
     assert ([record.number for record in found], left) == ([0], 1)
 
 
+def test_a_table_alone_of_several_models_is_enough(sweeps: Any, tmp_path: Path):
+    several = {
+        "train": {"learning_rate": {"type": "float", "low": 1e-4, "high": 0.1}},
+        "model": {
+            "name": {"type": "categorical", "choices": ["cafemed", "causalmed"]},
+            "causalmed": {"effect_levels": {"type": "int", "low": 2, "high": 9}},
+        },
+    }
+    parameters = [
+        {"model.name": "cafemed", "train.learning_rate": 0.01},
+        {
+            "model.name": "causalmed",
+            "model.causalmed.effect_levels": 3,
+            "train.learning_rate": 0.02,
+        },
+    ]
+    records = tuple(sweeps.record_of(n, p) for n, p in enumerate(parameters))
+    sweep.write(SweepResult(records), tmp_path, None)
+    plan = sweeps.plan_of(space=several, prior=[str(tmp_path / "sweep.parquet")])
+    found, left = knowledge.prior_trials(plan)
+    assert ([record.parameters for record in found], left) == (parameters, 0)
+
+
 def test_what_is_no_table_is_refused(sweeps: Any, tmp_path: Path):
     plan = sweeps.plan_of(prior=[str(tmp_path / "none.parquet")])
     with pytest.raises(ConfigError, match=r"search\.prior\[0\]: expected a sweep\.parquet, found"):

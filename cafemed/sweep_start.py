@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cafemed import artifacts, config, console, knowledge, sweep
+from cafemed import artifacts, config, console, knowledge, reproduction, sweep
 from cafemed.artifacts import Manifest
 from cafemed.errors import ArtifactError, ConfigError
 from cafemed.ledger import Entry, Header, Ledger
@@ -16,6 +18,8 @@ from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, kept
 _S_PER_HOUR = 3600.0
 #: Settings that a message lists at most.
 _MAX_LISTED = 3
+#: Folders and URLs that Hydra reads as they are.
+_PLAIN = re.compile(r"(/|[a-z]\w*://)[\w./-]*", re.ASCII)
 
 
 def fingerprint(inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
@@ -80,7 +84,7 @@ def prepare(
         raise ConfigError(
             f"{ledger.storage}: holds an unfinished sweep with other settings "
             f"({_difference(found, header)}); go on with that one by "
-            f"python jobs/tune.py resume={ledger.storage}, or drop it with force=true"
+            f"{_resume_command(ledger)}, or drop it with force=true"
         )
     ledger.remove()
     done = None if force else finished(folder, plan, inputs)
@@ -167,9 +171,19 @@ def resumable(ledger: Ledger) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(OSError):
             if ledger.exists():
-                command = f"python jobs/tune.py resume={ledger.storage}"
-                print(f"the sweep goes on with: {command}", file=sys.stderr, flush=True)
+                print(
+                    f"the sweep goes on with: {_resume_command(ledger)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         raise
+
+
+def _resume_command(ledger: Ledger) -> str:
+    """Quoted for a POSIX shell, and within that for Hydra."""
+    place = ledger.storage
+    value = place if _PLAIN.fullmatch(place) else reproduction.hydra_value(place)
+    return f"python jobs/tune.py {shlex.quote(f'resume={value}')}"
 
 
 def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

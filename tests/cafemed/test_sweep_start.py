@@ -1,10 +1,13 @@
 """A sweep begins anew, from its history or from a finished one; another's is left alone."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from cafemed import artifacts, sweep, sweep_start
 from cafemed.conductor import Conductor
@@ -188,6 +191,22 @@ def test_used_up_time_counts_as_done_until_there_is_more(place: Place, sweeps: A
 def resumed(place: Place, *overrides: str, **search: Any) -> dict[str, Any]:
     values = {"resume": place.ledger.storage, "promote": False, "search": search}
     return sweep_start.resumed(values, [f"resume={place.ledger.storage}", *overrides])
+
+
+@pytest.mark.parametrize("name", ["plain-1.0", "two words", "it's 50%, ${x}", "a=b,c:d", "ä$HOME"])
+def test_the_command_that_is_printed_names_the_folder(
+    tmp_path: Path, sweeps: Any, capsys: pytest.CaptureFixture[str], name: str
+):
+    place = Place(tmp_path / name, sweeps)
+    place.prepare(sweeps.plan_of())
+    with pytest.raises(KeyboardInterrupt), sweep_start.resumable(place.ledger):
+        raise KeyboardInterrupt
+    words = shlex.split(capsys.readouterr().err.partition("goes on with: ")[2])
+    assert words[:2] == ["python", "jobs/tune.py"]
+    override = OverridesParser.create().parse_override(words[2])
+    read = OmegaConf.create({"resume": None})
+    OmegaConf.update(read, override.key_or_group, override.value())
+    assert (override.key_or_group, read.resume) == ("resume", place.ledger.storage)
 
 
 def test_resume_takes_the_sweeps_own_settings(place: Place, sweeps: Any):

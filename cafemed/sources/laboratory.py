@@ -49,6 +49,8 @@ class LaboratoryTable:
         name: of the file, without its suffix.
         visit, item, time, value: lower-case names of columns.
         needs_time: the column `time` must be there.
+        knows_admission: the source has times of admission; without, a visit's first coded row
+            stands for it, and values from earlier that day are of the visit too.
         suffixes: of the file.
     """
 
@@ -58,6 +60,7 @@ class LaboratoryTable:
     time: str
     value: str
     needs_time: bool = True
+    knows_admission: bool = True
     suffixes: tuple[str, ...] = reading.CSV_SUFFIXES
 
     def locate(self, folder: Path) -> dict[str, InputFile]:
@@ -262,8 +265,11 @@ class _Found:
 
     def _since(self, time: NDArray[np.int64], admitted: NDArray[np.int64]) -> NDArray[np.int64]:
         """The earliest time that is not before admission, int64 seconds (n,)."""
+        day = admitted - admitted % _DAY_S
+        if not self._table.knows_admission:
+            return day
         # A date without a time of day is read as its midnight, and is not before that day.
-        return np.where(time % _DAY_S == 0, admitted - admitted % _DAY_S, admitted)
+        return np.where(time % _DAY_S == 0, day, admitted)
 
     def _times(self, file: InputFile, rows: pa.Table, line: NDArray[np.int64]) -> NDArray[np.int64]:
         """Seconds since 1970, int64; _UNKNOWN_TIME where there is none."""

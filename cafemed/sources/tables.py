@@ -32,6 +32,7 @@ LABORATORY = LaboratoryTable(
     time="time",
     value="value",
     needs_time=False,
+    knows_admission=False,
     suffixes=reading.TABLE_SUFFIXES,
 )
 

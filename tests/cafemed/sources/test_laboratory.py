@@ -58,7 +58,7 @@ def write(folder, rows, name="LABEVENTS.csv"):
 OUTSIDE = "not measured within the target window"
 
 
-def expected(rows, window_h=None):
+def expected(rows, window_h=None, admitted=ADMITTED):
     """Visit and item → value, and how many rows went for which reason."""
     first, dropped = {}, dict.fromkeys(laboratory._REASONS, 0)
     if window_h is None:
@@ -75,17 +75,17 @@ def expected(rows, window_h=None):
             dropped["no finite number"] += 1
         else:
             time = row["charttime"] and datetime.datetime.fromisoformat(row["charttime"])
-            admitted = ADMITTED[VISITS.index(row["hadm_id"])].astype(object)
-            if time and admitted:
-                since = admitted
+            at = admitted.astype("datetime64[s]")[VISITS.index(row["hadm_id"])].astype(object)
+            if time and at:
+                since = at
                 if time.time() == datetime.time():
-                    since = datetime.datetime.combine(admitted, datetime.time())
+                    since = datetime.datetime.combine(at, datetime.time())
                 if time < since:
                     dropped["measured before admission"] += 1
                     continue
             if window_h is not None:
                 window = datetime.timedelta(hours=window_h)
-                if not time or not admitted or time >= admitted + window:
+                if not time or not at or time >= at + window:
                     dropped[OUTSIDE] += 1
                     continue
             found = first.setdefault((row["hadm_id"], item), [])
@@ -132,6 +132,7 @@ def test_the_first_value_since_admission_is_found(seed, in_pieces, window_h, tmp
     )
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_other_spellings_of_a_table_read_the_same(tmp_path):
     rows = draw(9)
     upper = [{name.upper(): cell for name, cell in row.items()} for row in rows]
@@ -142,10 +143,20 @@ def test_other_spellings_of_a_table_read_the_same(tmp_path):
     assert as_dict(read(hosp, mimic4.LABORATORY)) == expected_values
     names = dict(zip(COLUMNS, ("visit", "item", "time", "value"), strict=True))
     own = [{new: row[old] for old, new in names.items()} for row in rows]
+    expected_values = expected(rows, admitted=ADMITTED.astype("datetime64[D]"))[0]
     for name in ("laboratory.csv", "laboratory.parquet"):
         (tmp_path / name.replace(".", "_")).mkdir()
         folder = write(tmp_path / name.replace(".", "_"), own, name)
         assert as_dict(read(folder, tables.LABORATORY)) == expected_values
+
+
+def test_a_users_values_from_before_the_first_code_of_its_day_count(tmp_path):
+    # Visit 7 has its first code at 10:00; the source says nothing of its admission.
+    cells = (("2101-03-03 23:59:59", "1"), ("2101-03-04 06:00:00", "2"), ("2101-03-04 11:00", "3"))
+    rows = [{"visit": "7", "item": "hb", "time": time, "value": value} for time, value in cells]
+    found = read(write(tmp_path, rows, "laboratory.csv"), tables.LABORATORY)
+    assert as_dict(found) == {("7", "lab:HB"): 2.0}
+    assert {d.reason: d.num_rows for d in found.dropped}["measured before admission"] == 1
 
 
 def test_a_parquet_table_may_have_numbers_and_times(tmp_path):

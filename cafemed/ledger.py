@@ -98,6 +98,12 @@ class Ledger:
         """The folder, where it is one of this machine's file system."""
         return Path(self._root) if isinstance(self._files, fs.LocalFileSystem) else None
 
+    def is_at(self, other: "Ledger") -> bool:
+        """Says whether another one is the same place."""
+        if self.folder is not None and other.folder is not None:
+            return self.folder.resolve() == other.folder.resolve()
+        return self.storage.rstrip("/") == other.storage.rstrip("/")
+
     def exists(self) -> bool:
         """Says whether there is a sweep that is not over."""
         return bool(self._files.get_file_info(self._path(FILE)).type == fs.FileType.File)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cafemed import artifacts, config, console, knowledge, reproduction, sweep
+from cafemed import artifacts, config, console, knowledge, paths, reproduction, sweep
 from cafemed.artifacts import Manifest
 from cafemed.errors import ArtifactError, ConfigError
 from cafemed.ledger import Entry, Header, Ledger
@@ -40,6 +40,8 @@ def is_done(folder: Path, ledger: Ledger, plan: SweepPlan, inputs: Mapping[str, 
     if found is None or not _is_enough(found, plan.search):
         return False
     header = _readable(ledger)
+    if header is not None and not _is_of(header, plan, folder.parent):
+        header = None
     if header is not None and header.fingerprint == fingerprint(inputs, plan.settings()):
         if header.job["forced"]:
             return False  # it was being redone
@@ -71,12 +73,18 @@ def prepare(
         Whether the sweep goes on from trials that it has.
 
     Raises:
-        ConfigError: if the ledger is of an unfinished sweep with other settings.
+        ConfigError: if the ledger is of an unfinished sweep with other settings, or of another
+            experiment's.
         ArtifactError: if it is damaged, unless `force` drops it.
     """
     wanted = fingerprint(inputs, plan.settings())
     header = Header(wanted, inputs, plan.settings(), {**job, "forced": force})
     found = _readable(ledger) if force or not ledger.exists() else ledger.header()
+    if found is not None and not _is_of(found, plan, folder.parent):
+        raise ConfigError(
+            f"{ledger.storage}: holds the unfinished sweep of {_experiment(found.job)}, and this "
+            f"is {folder.parent}; choose another search.storage or name"
+        )
     if found is not None and found.fingerprint == wanted and found.job["forced"] >= force:
         ledger.open(dataclasses.replace(header, job={**job, "forced": found.job["forced"]}))
         return True
@@ -154,13 +162,48 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 
 def storage_of(plan: SweepPlan, experiment: Path) -> str:
     """Where an experiment's sweep has its ledger and checkpoints: a folder or URL of its own."""
-    if plan.search.storage is None:
+    return _storage(plan.search.storage, experiment)
+
+
+def _storage(chosen: str | None, experiment: Path) -> str:
+    if chosen is None:
         return str(experiment / "trials")
-    chosen = plan.search.storage
     if "://" not in chosen and not Path(chosen).is_absolute():
         raise ConfigError(f"search.storage: expected an absolute folder or a URL, got {chosen!r}")
     base, mark, options = chosen.partition("?")  # what a URL says of its store stays behind it
     return f"{base.rstrip('/')}/{experiment.name}{mark}{options}"
+
+
+def _experiment(job: Mapping[str, Any]) -> Path:
+    """The folder of a job's experiment."""
+    return paths.experiment_dir(Path(job["root"]), job["name"])
+
+
+def _is_of(found: Header, plan: SweepPlan, experiment: Path) -> bool:
+    """Whether an unfinished sweep is the experiment's; a storage may be shared by several."""
+    if plan.search.storage is None:  # it lies in the experiment's folder, wherever that is by now
+        return True
+    return _experiment(found.job).resolve() == experiment.resolve()
+
+
+@contextlib.contextmanager
+def locked(ledger: Ledger, experiment: Path) -> Iterator[None]:
+    """Makes sure that one process runs an experiment's sweep, and uses its storage.
+
+    Args:
+        ledger: of the sweep; of object stores, which have no locks, it needs none.
+        experiment: its folder, which is always one of a file system.
+
+    Raises:
+        ArtifactError: if another process has one of the two.
+    """
+    own = Ledger(experiment / "trials")
+    with own.locked():
+        if own.is_at(ledger):
+            yield
+            return
+        with ledger.locked():
+            yield
 
 
 @contextlib.contextmanager
@@ -195,10 +238,17 @@ def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
 
     Raises:
         ConfigError: if the command line changes what a sweep keeps.
-        ArtifactError: if there is no sweep to go on with in PATH.
+        ArtifactError: if there is no sweep to go on with in PATH, or it would go on elsewhere.
     """
     path = config.checked(str, values["resume"], "resume")
-    header = Ledger(path if "://" in path else Path(path).expanduser().absolute()).header()
+    ledger = Ledger(path if "://" in path else Path(path).expanduser().absolute())
+    header = ledger.header()
+    used = Ledger(_storage(header.settings["search"]["storage"], _experiment(header.job)))
+    if not used.is_at(ledger):
+        raise ArtifactError(
+            f"{ledger.storage}: a sweep that was begun, and would go on, in {used.storage}; resume "
+            "that one, or put this one there"
+        )
     search, promote = dict(header.settings["search"]), header.job["promote"]
     free = [f"search.{name}" for name in FREE if name != "storage"]
     for key in (override.split("=", 1)[0].lstrip("+") for override in overrides):

@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
         folder, target = told.experiment, told.experiment / "sweep"
         inputs = experiment.read_sources(folder) | knowledge.prior_inputs(plan)
         ledger = Ledger(sweep_start.storage_of(plan, folder))
-        with ledger.locked(), sweep_start.resumable(ledger):
+        with sweep_start.locked(ledger, folder), sweep_start.resumable(ledger):
             if told.force or not sweep_start.is_done(target, ledger, plan, inputs):
                 job = {"root": str(told.root), "name": told.name, "promote": promote}
                 sweep_start.prepare(target, ledger, plan, inputs, job, told.force)

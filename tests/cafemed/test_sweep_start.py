@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from cafemed.ledger import Ledger
 from cafemed.sweep import SweepResult
 
 INPUTS = {"cohort": "c" * 64, "graph": "g" * 64}
-JOB = {"root": "/root", "name": "x", "promote": True}
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +27,14 @@ def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 class Place:
     """An experiment's folder, where sweeps are started and written as a job does it."""
 
-    def __init__(self, folder: Path, sweeps: Any) -> None:
-        self.folder, self.sweeps = folder / "sweep", sweeps
-        self.ledger = Ledger(folder / "trials")
+    def __init__(self, root: Path, sweeps: Any, storage: Path | None = None) -> None:
+        experiment = root / "experiments" / "x"
+        self.folder, self.sweeps = experiment / "sweep", sweeps
+        self.job = {"root": str(root), "name": "x", "promote": True}
+        self.ledger = Ledger(storage or experiment / "trials")
 
     def prepare(self, plan: Any, force: bool = False, inputs: Any = INPUTS) -> bool:
-        return sweep_start.prepare(self.folder, self.ledger, plan, inputs, JOB, force)
+        return sweep_start.prepare(self.folder, self.ledger, plan, inputs, self.job, force)
 
     def is_done(self, plan: Any) -> bool:
         return sweep_start.is_done(self.folder, self.ledger, plan, INPUTS)
@@ -213,7 +215,11 @@ def test_resume_takes_the_sweeps_own_settings(place: Place, sweeps: Any):
     plan = sweeps.plan_of(seed=5)
     place.prepare(plan)
     values = resumed(place)
-    assert (values["name"], values["paths"]["root"], values["promote"]) == ("x", "/root", True)
+    assert (values["name"], values["paths"]["root"], values["promote"]) == (
+        "x",
+        place.job["root"],
+        True,
+    )
     assert values["search"]["seed"] == 5
     assert values["model"]["name"] == "cafemed"
     assert values["train"]["epochs"] == sweeps.EPOCHS
@@ -222,6 +228,58 @@ def test_resume_takes_the_sweeps_own_settings(place: Place, sweeps: Any):
     assert changed["promote"] is False
     with pytest.raises(ConfigError, match=r"search\.seed: resume=.* goes on with the settings"):
         resumed(place, "search.seed=1", seed=1)
+
+
+def test_a_copied_history_is_not_taken_for_the_one_that_would_go_on(place: Place, sweeps: Any):
+    place.prepare(sweeps.plan_of())
+    there, before = Path(place.ledger.storage), Ledger(place.ledger.storage)
+    link = there.parents[2] / "link"
+    link.symlink_to(there.parents[1])
+    place.ledger = Ledger(link / "x" / "trials")
+    assert resumed(place)["name"] == "x"
+    shutil.copytree(there, there.parents[2] / "copy")
+    place.ledger = Ledger(there.parents[2] / "copy")
+    with pytest.raises(ArtifactError) as caught:
+        resumed(place)
+    message = str(caught.value)
+    assert message.startswith(f"{place.ledger.storage}: ")
+    assert f"in {before.storage};" in message
+    assert "\n" not in message
+
+
+def test_two_experiments_do_not_take_each_others_history(tmp_path: Path, sweeps: Any):
+    storage = tmp_path / "shared" / "x"
+    plan = sweeps.plan_of(num_samples=3, storage=str(storage.parent))
+    one, two = (Place(tmp_path / name, sweeps, storage) for name in "ab")
+    two.prepare(plan)
+    two.run(plan)
+    one.prepare(plan)
+    for force in (False, True):
+        with pytest.raises(ConfigError, match=r"a/experiments/x, and this is .*b/experiments/x; "):
+            two.prepare(sweeps.plan_of(num_samples=5, storage=str(storage.parent)), force)
+    assert two.is_done(plan)
+    assert one.ledger.exists()  # not taken for what the finished one left
+    assert one.prepare(plan)
+
+
+def test_an_experiment_that_was_moved_goes_on(tmp_path: Path, sweeps: Any):
+    plan = sweeps.plan_of(num_samples=3)
+    Place(tmp_path / "a", sweeps).prepare(plan)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert Place(tmp_path / "b", sweeps).prepare(plan)
+
+
+@pytest.mark.parametrize("storage", [None, "folder", "object store"])
+def test_one_process_runs_an_experiments_sweep(tmp_path: Path, storage: str | None):
+    experiment = tmp_path / "experiments" / "x"
+    ledger = Ledger(tmp_path / "elsewhere" if storage else experiment / "trials")
+    if storage == "object store":
+        ledger = Ledger("s3://bucket/sweeps?region=eu-west-1")
+    taken = pytest.raises(ArtifactError, match="another process runs this sweep")
+    with sweep_start.locked(ledger, experiment), taken, sweep_start.locked(ledger, experiment):
+        pass
+    with sweep_start.locked(ledger, experiment):
+        pass
 
 
 def test_storage_has_a_folder_for_each_experiment(sweeps: Any, tmp_path: Path):

@@ -186,9 +186,12 @@ def fit(
                 "model": model_name,
                 "options": dict(model_options),
                 "config": dataclasses.asdict(config),
+                "sizes": [*inputs.sizes, inputs.num_laboratory_items],
+                "has_molecules": inputs.molecules is not None,
             },
             [
                 *(inputs.effects, inputs.ddi, train_patients, validation_patients),
+                [] if inputs.molecules is None else inputs.molecules,
                 *(getattr(arrays, field.name) for field in dataclasses.fields(arrays)),
             ],
         )

@@ -238,6 +238,22 @@ def test_a_checkpoint_of_another_fit_is_refused(run, tmp_path, change):
         run(**{"epochs": 1, "checkpoint_dir": tmp_path, **change})
 
 
+def test_a_checkpoint_of_other_inputs_is_refused(run, tmp_path, small_inputs):
+    molecules = np.eye(small_inputs.sizes[2], 4, dtype=np.bool_)
+    given = dataclasses.replace(small_inputs, molecules=molecules, num_laboratory_items=2)
+    run(epochs=1, checkpoint_dir=tmp_path, inputs=given)
+    run(epochs=1, checkpoint_dir=tmp_path, inputs=given)  # the same goes on
+    others = (
+        {"molecules": molecules[::-1].copy()},
+        {"molecules": None},
+        {"num_laboratory_items": 3},
+    )
+    for change in others:
+        other = dataclasses.replace(given, **change)
+        with pytest.raises(ArtifactError, match=r"of another run .* remove"):
+            run(epochs=1, checkpoint_dir=tmp_path, inputs=other)
+
+
 def test_a_checkpoint_of_another_version_of_the_model_is_refused(run, tmp_path, build_bag):
     run(epochs=1, checkpoint_dir=tmp_path)
 

@@ -1,6 +1,7 @@
 """From a sweep's best trial to a published model: tested again, bundled, put into the registry."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,27 @@ def _metrics(measured: Mapping[str, Any]) -> dict[str, Any]:
         "validation_visits": found["visits"],
         "validation_calibration": found["calibration"],
     }
+
+
+def objection(folder: Path, max_ddi_rate: float | None) -> str | None:
+    """Why a bundle is not to serve, in one line; None if it may.
+
+    A trial is chosen by what it reported, at `train.threshold`. What is served has a temperature
+    and perhaps a threshold of its own, and may recommend more that interact.
+
+    Args:
+        folder: the bundle.
+        max_ddi_rate: that the sweep asked for.
+    """
+    if max_ddi_rate is None:
+        return None
+    measured = json.loads((folder / "metrics.json").read_text())["validation"]["ddi_rate"]
+    if measured <= max_ddi_rate:
+        return None
+    return (
+        f"not made production: as served, its DDI rate is {measured:.4f} on the validation "
+        f"patients, and search.max_ddi_rate allows {max_ddi_rate:g}; it is the candidate"
+    )
 
 
 def publish(

@@ -67,6 +67,8 @@ def as_told(values: Any) -> dict[str, Any]:
 def publish(folder: Path, home: Path, promote: bool) -> None:
     """Puts the best trial's bundle into the registry, unless it is there.
 
+    It is made production if that is asked for and it keeps `search.max_ddi_rate` as it is served.
+
     Raises:
         TrainingError: if the sweep has chosen none.
     """
@@ -80,6 +82,10 @@ def publish(folder: Path, home: Path, promote: bool) -> None:
     train = {**made.config["train"], **varied, "seed": best["seed"]}
     settings = {"train": train, "calibration": made.config["calibration"]}
     produced_by = {"job": "tune", "sweep": made.fingerprint, **best, **settings}
+    objection = promotion.objection(folder / "bundle", made.config["search"]["max_ddi_rate"])
+    if promote and objection is not None:
+        console.say("promote", objection)
+        promote = False
     version, changed = promotion.publish(home, folder / "bundle", produced_by, promote)
     if changed:
         aliases = "candidate and production" if promote else "candidate"

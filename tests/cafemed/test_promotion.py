@@ -1,0 +1,45 @@
+"""What keeps a sweep's bundle from serving."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cafemed import artifacts, promotion, sweep
+from cafemed.sweep import SweepResult
+from jobs import tune
+
+
+@pytest.mark.parametrize(
+    ("limit", "rate", "aliases"),
+    [(None, 0.9, ["candidate", "production"]), (0.06, 0.06, ["candidate", "production"])]
+    + [(0.06, 0.0712, ["candidate"])],
+)
+def test_a_bundle_that_exceeds_the_ddi_rate_as_served_is_a_candidate_alone(
+    sweeps: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: float | None,
+    rate: float,
+    aliases: list[str],
+):
+    plan = sweeps.plan_of(max_ddi_rate=limit)
+    trial = sweeps.record_of(0, {"train.learning_rate": 0.01})
+    folder, published = tmp_path / "sweep", []
+    with artifacts.new_folder(folder, sweep.STAGE, {}, plan.settings()) as (partial, _):
+        sweep.write(SweepResult((trial,), max_ddi_rate=limit), partial, "f")
+        (partial / "bundle").mkdir()
+        content = {"validation": {"ddi_rate": rate}}
+        (partial / "bundle" / "metrics.json").write_text(json.dumps(content))
+
+    def publish(home: Path, bundle: Path, produced_by: Any, promote: bool) -> tuple[int, bool]:
+        published.append(["candidate", "production"] if promote else ["candidate"])
+        return 1, True
+
+    monkeypatch.setattr(promotion, "publish", publish)
+    tune.publish(folder, tmp_path / "registry", True)
+    assert published == [aliases]
+    said = "its DDI rate is 0.0712 on the validation patients, and search.max_ddi_rate allows 0.06"
+    assert (said in capsys.readouterr().out) == ("production" not in aliases)

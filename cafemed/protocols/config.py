@@ -10,6 +10,9 @@ Kind = Literal["diagnosis", "procedure", "medication"]
 
 #: Settings that the protocol "published" does not fix.
 _FREE = ("protocol", "max_laboratory")
+#: A request may give so many laboratory values of a visit (serve/schema.py); a model that knew more
+#: items could not be asked about all of them.
+MAX_LABORATORY = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +30,9 @@ class CohortConfig:
         min_visits: usable visits that a patient needs.
         max_diagnoses, max_procedures, max_medications: keep the codes in most visits of the
             training patients; null: all of theirs.
-        max_laboratory: keep the laboratory items in most visits of the training patients; 0: the
-            laboratory table is not read. Free in either protocol.
+        max_laboratory: keep the laboratory items in most visits of the training patients, at most
+            as many as a request may give of a visit; 0: the laboratory table is not read. Free in
+            either protocol.
         split: "patient": drawn with the seed; "time": patients in order of their last admission.
         split_parts: training, validation and test patients in these proportions.
         seed: of the split by patient.
@@ -42,7 +46,7 @@ class CohortConfig:
     max_diagnoses: Annotated[int | None, Range(1)] = 2000
     max_procedures: Annotated[int | None, Range(1)] = None
     max_medications: Annotated[int | None, Range(1)] = 300
-    max_laboratory: Annotated[int, Range(0)] = 0
+    max_laboratory: Annotated[int, Range(0, MAX_LABORATORY)] = 0
     split: Literal["patient", "time"] = "patient"
     split_parts: tuple[Annotated[int, Range(1)], ...] = (4, 1, 1)
     seed: Annotated[int, Range(0)] = 0

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from cafemed.protocols.config import MAX_LABORATORY
 from serve import schema
 from serve.schema import RecommendRequest, field_path
 
@@ -20,6 +21,11 @@ def problems(body: Any) -> dict[str, str]:
     with pytest.raises(ValidationError) as caught:
         RecommendRequest.model_validate_json(json.dumps(body))
     return {field_path(error["loc"]): error["msg"] for error in caught.value.errors()}
+
+
+def test_a_request_may_give_every_laboratory_item_that_a_model_can_know() -> None:
+    items = [{"item": str(i), "value": 1} for i in range(MAX_LABORATORY)]
+    RecommendRequest.model_validate(request(laboratory=items))
 
 
 def test_the_documented_example_is_a_request() -> None:

@@ -13,6 +13,7 @@ from cafemed.protocols import CohortConfig
         ({"require": ["diagnosis"]}, "require: expected medication"),
         ({"require": ["drug"]}, r"require\[0\]: expected one of 'diagnosis', 'procedure'"),
         ({"target_window_h": 0}, r"target_window_h: expected a value in \(0, inf\], got 0"),
+        ({"max_laboratory": 129}, r"max_laboratory: expected a value in \[0, 128\], got 129"),
         ({"inputs": "all"}, "inputs: expected one of 'current', 'history', got 'all'"),
         (
             {"protocol": "published", "inputs": "history", "seed": 3},

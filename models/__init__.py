@@ -2,7 +2,7 @@
 
 A model is built from its name, the fixed inputs and its options; `forward(batch)` gives logits,
 float32 (B, T, N_m), one row for each visit given the visits before it; steps after a patient's
-last visit hold arbitrary finite numbers.
+last visit hold 0.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Predictions of a model for given patients, and their metrics."""
+"""Predictions of a model for given patients."""
 
 import dataclasses
 
@@ -7,9 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import metrics
 from cafemed.batches import Batch, VisitArrays, collate
-from cafemed.metrics import Bootstrap, Metrics
 from cafemed.stepping import make_ready, run_model
 
 #: Patients a batch where there are no gradients; larger ones gained nothing on a CPU.
@@ -80,22 +78,6 @@ def sigmoid(logits: NDArray[np.float32], temperature: float = 1.0) -> NDArray[np
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """A model's metrics on a set of patients.
-
-    Attributes:
-        metrics: over all of them.
-        bootstrap: mean and standard deviation over ten draws of 80 %.
-        num_patients, num_visits: how many there are.
-    """
-
-    metrics: Metrics
-    bootstrap: Bootstrap
-    num_patients: int
-    num_visits: int
-
-
 def predict(
     model: nn.Module,
     arrays: VisitArrays,
@@ -131,37 +113,6 @@ def targets(arrays: VisitArrays, patients: NDArray[np.int64]) -> NDArray[np.bool
     counts = np.diff(arrays.patient_offsets)[patients]
     wanted: NDArray[np.bool_] = arrays.targets[_ranges(arrays.patient_offsets[patients], counts)]
     return wanted
-
-
-def evaluate(
-    model: nn.Module,
-    arrays: VisitArrays,
-    patients: NDArray[np.int64],
-    ddi: NDArray[np.bool_],
-    threshold: float = 0.5,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> Evaluation:
-    """Predicts these patients and gives the metrics, with their bootstrap of ten rounds of 80 %.
-
-    Args:
-        model: on `device`.
-        arrays: of the whole cohort.
-        patients: indices (P,), at least one.
-        ddi: bool (N_m, N_m).
-        threshold: of the predicted sets.
-        seed: of the bootstrap's draws.
-        device: where the model is.
-    """
-    chosen = EvaluationSet.of(arrays, patients, device=device)
-    scores = metrics.score_visits(chosen.predict(model), chosen.targets, ddi, threshold)
-    offsets = chosen.patient_offsets
-    return Evaluation(
-        metrics=metrics.aggregate(scores, offsets),
-        bootstrap=metrics.bootstrap(scores, offsets, seed=seed),
-        num_patients=len(patients),
-        num_visits=int(offsets[-1]),
-    )
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

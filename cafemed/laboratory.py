@@ -30,8 +30,3 @@ class Laboratory:
     def __len__(self) -> int:
         """V."""
         return len(self.items)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no visit has a value."""
-        return len(self.values) == 0

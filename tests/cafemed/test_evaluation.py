@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cafemed import evaluation, metrics
+from cafemed import evaluation
 from cafemed.batches import collate
 
 
@@ -43,16 +43,3 @@ def test_dropout_is_off_and_the_mode_is_put_back(model, small_arrays, training):
     first = evaluation.predict(model, small_arrays, PATIENTS)
     assert (first == evaluation.predict(model, small_arrays, PATIENTS)).all()
     assert model.training is training
-
-
-def test_evaluate_is_the_metrics_of_the_predictions(model, small_arrays, small_inputs):
-    got = evaluation.evaluate(
-        model, small_arrays, PATIENTS, small_inputs.ddi, threshold=0.4, seed=2
-    )
-    targets = evaluation.targets(small_arrays, PATIENTS)
-    offsets = evaluation.patient_offsets(small_arrays, PATIENTS)
-    probabilities = evaluation.predict(model, small_arrays, PATIENTS)
-    scores = metrics.score_visits(probabilities, targets, small_inputs.ddi, 0.4)
-    assert got.metrics == metrics.aggregate(scores, offsets)
-    assert got.bootstrap == metrics.bootstrap(scores, offsets, seed=2)
-    assert (got.num_patients, got.num_visits) == (7, len(targets))

@@ -31,13 +31,15 @@ def test_measure_reports_each_split_at_both_thresholds(model, small_arrays, smal
     )
     assert (got["temperature"], got["threshold"], got["best_threshold"]) == (1.0, 0.4, chosen)
     for split in ("validation", "test"):
+        probabilities = evaluation.predict(model, small_arrays, PATIENTS[split])
+        targets = evaluation.targets(small_arrays, PATIENTS[split])
+        offsets = evaluation.patient_offsets(small_arrays, PATIENTS[split])
         at, best = (
-            evaluation.evaluate(model, small_arrays, PATIENTS[split], small_inputs.ddi, t, seed=3)
-            for t in (0.4, chosen)
+            metrics.score_visits(probabilities, targets, small_inputs.ddi, t) for t in (0.4, chosen)
         )
-        assert got[split]["metrics"] == at.metrics.as_dict()
-        assert got[split]["metrics_at_best_threshold"] == best.metrics.as_dict()
-        assert got[split]["bootstrap_sd"] == at.bootstrap.sd.as_dict()
+        assert got[split]["metrics"] == metrics.aggregate(at, offsets).as_dict()
+        assert got[split]["metrics_at_best_threshold"] == metrics.aggregate(best, offsets).as_dict()
+        assert got[split]["bootstrap_sd"] == metrics.bootstrap(at, offsets, seed=3).sd.as_dict()
         assert got[split]["patients"] == len(PATIENTS[split])
         for name, value in got[split]["metrics"].items():
             low, high = got[split]["intervals"][name]

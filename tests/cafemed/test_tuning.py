@@ -25,7 +25,6 @@ from cafemed import (
     bundle,
     calibration,
     cluster,
-    evaluation,
     metrics,
     promotion,
     reference,
@@ -40,6 +39,7 @@ from cafemed.batches import ModelInputs
 from cafemed.calibration import Predictions
 from cafemed.conductor import Conductor
 from cafemed.errors import ArtifactError, ConfigError, TrainingError
+from cafemed.evaluation import EvaluationSet
 from cafemed.experiment import Experiment
 from cafemed.ledger import Header, Ledger
 from cafemed.sampling import trial_seed
@@ -151,8 +151,11 @@ def test_a_sweep_ends_in_a_published_model(given: Experiment, tmp_path: Path):
     assert loaded.model_options["reduction_ratio"] == best.parameters["model.reduction_ratio"]
     assert loaded.metrics["validation"] == best.best_epoch["metrics"]  # type: ignore[index]
     restored = bundle.restore_model(loaded, models.build)
-    again = evaluation.evaluate(restored, given.arrays, data.validation_patients, given.inputs.ddi)
-    assert again.metrics.as_dict() == loaded.metrics["validation"]
+    chosen = EvaluationSet.of(given.arrays, data.validation_patients)
+    again = metrics.evaluate(
+        chosen.predict(restored), chosen.targets, chosen.patient_offsets, given.inputs.ddi, 0.5
+    )
+    assert again.as_dict() == loaded.metrics["validation"]
     check_table(tmp_path / "sweep" / "sweep.parquet", result)
     assert sweep.read_best(tmp_path / "sweep")["parameters"] == best.parameters
 

@@ -17,7 +17,7 @@ from cafemed.errors import ConfigError
 from cafemed.stepping import moved
 from models.charm import Charm
 from models.cwg import CausalWeightGenerator, EntityWeights
-from models.direct import DirectPath
+from models.direct import direct_path
 from models.dropout import FastDropout
 from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
@@ -140,10 +140,7 @@ class CafeMed(nn.Module):
         self.dropout = FastDropout(options.dropout)
         self.grus = ParallelGRU(3, d)
         self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
-        self.direct = None
-        if options.direct != "none":
-            start, pace = options.direct_start, options.direct_pace
-            self.direct = DirectPath(inputs, options.direct, start, pace)
+        self.direct = direct_path(inputs, options.direct, options.direct_start, options.direct_pace)
 
     def _build_cwg(self, options: CafeMedOptions) -> CausalWeightGenerator:
         return CausalWeightGenerator(

@@ -66,3 +66,13 @@ class DirectPath(nn.Module):
         # softplus(x) = -log(1 - sigmoid(x)): hazards add where chances of no cause multiply.
         hazard = (hazard + softplus(logits)).clamp(min=LEAST_HAZARD)
         return hazard + torch.log(-torch.expm1(-hazard))
+
+
+def direct_path(
+    inputs: ModelInputs,
+    link: Literal["noisy_or", "additive", "none"],
+    start: Literal["effects", "even"],
+    pace: float,
+) -> DirectPath | None:
+    """The direct path of a model's options `direct`, `direct_start`, `direct_pace`, if any."""
+    return None if link == "none" else DirectPath(inputs, link, start, pace)

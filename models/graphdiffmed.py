@@ -17,7 +17,7 @@ from cafemed.errors import ConfigError
 from cafemed.stepping import moved
 from models.demographics import Demographics
 from models.differential import InterVisitAttention, IntraVisitAttention, VisitPairs
-from models.direct import DirectPath
+from models.direct import direct_path
 from models.dropout import FastDropout
 from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
@@ -131,10 +131,7 @@ class GraphDiffMed(nn.Module):
         num_parts = num_states + self.demographics.number + 2
         self.head = nn.Linear(num_parts * d, inputs.sizes[2])
         self.review = CausalReview(inputs, options.review_quantiles) if options.review else None
-        self.direct = None
-        if options.direct != "none":
-            start, pace = options.direct_start, options.direct_pace
-            self.direct = DirectPath(inputs, options.direct, start, pace)
+        self.direct = direct_path(inputs, options.direct, options.direct_start, options.direct_pace)
         self.register_buffer("ddi", torch.tensor(inputs.ddi, dtype=torch.float32), persistent=False)
 
     def prepare(self, batch: Batch) -> Prepared:

@@ -51,6 +51,39 @@ def write(folder: Path, root: str | None = None) -> Path:
     return path
 
 
+def note_tested(
+    folder: Path, bundle: str, reached: Mapping[str, Any], root: str | None = None
+) -> Path | None:
+    """Notes what the chosen trial reached on the test patients, and makes the report anew.
+
+    Args:
+        folder: see `findings.read`.
+        bundle: fingerprint of the bundle that was evaluated.
+        reached: on the test patients, as `fits.measure` gives it.
+        root: see `write`.
+
+    Returns:
+        The report's path; None if the bundle is not of the sweep's chosen trial, or all is there.
+
+    Raises:
+        ArtifactError: as `findings.read`.
+    """
+    if not (folder / artifacts.MANIFEST).is_file() or not (folder / "best.json").is_file():
+        return None
+    best = sweep.read_best(folder)
+    if best.get("trial") is None or best.get("bundle") != bundle:
+        return None
+    found = findings.read(folder, root)
+    told = {key: reached[key] for key in ("patients", "visits", "metrics", "intervals")}
+    tested = {**found.tested, str(best["trial"]): told}
+    if tested == found.tested and (folder / REPORT).exists():
+        return None
+    path = folder / findings.TESTED
+    artifacts.write_text(path, json.dumps(tested, indent=1, allow_nan=False) + "\n")
+    path.chmod(0o644)
+    return write(folder, root)
+
+
 def render(found: Findings) -> str:
     """The whole page."""
     bundle = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js")

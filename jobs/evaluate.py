@@ -8,7 +8,8 @@
 Reads ROOT/experiments/NAME/cohort and a version of ROOT/registry/NAME, and writes
 ROOT/experiments/NAME/evaluation: `report.json` and `report.html` with metrics and their intervals,
 baselines, calibration, subgroups, and for a synthetic cohort the ceiling that no model can pass;
-and the model card, which also goes to ROOT/registry/NAME/cards. docs/evaluation.md says what the
+and the model card, which also goes to ROOT/registry/NAME/cards. If the model is the best of the
+experiment's sweep, the metrics also go into the sweep's report. docs/evaluation.md says what the
 numbers mean. Use it once, at the end: choosing by test results makes them worthless.
 """
 
@@ -54,8 +55,10 @@ def run(told: invocation.Invocation, version: int, values: dict[str, Any]) -> No
     target = folder / "evaluation"
     wanted = artifacts.fingerprint(assessment.STAGE, sources, plain)
     if console.is_done(target, assessment.STAGE, wanted, values["force"]):
+        report = json.loads((target / "report.json").read_text())
         publish(target, home, version)
-        print(assessment.describe(json.loads((target / "report.json").read_text())))
+        print(assessment.describe(report))
+        tell_sweep(told, bundled.fingerprint, report, values)
         return
 
     served = bundle.load(bundle_folder)
@@ -74,7 +77,20 @@ def run(told: invocation.Invocation, version: int, values: dict[str, Any]) -> No
     publish(target, home, version)
     print(assessment.describe(report))
     console.say("report", str(target / "report.html"))
+    tell_sweep(told, bundled.fingerprint, report, values)
     console.say("done", str(target))
+
+
+def tell_sweep(
+    told: invocation.Invocation, fingerprint: str, report: dict[str, Any], values: dict[str, Any]
+) -> None:
+    """Puts the test metrics into the report of the sweep that the bundle is of, if it is there."""
+    from cafemed import sweep_report
+
+    reached, root = report["model"]["test"], values["paths"]["root"]
+    page = sweep_report.note_tested(told.experiment / "sweep", fingerprint, reached, root)
+    if page is not None:
+        console.say("sweep", str(page))
 
 
 def publish(folder: Path, home: Path, version: int) -> None:

@@ -124,6 +124,8 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     assert measured["validation"]["metrics"] == served.metrics["validation"]
     assert measured["validation"]["calibration"] == served.metrics["validation_calibration"]
     check_card(root, experiment, home)
+    tested = json.loads((experiment / "sweep" / "test.json").read_text())
+    assert [found["metrics"] for found in tested.values()] == [measured["test"]["metrics"]]
 
     metrics = registry.resolve(home, "production") / "metrics.json"
     metrics.write_bytes(metrics.read_bytes().replace(b"0", b"9", 1))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cafemed import artifacts, importance, sweep, sweep_report
+from cafemed import artifacts, findings, importance, sweep, sweep_report
 from cafemed.findings import Findings
 from cafemed.sweep import TrialRecord
 
@@ -218,6 +218,34 @@ def test_the_report_can_be_made_again_and_is_no_part_of_the_sweep(
     assert "paths.root" not in " ".join(data_of(first.decode())["command"])
     sweep_report.write(folder, "/data")
     assert 'paths.root="/data"' in " ".join(data_of(path.read_text("utf-8"))["command"])
+
+
+def test_an_evaluation_of_the_chosen_trial_goes_into_the_report(findings_of: Make, tmp_path: Path):
+    found = findings_of(8)
+    folder = tmp_path / "experiments" / found.name / "sweep"
+    reached = {
+        "patients": 10,
+        "visits": 22,
+        "metrics": dict.fromkeys(sweep.METRICS, 0.5),
+        "intervals": {name: [0.4, 0.6] for name in sweep.METRICS},
+        "more": 1,
+    }
+    assert sweep_report.note_tested(folder, "b1", reached) is None  # no sweep at all
+    stage = ("sweep", {"cohort": found.cohort}, found.settings)
+    with artifacts.new_folder(folder, *stage) as (partial, _):
+        sweep_report_files(dataclasses.replace(found, best={**found.best, "bundle": "b1"}), partial)
+    assert sweep_report.note_tested(folder, "b2", reached) is None  # another model
+    assert not (folder / "test.json").exists()
+    path = sweep_report.note_tested(folder, "b1", reached)
+    assert path == folder / "report.html"
+    chosen = str(found.best["trial"])
+    del reached["more"]
+    assert data_of(path.read_text("utf-8"))["tested"] == {chosen: reached}
+    assert findings.read(folder).tested == {chosen: reached}
+    artifacts.verify(folder, "sweep")
+    assert sweep_report.note_tested(folder, "b1", reached) is None  # all is there
+    path.unlink()
+    assert sweep_report.note_tested(folder, "b1", reached) == path
 
 
 def sweep_report_files(found: Findings, folder: Path) -> None:

@@ -13,8 +13,11 @@ from jobs import tune
 
 @pytest.mark.parametrize(
     ("limit", "rate", "aliases"),
-    [(None, 0.9, ["candidate", "production"]), (0.06, 0.06, ["candidate", "production"])]
-    + [(0.06, 0.0712, ["candidate"])],
+    [
+        (None, 0.9, ["candidate", "production"]),
+        (0.06, 0.06, ["candidate", "production"]),
+        (0.06, 0.0712, ["candidate"]),
+    ],
 )
 def test_a_bundle_that_exceeds_the_ddi_rate_as_served_is_a_candidate_alone(
     sweeps: Any,
@@ -27,15 +30,16 @@ def test_a_bundle_that_exceeds_the_ddi_rate_as_served_is_a_candidate_alone(
 ):
     plan = sweeps.plan_of(max_ddi_rate=limit)
     trial = sweeps.record_of(0, {"train.learning_rate": 0.01})
-    folder, published = tmp_path / "sweep", []
+    folder = tmp_path / "sweep"
+    published: list[list[str]] = []
     with artifacts.new_folder(folder, sweep.STAGE, {}, plan.settings()) as (partial, _):
         sweep.write(SweepResult((trial,), max_ddi_rate=limit), partial, "f")
         (partial / "bundle").mkdir()
         content = {"validation": {"ddi_rate": rate}}
         (partial / "bundle" / "metrics.json").write_text(json.dumps(content))
 
-    def publish(home: Path, bundle: Path, produced_by: Any, promote: bool) -> tuple[int, bool]:
-        published.append(["candidate", "production"] if promote else ["candidate"])
+    def publish(*given: Any) -> tuple[int, bool]:
+        published.append(["candidate", "production"] if given[-1] else ["candidate"])
         return 1, True
 
     monkeypatch.setattr(promotion, "publish", publish)

@@ -131,6 +131,18 @@ def test_a_code_beyond_its_vocabulary_is_refused(name, kind, size, world):
 
 
 @pytest.mark.parametrize("name", models.NAMES)
+def test_steps_after_a_patients_last_visit_hold_0(name, world):
+    model = models.build(name, world.inputs, {"dimension": 8}).eval()
+    batch = collate(world.arrays, np.arange(5))
+    after = torch.arange(batch.num_steps) >= batch.lengths[:, None]
+    assert after.any()
+    with torch.inference_mode():
+        logits = model(batch)
+    assert not logits[after].any()
+    assert logits[~after].any()
+
+
+@pytest.mark.parametrize("name", models.NAMES)
 def test_a_batch_of_other_vocabularies_is_refused(name, world):
     model = models.build(name, world.inputs, {"dimension": 8})
     batch = collate(dataclasses.replace(world.arrays, sizes=(24, 16, 11)), np.array([0]))

@@ -11,16 +11,19 @@ from cafemed import (
     bundle,
     bundle_files,
     calibration,
+    console,
     fits,
     metrics,
     reference,
     registry,
     scaling,
+    search_space,
+    sweep,
     trials,
 )
 from cafemed.bundle import Bundle, Preprocessing
 from cafemed.calibration import CalibrationConfig, Predictions
-from cafemed.errors import ArtifactError
+from cafemed.errors import ArtifactError, TrainingError
 from cafemed.experiment import Experiment
 from cafemed.reference import Reference
 from cafemed.sweep import TrialRecord
@@ -174,6 +177,38 @@ def publish(
             registry.promote(home, number, alias)
             changed = True
     return number, changed
+
+
+def publish_best(folder: Path, home: Path, promote: bool) -> None:
+    """Puts the best trial's bundle into the registry, unless it is there.
+
+    It is made production if that is asked for and it keeps `search.max_ddi_rate` as it is served.
+
+    Args:
+        folder: of the finished sweep, with its bundle.
+        home: the registry.
+        promote: make it the production model.
+
+    Raises:
+        TrainingError: if the sweep has chosen none.
+    """
+    best = sweep.read_best(folder)
+    if best["trial"] is None:
+        raise TrainingError(best["reason"])
+    made = artifacts.read_manifest(folder, sweep.STAGE)
+    varied = search_space.split(best["parameters"]).get("train", {})
+    train = {**made.config["train"], **varied, "seed": best["seed"]}
+    settings = {"train": train, "calibration": made.config["calibration"]}
+    produced_by = {"job": "tune", "sweep": made.fingerprint, **best, **settings}
+    against = objection(folder / "bundle", made.config["search"]["max_ddi_rate"])
+    if promote and against is not None:
+        console.say("promote", against)
+        promote = False
+    version, changed = publish(home, folder / "bundle", produced_by, promote)
+    if changed:
+        aliases = "candidate and production" if promote else "candidate"
+        console.say("registry", f"version {version:04d} is {aliases}: {home}")
+    console.say("done", str(folder))
 
 
 def write_bundle(folder: Path, made: Bundle) -> str:

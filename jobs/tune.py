@@ -15,7 +15,6 @@ that is started for the sweep and ends with it. A sweep that was interrupted goe
 history, in ROOT/experiments/NAME/trials, when the same command runs again.
 """
 
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -23,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cafemed import config, console, invocation, paths
-from cafemed.errors import TrainingError, UserError
+from cafemed.errors import UserError
 
 SECTIONS = ("model", "train", "calibration", "search", "promote", "resume")
 
@@ -34,7 +33,15 @@ def main(cfg: DictConfig) -> None:
     values = as_told(OmegaConf.to_container(cfg, resolve=True))
     with invocation.job(values, SECTIONS) as told:
         import models  # torch takes seconds to import: not for --help
-        from cafemed import experiment, knowledge, sweep_plan, sweep_report, sweep_run, sweep_start
+        from cafemed import (
+            experiment,
+            knowledge,
+            promotion,
+            sweep_plan,
+            sweep_report,
+            sweep_run,
+            sweep_start,
+        )
         from cafemed.ledger import Ledger
 
         promote = config.checked(bool, values["promote"], "promote")
@@ -49,7 +56,7 @@ def main(cfg: DictConfig) -> None:
                 sweep_run.run(folder, plan, ledger, inputs, models.build)
         if not (target / sweep_report.REPORT).exists():
             console.say("report", str(sweep_report.write(target, values["paths"]["root"])))
-        publish(target, told.registry, promote)
+        promotion.publish_best(target, told.registry, promote)
 
 
 def as_told(values: Any) -> dict[str, Any]:
@@ -62,35 +69,6 @@ def as_told(values: Any) -> dict[str, Any]:
         return sweep_start.resumed(values, HydraConfig.get().overrides.task)
     except UserError as err:
         console.refuse(err)
-
-
-def publish(folder: Path, home: Path, promote: bool) -> None:
-    """Puts the best trial's bundle into the registry, unless it is there.
-
-    It is made production if that is asked for and it keeps `search.max_ddi_rate` as it is served.
-
-    Raises:
-        TrainingError: if the sweep has chosen none.
-    """
-    from cafemed import artifacts, promotion, search_space, sweep
-
-    best = sweep.read_best(folder)
-    if best["trial"] is None:
-        raise TrainingError(best["reason"])
-    made = artifacts.read_manifest(folder, sweep.STAGE)
-    varied = search_space.split(best["parameters"]).get("train", {})
-    train = {**made.config["train"], **varied, "seed": best["seed"]}
-    settings = {"train": train, "calibration": made.config["calibration"]}
-    produced_by = {"job": "tune", "sweep": made.fingerprint, **best, **settings}
-    objection = promotion.objection(folder / "bundle", made.config["search"]["max_ddi_rate"])
-    if promote and objection is not None:
-        console.say("promote", objection)
-        promote = False
-    version, changed = promotion.publish(home, folder / "bundle", produced_by, promote)
-    if changed:
-        aliases = "candidate and production" if promote else "candidate"
-        console.say("registry", f"version {version:04d} is {aliases}: {home}")
-    console.say("done", str(folder))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import pytest
 
 from cafemed import artifacts, promotion, sweep
 from cafemed.sweep import SweepResult
-from jobs import tune
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_a_bundle_that_exceeds_the_ddi_rate_as_served_is_a_candidate_alone(
         return 1, True
 
     monkeypatch.setattr(promotion, "publish", publish)
-    tune.publish(folder, tmp_path / "registry", True)
+    promotion.publish_best(folder, tmp_path / "registry", True)
     assert published == [aliases]
     said = "its DDI rate is 0.0712 on the validation patients, and search.max_ddi_rate allows 0.06"
     assert (said in capsys.readouterr().out) == ("production" not in aliases)

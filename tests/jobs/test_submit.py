@@ -129,9 +129,10 @@ def test_a_job_that_connects_itself_is_told_what_to_do(
     sweep = ["python", "jobs/tune.py", f"name={prepared}", "search=smoke"]
     result = head.nodes.run(sweep, RAY_ADDRESS=head.nodes.address, **env)
     assert result.returncode == 2
-    [line] = result.stderr.splitlines()
+    *before, line = result.stderr.splitlines()
     assert line.startswith(f"error: RAY_ADDRESS={head.nodes.address}: ")
     assert expected in line
+    assert all(text.startswith("the sweep goes on with: ") for text in before), before
     assert time.monotonic() - started < 60
 
 

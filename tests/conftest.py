@@ -1,5 +1,6 @@
 """Made-up hospitals, clusters of several nodes, the real demo tables, and a browser."""
 
+import atexit
 import importlib.util
 import os
 import signal
@@ -26,6 +27,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # One cache of compiled kernels for all tests and the processes they start, whatever root a test
 # gives them: it is named after the kernels' text, so it can only hit the same code.
 os.environ.setdefault("NUMBA_CACHE_DIR", str(paths.resolve_root(None) / "cache" / "numba"))
+
+
+_STATUS = pytest.StashKey[int]()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Keeps the status for `pytest_unconfigure`."""
+    session.config.stash[_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the process once all is reported and what registered to run at its end has run.
+
+    Native threads of Ray, gRPC and Arrow may outlive what Python takes down after that: a suite in
+    which every test had passed once ended with a segmentation fault there.
+    """
+    status = config.stash.get(_STATUS, None)
+    if status is not None:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _module(name: str) -> ModuleType:

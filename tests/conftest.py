@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 
 from cafemed import paths
@@ -20,6 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # As `causal.cluster` sets it, for the tests' own clusters: Dask's profiler may hang a process.
 os.environ.setdefault("DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED", "False")
+
+# Property tests draw the same examples every time.
+hypothesis.settings.register_profile("seeded", derandomize=True)
+hypothesis.settings.load_profile("seeded")
 
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts there.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -47,7 +47,8 @@ def left_running(home: Path) -> list[str]:
     return found
 
 
-def wait_until_nothing_runs(home: Path, seconds: float = 60) -> list[str]:
+# Ray's agents of a node that was ended while it started look for its store for about a minute.
+def wait_until_nothing_runs(home: Path, seconds: float = 150) -> list[str]:
     deadline = time.monotonic() + seconds
     while (running := left_running(home)) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -17,11 +17,16 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import psutil
+
 from cafemed import cluster_access, console
 from cafemed.errors import ConfigError
 
 # A socket's path has at most 107 characters; Ray appends "/session_<time>_<pid>/sockets/…".
 _MAX_TEMP_CHARS = 40
+#: Times that what is left of a Ray is looked for and ended, and seconds until it has to be gone.
+_ROUNDS = 5
+_KILL_S = 5.0
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C has to reach us, not end in a half-made result
@@ -65,6 +70,7 @@ def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
     finally:
         ray.shutdown()
         if temp is not None:
+            _end_processes_of(temp)
             shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -132,6 +138,22 @@ def _start_local(num_cpus: float, num_gpus: float, temp: Path) -> None:
         logging_level=logging.CRITICAL,
         log_to_driver=False,
     )
+
+
+def _end_processes_of(temp: Path) -> None:
+    """Ends what is left of a Ray of our own; its processes name its folder, and nobody else's do.
+
+    After an interrupt while it starts, its agents would look for its store for another minute.
+    """
+    for _ in range(_ROUNDS):  # a process may have been starting another one
+        found = psutil.process_iter(["cmdline"])
+        left = [p for p in found if any(str(temp) in part for part in p.info["cmdline"] or ())]
+        if not left:
+            return
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=_KILL_S)
 
 
 def _describe(where: str) -> str:

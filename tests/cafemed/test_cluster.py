@@ -1,8 +1,18 @@
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
-from cafemed import cluster
+from cafemed import cluster, paths
 from cafemed.errors import ConfigError
 
 
@@ -53,3 +63,53 @@ def test_a_cluster_may_grow_and_is_waited_for(
     cluster.require_resources("a trial", {"CPU": ("search.cpus", 1.0), "GPU": ("search.gpus", 1.0)})
     [line] = capsys.readouterr().out.splitlines()
     assert "search.gpus: a trial reserves 1, but the largest node has 0 GPU now; waiting" in line
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Where a socket's path is not too long."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def naming(folder: Path) -> list[psutil.Process]:
+    """Processes whose command line names a folder."""
+    every = psutil.process_iter(["cmdline"])
+    return [p for p in every if any(str(folder) in part for part in p.info["cmdline"] or ())]
+
+
+_START = """
+from cafemed import cluster
+try:
+    with cluster.ray_cluster(1):
+        raise SystemExit("it was not interrupted while it started")
+except KeyboardInterrupt:
+    raise SystemExit(130)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("part", ["gcs_server", "raylet/raylet", "dashboard/agent.py"])
+def test_an_interrupt_while_ray_starts_leaves_nothing(
+    part: str, number: signal.Signals, short_folder: Path
+):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _START],
+        cwd=paths.PROJECT_DIR,
+        env=kept | {"TMPDIR": str(short_folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not any(part in " ".join(p.info["cmdline"]) for p in naming(short_folder)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert naming(short_folder) == []
+    assert list(short_folder.iterdir()) == []

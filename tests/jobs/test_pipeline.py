@@ -47,8 +47,7 @@ def left_running(home: Path) -> list[str]:
     return found
 
 
-# Ray's agents of a node that was ended while it started look for its store for about a minute.
-def wait_until_nothing_runs(home: Path, seconds: float = 150) -> list[str]:
+def wait_until_nothing_runs(home: Path, seconds: float = 60) -> list[str]:
     deadline = time.monotonic() + seconds
     while (running := left_running(home)) and time.monotonic() < deadline:
         time.sleep(0.2)

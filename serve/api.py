@@ -94,7 +94,7 @@ def create_api(service: Service) -> FastAPI:
                 request_id=_id_of(request),
                 model=recommender.name,
                 recommendations=[
-                    recommender.answer(patient, row)
+                    recommender.answer(patient, row, body.options)
                     for patient, row in zip(patients, scores, strict=True)
                 ],
             )

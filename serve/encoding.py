@@ -48,6 +48,7 @@ class EncodedPatient:
         laboratory: T tuples of (item, value): indices of items, each at most once a visit, and
             values in the items' units; what may be seen at the visit.
         unknown: the request's codes and items that the vocabularies do not have.
+        allergies: ATC prefixes in capitals.
     """
 
     known: tuple[tuple[tuple[int, ...], ...], ...]
@@ -56,6 +57,7 @@ class EncodedPatient:
     age: float
     laboratory: tuple[tuple[tuple[int, float], ...], ...]
     unknown: tuple[UnknownCode, ...]
+    allergies: tuple[str, ...] = ()
 
     @property
     def num_visits(self) -> int:
@@ -108,6 +110,7 @@ class Encoder:
             age=math.nan if patient.age is None else patient.age,
             laboratory=laboratory,
             unknown=tuple(unknown),
+            allergies=tuple(patient.allergies),
         )
 
     def _visit(

@@ -5,7 +5,7 @@ who else is in the batch.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,13 @@ from cafemed import bundle as bundles
 from cafemed.batches import input_adjacencies
 from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE
+from serve.answering import Answerer, Explains
 from serve.batching import Shape, batch_of, kinds_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.schema import (
-    Interaction,
-    InteractionWithTaken,
-    Medication,
     ModelCard,
     ModelName,
+    Options,
     Recommendation,
     RecommendRequest,
 )
@@ -36,6 +35,7 @@ class Recommender:
     Attributes:
         bundle: as given.
         name: of the model, with its version.
+        names: of codes ("icd9:4280", "atc:C03C"), where the user gave any.
     """
 
     def __init__(self, bundle: Bundle, version: int) -> None:
@@ -52,6 +52,10 @@ class Recommender:
         self._adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
         self._kinds = kinds_of(bundle.vocabularies)
         self._medications = bundle.vocabularies["medication"]
+        self.names: Mapping[str, str] = {}
+        self._answerer = Answerer(
+            self._medications, bundle.ddi, self.names, bundle.preprocessing.threshold
+        )
 
     @classmethod
     def load(cls, folder: Path, version: int) -> "Recommender":
@@ -110,37 +114,27 @@ class Recommender:
         return result
 
     def recommend(self, request: RecommendRequest) -> list[Recommendation]:
-        """Answers a request, one recommendation a patient in the request's order.
+        """Answers a request without explanations, a recommendation a patient in its order.
 
         Raises:
             UnknownSystemError: as encode.
         """
         patients = self.encode(request)
         scores = self.probabilities(patients)
-        return [self.answer(patient, row) for patient, row in zip(patients, scores, strict=True)]
+        return [
+            self.answer(patient, row, request.options)
+            for patient, row in zip(patients, scores, strict=True)
+        ]
 
-    def answer(self, patient: EncodedPatient, probabilities: NDArray[np.float32]) -> Recommendation:
+    def answer(
+        self,
+        patient: EncodedPatient,
+        probabilities: NDArray[np.float32],
+        options: Options | None = None,
+        explanation: Explains | None = None,
+    ) -> Recommendation:
         """The recommendation for a patient with these probabilities, float32 (N_m,)."""
-        order = np.argsort(-probabilities, kind="stable")
-        chosen = order[probabilities[order] >= self.bundle.preprocessing.threshold].tolist()
-        taken = [m for m in patient.taken if m not in set(chosen)]
-        codes, ddi = self._medications, self.bundle.ddi
-        return Recommendation(
-            medications=[_medication(codes[m], float(probabilities[m])) for m in chosen],
-            interactions=[
-                Interaction(first=codes[a], second=codes[b])
-                for i, a in enumerate(chosen)
-                for b in chosen[i + 1 :]
-                if ddi[a, b]
-            ],
-            interactions_with_taken=[
-                InteractionWithTaken(recommended=codes[a], taken=codes[b])
-                for a in chosen
-                for b in taken
-                if ddi[a, b]
-            ],
-            unknown_codes=list(patient.unknown),
-        )
+        return self._answerer.answer(patient, probabilities, options or Options(), explanation)
 
     def _run(self, patients: Sequence[EncodedPatient], shape: Shape) -> NDArray[np.float32]:
         """One run of the model at a fixed shape, float32 (len(patients), N_m)."""
@@ -162,8 +156,3 @@ class Recommender:
             # computed by another exp.
             scores = torch.stack([torch.sigmoid(row) for row in logits.unbind()])
         return np.asarray(scores.numpy(), np.float32)
-
-
-def _medication(name: str, probability: float) -> Medication:
-    system, _, code = name.partition(":")
-    return Medication(system=system, code=code, probability=probability)

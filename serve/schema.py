@@ -6,6 +6,7 @@ diagnoses, procedures and laboratory values and from the earlier visits. Nothing
 identifies a person, and unknown fields are refused, so that an identifier cannot slip in.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -20,14 +21,25 @@ MAX_VISITS_OF_REQUEST = 4096
 MAX_SYSTEM_LENGTH = 32
 MAX_CODE_LENGTH = 64
 MAX_AGE = 130.0
+MAX_ALLERGIES = 64
+#: Characters of the longest ATC code, that of a substance.
+MAX_ALLERGY_LENGTH = 16
 #: Largest size of a laboratory value, in whatever unit; single precision holds it.
 MAX_VALUE = 1e12
 #: Bytes of a request's body; 256 patients of the usual size need about one.
 MAX_BODY_BYTES = 4 * 1024 * 1024
 #: A request that is wrong throughout gets this many messages.
 MAX_MESSAGES = 20
+#: Medications named although their probability is below the threshold.
+MAX_NEAR_MISSES = 5
+#: Codes of one answer to a search.
+MAX_CODES_FOUND = 100
 
 Kind = Literal["diagnosis", "procedure", "medication", "laboratory"]
+
+
+#: An ATC code or how one begins: J, J01, J01C, J01CA, J01CA04, and what lies between.
+_ATC_PREFIX = re.compile(r"[A-Z](\d(\d([A-Z]([A-Z](\d\d?)?)?)?)?)?")
 
 
 class _Asked(BaseModel):
@@ -66,6 +78,14 @@ class Code(_Asked):
 
 
 Codes = Annotated[list[Code], Field(max_length=MAX_CODES)]
+
+
+def _atc_prefix(value: str) -> str:
+    """An ATC prefix without dots, in capitals."""
+    prefix = value.strip().replace(".", "").upper()
+    if not _ATC_PREFIX.fullmatch(prefix):
+        raise ValueError("expected an ATC code or its beginning, such as J01C or J01CA04")
+    return prefix
 
 
 class LaboratoryValue(_Asked):
@@ -119,6 +139,32 @@ class Patient(_Asked):
     age: Annotated[float, Field(ge=0, le=MAX_AGE)] | None = Field(
         default=None, description="years at the current visit"
     )
+    allergies: Annotated[
+        list[Annotated[str, Field(max_length=MAX_ALLERGY_LENGTH)]], Field(max_length=MAX_ALLERGIES)
+    ] = Field(
+        default=[],
+        description="ATC codes or their beginnings, which must not be recommended; one that is "
+        "finer than the model's classes leaves out the whole class that holds it",
+        examples=[["J01C"]],
+    )
+
+    @field_validator("allergies")
+    @classmethod
+    def _are_prefixes(cls, allergies: list[str]) -> list[str]:
+        return [_atc_prefix(value) for value in allergies]
+
+
+class Options(_Asked):
+    """How to answer, for every patient of the request."""
+
+    max_ddi_rate: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None,
+        description="at most this share of the pairs of recommended medications may interact",
+    )
+    top_k: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="recommend at most so many medications"
+    )
+    explain: bool = Field(default=False, description="say what raised and lowered each medication")
 
 
 _EXAMPLE: dict[str, Any] = {
@@ -149,6 +195,7 @@ class RecommendRequest(_Asked):
     """One patient or a batch."""
 
     patients: Annotated[list[Patient], Field(min_length=1, max_length=MAX_PATIENTS)]
+    options: Options = Options()
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
@@ -163,12 +210,62 @@ class RecommendRequest(_Asked):
         return patients
 
 
-class Medication(BaseModel):
+class GraphPath(BaseModel):
+    """How the causal graph leads from a code to a medication."""
+
+    nodes: list[str] = Field(examples=[["diagnosis/icd9:4280", "medication/atc:C03C"]])
+    directed: bool = Field(description="false: some edges have no direction that the data tell")
+    stability: float | None = Field(
+        description="the least of its edges' stability; null where no bootstraps were run"
+    )
+
+
+class Influence(BaseModel):
+    """What one code of the patient did to one medication."""
+
+    visit: int = Field(description="position in the patient's visits, from 0")
+    kind: Kind
+    code: str = Field(examples=["icd9:4280"])
+    name: str | None = Field(description="null where the model has no name for it")
+    effect: float | None = Field(description="causal effect on the medication, of the causal graph")
+    standard_error: float | None = Field(description="of the effect")
+    score_without: float = Field(description="the medication's probability without this code")
+    change: float = Field(description="probability with the code minus probability without it")
+    path: GraphPath | None = Field(description="what links the two in the causal graph")
+
+
+class Explanation(BaseModel):
+    """What raised and lowered the probability of a medication."""
+
+    raised: list[Influence]
+    lowered: list[Influence]
+
+
+class Explained(BaseModel):
+    """How much of a patient an explanation covers."""
+
+    explained: int = Field(description="codes that were left out one at a time")
+    given: int = Field(description="codes that the model was given")
+    effect_estimator: str = Field(description="how the causal effects were estimated")
+
+
+class Scored(BaseModel):
+    """A medication with its calibrated probability."""
+
+    system: str = Field(examples=["atc"])
+    code: str = Field(examples=["C03C"])
+    name: str | None = Field(description="null where the model has no name for it")
+    probability: float = Field(description="that the medication is given at the current visit")
+
+
+class Medication(Scored):
     """A recommended medication."""
 
-    system: str
-    code: str
-    probability: float = Field(description="that the medication is given at the current visit")
+    explanation: Explanation | None = Field(default=None, description="null unless asked for")
+
+
+class NearMiss(Scored):
+    """A medication just below the threshold."""
 
 
 class Interaction(BaseModel):
@@ -183,6 +280,16 @@ class InteractionWithTaken(BaseModel):
 
     recommended: str = Field(examples=["atc:B01A"])
     taken: str = Field(examples=["atc:N02B"])
+
+
+class LeftOut(Scored):
+    """A medication that reaches the threshold and yet is not recommended."""
+
+    reason: Literal["allergy", "max_ddi_rate", "top_k"]
+    pairs: list[Interaction] = Field(
+        description="where the reason is max_ddi_rate: its interactions with what is recommended"
+    )
+    allergy: str | None = Field(description="the ATC prefix of the allergies that it falls under")
 
 
 class UnknownCode(BaseModel):
@@ -209,6 +316,24 @@ class Recommendation(BaseModel):
         description="with the medications of the current visit or, where it gives none, of the "
         "visit before; those recommended again are under `interactions`"
     )
+    ddi_rate: float = Field(
+        description="interacting pairs / pairs of the recommended medications; 0 where there are "
+        "fewer than two"
+    )
+    left_out: list[LeftOut] = Field(
+        description="probable enough, but left out because of an allergy or an option; the most "
+        "probable first"
+    )
+    optimal: bool | None = Field(
+        description="whether no other choice under max_ddi_rate is better; false: the search was "
+        "cut short, and the choice keeps to the rate but may not be the best; null without "
+        "max_ddi_rate"
+    )
+    near_misses: list[NearMiss] = Field(
+        description=f"at most {MAX_NEAR_MISSES} below the threshold, the most probable first; "
+        "none that falls under an allergy"
+    )
+    explained_codes: Explained | None = Field(default=None, description="null unless asked for")
     unknown_codes: list[UnknownCode] = Field(
         description="ignored; interactions of an unknown medication cannot be known either"
     )
@@ -220,6 +345,21 @@ class RecommendResponse(BaseModel):
     request_id: str
     model: ModelName
     recommendations: list[Recommendation]
+
+
+class KnownCode(BaseModel):
+    """A code of the model's vocabulary."""
+
+    kind: Kind
+    system: str = Field(examples=["icd9"])
+    code: str = Field(examples=["4280"])
+    name: str | None = Field(description="null where the model has no name for it")
+
+
+class CodesFound(BaseModel):
+    """What a search of the vocabulary found."""
+
+    codes: list[KnownCode]
 
 
 class ModelCard(BaseModel):

@@ -89,13 +89,21 @@ def create_api(service: Service) -> FastAPI:
         recommender = service.recommender
         patients = recommender.encode(body)
         try:
-            scores = await service.probabilities(recommender, patients)
+            explainer = recommender.explainer
+            plans = [explainer.plan(p) for p in patients] if body.options.explain else []
+            everyone = [*patients, *(one for plan in plans for one in plan.reduced)]
+            scores = await service.probabilities(recommender, everyone)
+            explanations = (
+                explainer.explanations(plans, scores) if plans else [None] * len(patients)
+            )
             return RecommendResponse(
                 request_id=_id_of(request),
                 model=recommender.name,
                 recommendations=[
-                    recommender.answer(patient, row, body.options)
-                    for patient, row in zip(patients, scores, strict=True)
+                    recommender.answer(patient, row, body.options, explanation)
+                    for patient, row, explanation in zip(
+                        patients, scores[: len(patients)], explanations, strict=True
+                    )
                 ],
             )
         except Exception as err:  # noqa: BLE001 - the server would log the message with its codes

@@ -20,6 +20,7 @@ from cafemed.card import INTENDED_USE
 from serve.answering import Answerer, Explains
 from serve.batching import Shape, batch_of, kinds_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
+from serve.explanation import Explainer
 from serve.schema import (
     ModelCard,
     ModelName,
@@ -36,6 +37,7 @@ class Recommender:
         bundle: as given.
         name: of the model, with its version.
         names: of codes ("icd9:4280", "atc:C03C"), where the user gave any.
+        explainer: tells what a probability comes from.
     """
 
     def __init__(self, bundle: Bundle, version: int) -> None:
@@ -56,6 +58,7 @@ class Recommender:
         self._answerer = Answerer(
             self._medications, bundle.ddi, self.names, bundle.preprocessing.threshold
         )
+        self.explainer = Explainer(bundle, self.names)
 
     @classmethod
     def load(cls, folder: Path, version: int) -> "Recommender":

@@ -9,7 +9,7 @@ identifies a person, and unknown fields are refused, so that an identifier canno
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cafemed.codes import LABORATORY_SYSTEM, normalise
 
@@ -18,6 +18,8 @@ MAX_VISITS = 256
 MAX_CODES = 128
 #: Visits of all patients of one request: bounds the work of a request, whatever its shape.
 MAX_VISITS_OF_REQUEST = 4096
+#: Patients of a request that asks for explanations, each of which takes the model once a code.
+MAX_EXPLAINED_PATIENTS = 8
 MAX_SYSTEM_LENGTH = 32
 MAX_CODE_LENGTH = 64
 MAX_AGE = 130.0
@@ -208,6 +210,17 @@ class RecommendRequest(_Asked):
                 f"{visits} visits together, at most {MAX_VISITS_OF_REQUEST} in one request"
             )
         return patients
+
+    @field_validator("options")
+    @classmethod
+    def _explains_few(cls, options: Options, info: ValidationInfo) -> Options:
+        number = len(info.data.get("patients", ()))
+        if options.explain and number > MAX_EXPLAINED_PATIENTS:
+            raise ValueError(
+                f"explain is for at most {MAX_EXPLAINED_PATIENTS} patients in one request, not "
+                f"{number}"
+            )
+        return options
 
 
 class GraphPath(BaseModel):

@@ -6,15 +6,15 @@ choice that keeps to the options (serve/selection.py).
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve import selection
-from serve.encoding import EncodedPatient
-from serve.schema import (
+from serve.answers import (
     MAX_NEAR_MISSES,
     Explained,
     Explanation,
@@ -23,9 +23,10 @@ from serve.schema import (
     LeftOut,
     Medication,
     NearMiss,
-    Options,
     Recommendation,
 )
+from serve.encoding import EncodedPatient
+from serve.schema import Options
 
 #: Probabilities this close to 0 or 1 are taken for it: single precision's step below 1.
 _STEP = 2.0**-24
@@ -76,12 +77,10 @@ class Answerer:
             threshold: see Preprocessing.
         """
         self._codes = tuple(medications)
-        self._ddi = ddi
+        self._parts = [(*name.split(":", 1), names.get(name)) for name in medications]
+        self._partners = [frozenset(np.flatnonzero(row).tolist()) for row in ddi]
         self._threshold = threshold
-        self._parts: list[dict[str, Any]] = []
-        for name in medications:
-            system, _, code = name.partition(":")
-            self._parts.append({"system": system, "code": code, "name": names.get(name)})
+        self._base = _log_odds(threshold)
 
     def answer(
         self,
@@ -91,46 +90,40 @@ class Answerer:
         explanation: Explains | None = None,
     ) -> Recommendation:
         """The recommendation for a patient with these probabilities, float32 (N_m,)."""
-        order = np.argsort(-probabilities, kind="stable").tolist()
-        number = int((probabilities >= self._threshold).sum())
+        order: list[int] = np.argsort(-probabilities, kind="stable").tolist()
+        number = int(np.count_nonzero(probabilities >= self._threshold))
         values: list[float] = probabilities.tolist()
         refused = self._refused(patient.allergies)
         outcome = self._outcome(order[:number], values, refused, options)
-        chosen = outcome.chosen
-        taken = [m for m in patient.taken if m not in set(chosen)]
-        codes = self._codes
+        chosen, codes = outcome.chosen, self._codes
+        taken = set(patient.taken).difference(chosen)
         pairs = self._pairs(chosen)
-        explain: Callable[[int], Explanation | None]
-        explain = (lambda _: None) if explanation is None else explanation.of
         near = (m for m in order[number:] if m not in refused)
-        # Nothing here needs checking again, so nothing is: model_construct.
-        return Recommendation.model_construct(
+        return Recommendation(
             medications=[
-                Medication.model_construct(**self._scored(m, values), explanation=explain(m))
+                Medication(
+                    *self._parts[m], values[m], None if explanation is None else explanation.of(m)
+                )
                 for m in chosen
             ],
-            interactions=[
-                Interaction.model_construct(first=codes[a], second=codes[b]) for a, b in pairs
-            ],
+            interactions=pairs,
             interactions_with_taken=[
-                InteractionWithTaken.model_construct(recommended=codes[a], taken=codes[b])
-                for a in chosen
-                for b in taken
-                if self._ddi[a, b]
+                InteractionWithTaken(codes[m], codes[other])
+                for m in chosen
+                if not self._partners[m].isdisjoint(taken)
+                for other in dict.fromkeys(patient.taken)
+                if other in taken and other in self._partners[m]
             ],
             ddi_rate=selection.rate(len(pairs), len(chosen)),
             left_out=outcome.left_out,
             optimal=outcome.optimal,
             near_misses=[
-                NearMiss.model_construct(**self._scored(m, values))
+                NearMiss(*self._parts[m], values[m])
                 for m in itertools.islice(near, MAX_NEAR_MISSES)
             ],
-            explained_codes=None if explanation is None else explanation.explained,
             unknown_codes=list(patient.unknown),
+            explained_codes=None if explanation is None else explanation.explained,
         )
-
-    def _scored(self, medication: int, values: Sequence[float]) -> dict[str, Any]:
-        return {**self._parts[medication], "probability": values[medication]}
 
     def _refused(self, allergies: Iterable[str]) -> dict[int, str]:
         """Medications that fall under an allergy → the first such prefix.
@@ -139,8 +132,8 @@ class Answerer:
         """
         refused: dict[int, str] = {}
         for prefix in allergies:
-            for m, part in enumerate(self._parts):
-                if part["code"].startswith(prefix) or prefix.startswith(part["code"]):
+            for m, (_, code, _) in enumerate(self._parts):
+                if code.startswith(prefix) or prefix.startswith(code):
                     refused.setdefault(m, prefix)
         return refused
 
@@ -153,55 +146,59 @@ class Answerer:
     ) -> _Outcome:
         candidates = [m for m in probable if m not in refused]
         most = len(candidates) if options.top_k is None else options.top_k
-        optimal: bool | None = None
         if options.max_ddi_rate is None:
-            chosen = candidates[:most]
+            chosen, optimal = candidates[:most], None
         else:
-            kept, optimal = selection.choose(
-                [self._weight(values[m]) for m in candidates],
-                self._conflicts(candidates),
-                options.max_ddi_rate,
-                most,
-            )
+            weights = [max(0.0, _log_odds(values[m]) - self._base) for m in candidates]
+            conflicts = self._conflicts(candidates)
+            kept, optimal = selection.choose(weights, conflicts, options.max_ddi_rate, most)
             chosen = [candidates[i] for i in kept]
-        left_out = []
-        for m in (m for m in probable if m not in set(chosen)):
-            part = {**self._scored(m, values), "pairs": [], "allergy": refused.get(m)}
-            part["reason"] = "top_k"
-            if m in refused:
-                part["reason"] = "allergy"
-            elif options.max_ddi_rate is not None:
-                pairs = [(a, m) for a in chosen if self._ddi[a, m]]
-                total = len(pairs) + len(self._pairs(chosen))
-                if selection.rate(total, len(chosen) + 1) > options.max_ddi_rate:
-                    part["reason"] = "max_ddi_rate"
-                    part["pairs"] = [
-                        Interaction.model_construct(first=self._codes[a], second=self._codes[b])
-                        for a, b in pairs
-                    ]
-            left_out.append(LeftOut.model_construct(**part))
+        if len(chosen) == len(probable):
+            return _Outcome(chosen, [], optimal)
+        left_out = [
+            self._left_out(m, values[m], refused.get(m), chosen, options)
+            for m in probable
+            if m not in set(chosen)
+        ]
         return _Outcome(chosen, left_out, optimal)
 
-    def _weight(self, probability: float) -> float:
-        """Log-odds above the threshold's, at least 0."""
-        return max(0.0, _log_odds(probability) - _log_odds(self._threshold))
+    def _left_out(
+        self,
+        medication: int,
+        probability: float,
+        allergy: str | None,
+        chosen: Sequence[int],
+        options: Options,
+    ) -> LeftOut:
+        reason: Literal["allergy", "max_ddi_rate", "top_k"] = "top_k"
+        pairs: list[Interaction] = []
+        if allergy is not None:
+            reason = "allergy"
+        elif options.max_ddi_rate is not None:
+            both = self._pairs([*chosen, medication])
+            if selection.rate(len(both), len(chosen) + 1) > options.max_ddi_rate:
+                reason = "max_ddi_rate"
+                code = self._codes[medication]
+                pairs = [pair for pair in both if pair.second == code]
+        parts = self._parts[medication]
+        return LeftOut(*parts, probability, reason=reason, pairs=pairs, allergy=allergy)
 
     def _conflicts(self, medications: Sequence[int]) -> list[int]:
         """For each the set of others that it interacts with, as bits."""
-        inside = self._ddi[np.ix_(medications, medications)]
-        packed = np.packbits(inside, axis=1, bitorder="little")
-        return [int.from_bytes(row.tobytes(), "little") for row in packed]
+        bit = {m: 1 << i for i, m in enumerate(medications)}
+        return [sum(bit[o] for o in self._partners[m] if o in bit) for m in medications]
 
-    def _pairs(self, medications: Sequence[int]) -> list[tuple[int, int]]:
+    def _pairs(self, medications: Sequence[int]) -> list[Interaction]:
         """Interacting pairs among these medications, in their order."""
-        inside = self._ddi[np.ix_(medications, medications)]
+        codes = self._codes
         return [
-            (medications[a], medications[b])
-            for a, b in zip(*(i.tolist() for i in np.nonzero(inside)), strict=True)
-            if a < b
+            Interaction(codes[m], codes[other])
+            for i, m in enumerate(medications)
+            for other in medications[i + 1 :]
+            if other in self._partners[m]
         ]
 
 
 def _log_odds(probability: float) -> float:
     inside = min(max(probability, _STEP), 1.0 - _STEP)
-    return float(np.log(inside) - np.log1p(-inside))
+    return math.log(inside) - math.log1p(-inside)

@@ -20,18 +20,15 @@ from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
 from cafemed.card import INTENDED_USE
+from serve.answers import Health, ModelCard, Ready, RecommendResponse
 from serve.encoding import EncodedPatient, UnknownSystemError
 from serve.recommender import Recommender
 from serve.schema import (
     MAX_BODY_BYTES,
     MAX_MESSAGES,
     FieldProblem,
-    Health,
-    ModelCard,
     Problem,
-    Ready,
     RecommendRequest,
-    RecommendResponse,
     field_path,
 )
 

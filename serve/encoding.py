@@ -8,7 +8,8 @@ from typing import TypeVar
 from cafemed.bundle import Preprocessing
 from cafemed.codes import KINDS, LABORATORY
 from cafemed.cohort import SEXES
-from serve.schema import Code, Kind, Patient, RecommendRequest, UnknownCode, Visit, field_path
+from serve.answers import Kind, UnknownCode
+from serve.schema import Code, Patient, RecommendRequest, Visit, field_path
 
 #: Systems that may be asked for although a model was not trained on them; their codes are
 #: then unknown. Any other system must be one of the model's.

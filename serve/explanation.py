@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from cafemed.bundle import Bundle
 from cafemed.codes import KINDS, LABORATORY, node_name
+from serve.answers import Explained, Explanation, GraphPath, Influence, Kind
 from serve.batching import kinds_of, shape_of
 from serve.encoding import EncodedPatient
 from serve.links import Links
-from serve.schema import Explained, Explanation, GraphPath, Influence, Kind
 
 #: Codes of one patient that are left out one at a time, those of the latest visits first.
 MAX_EXPLAINED_CODES = 256

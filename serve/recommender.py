@@ -18,16 +18,11 @@ from cafemed.batches import input_adjacencies
 from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE
 from serve.answering import Answerer, Explains
+from serve.answers import ModelCard, ModelName, Recommendation
 from serve.batching import Shape, batch_of, kinds_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.explanation import Explainer
-from serve.schema import (
-    ModelCard,
-    ModelName,
-    Options,
-    Recommendation,
-    RecommendRequest,
-)
+from serve.schema import Options, RecommendRequest
 
 
 class Recommender:

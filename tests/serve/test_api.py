@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from cafemed.bundle import Bundle
 from serve import schema
+from serve.answers import RecommendResponse
 from serve.api import create_api
 from serve.encoding import EncodedPatient
 from serve.example import example_request
 from serve.recommender import Recommender
-from serve.schema import RecommendRequest, RecommendResponse
+from serve.schema import RecommendRequest
 
 MARKER = "MARKER4711"
 

@@ -16,9 +16,10 @@ from cafemed import bundle as bundles
 from cafemed import registry
 from cafemed.bundle import Bundle
 from serve import app, launch
+from serve.answers import RecommendResponse
 from serve.example import example_request
 from serve.recommender import Recommender
-from serve.schema import RecommendRequest, RecommendResponse
+from serve.schema import RecommendRequest
 from serve.settings import DeployConfig, HttpConfig, ServeConfig
 
 MARKER = "MARKER4711"

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from cafemed import paths, registry
-from serve.schema import RecommendRequest, RecommendResponse
+from serve.answers import RecommendResponse
+from serve.schema import RecommendRequest
 
 JOB = paths.PROJECT_DIR / "jobs" / "deploy.py"
 

@@ -17,43 +17,80 @@ Kind = Literal["diagnosis", "procedure", "medication", "laboratory"]
 _Name = Annotated[str | None, Field(description="null where the model has no name for it")]
 
 
-class GraphPath(BaseModel):
+@dataclasses.dataclass(slots=True)
+class GraphPath:
     """How the causal graph leads from a code to a medication."""
 
-    nodes: list[str] = Field(examples=[["diagnosis/icd9:4280", "medication/atc:C03C"]])
-    directed: bool = Field(description="false: some edges have no direction that the data tell")
-    stability: float | None = Field(
-        description="the least of its edges' stability; null where no bootstraps were run"
-    )
+    nodes: Annotated[
+        list[str],
+        Field(
+            description="of a shortest path; it may lead over codes that the patient does not have",
+            examples=[["diagnosis/icd9:4280", "medication/atc:C03C"]],
+        ),
+    ]
+    directed: Annotated[
+        bool, Field(description="false: some edges have no direction that the data tell")
+    ]
+    stability: Annotated[
+        float | None,
+        Field(description="the least of its edges' stability; null where no bootstraps were run"),
+    ]
 
 
-class Influence(BaseModel):
+@dataclasses.dataclass(slots=True)
+class Influence:
     """What one code of the patient did to one medication."""
 
-    visit: int = Field(description="position in the patient's visits, from 0")
+    visit: Annotated[int, Field(description="position in the patient's visits, from 0")]
     kind: Kind
-    code: str = Field(examples=["icd9:4280"])
-    name: str | None = Field(description="null where the model has no name for it")
-    effect: float | None = Field(description="causal effect on the medication, of the causal graph")
-    standard_error: float | None = Field(description="of the effect")
-    score_without: float = Field(description="the medication's probability without this code")
-    change: float = Field(description="probability with the code minus probability without it")
-    path: GraphPath | None = Field(description="what links the two in the causal graph")
+    code: Annotated[str, Field(examples=["icd9:4280"])]
+    name: _Name
+    effect: Annotated[
+        float | None,
+        Field(
+            description="how much more likely the medication is in a visit with the code, by the "
+            "effect table of the causal graph; null for codes that are not known at the current "
+            "visit, for earlier medications, and where visits were too few"
+        ),
+    ]
+    standard_error: Annotated[
+        float | None, Field(description="of the effect, from the visits it was estimated on")
+    ]
+    score_without: Annotated[
+        float, Field(description="the medication's probability without this code at that visit")
+    ]
+    change: Annotated[
+        float, Field(description="the model's probability with the code minus that without it")
+    ]
+    path: Annotated[
+        GraphPath | None,
+        Field(description="what links the two in the causal graph; null where nothing does"),
+    ]
 
 
-class Explanation(BaseModel):
-    """What raised and lowered the probability of a medication."""
+@dataclasses.dataclass(slots=True)
+class Explanation:
+    """What raised and lowered the probability of a medication, the largest change first."""
 
     raised: list[Influence]
     lowered: list[Influence]
 
 
-class Explained(BaseModel):
+@dataclasses.dataclass(slots=True)
+class Explained:
     """How much of a patient an explanation covers."""
 
-    explained: int = Field(description="codes that were left out one at a time")
-    given: int = Field(description="codes that the model was given")
-    effect_estimator: str = Field(description="how the causal effects were estimated")
+    explained: Annotated[
+        int,
+        Field(
+            description="codes and laboratory items that were left out one at a time, those of "
+            "the latest visits first"
+        ),
+    ]
+    given: Annotated[int, Field(description="codes and items that the model was given")]
+    effect_estimator: Annotated[
+        str, Field(description="how effects were estimated", examples=["doubly_robust"])
+    ]
 
 
 @dataclasses.dataclass(slots=True)

@@ -113,7 +113,7 @@ class Explainer:
 
     def covered(self, plan: Plan) -> Explained:
         """Says how much of a patient is explained."""
-        return Explained.model_construct(
+        return Explained(
             explained=len(plan.codes),
             given=plan.given,
             effect_estimator=self._bundle.effects.estimator,
@@ -157,7 +157,7 @@ class Explainer:
             )
             effect, error = self._effect(node, medication)
             path = self._path(node, medication)
-        return Influence.model_construct(
+        return Influence(
             visit=given.visit,
             kind=given.kind,
             code=code,
@@ -184,7 +184,7 @@ class Explainer:
         link = self._links.between(node, end)
         if link is None:
             return None
-        return GraphPath.model_construct(
+        return GraphPath(
             nodes=list(link.nodes), directed=link.directed, stability=_known(link.stability)
         )
 
@@ -230,7 +230,7 @@ class PatientExplanation:
                 for given, other in among[:MAX_INFLUENCES]
             ]
 
-        return Explanation.model_construct(
+        return Explanation(
             raised=told([one for one in changed if one[1] < score]),
             lowered=told([one for one in changed if one[1] > score]),
         )

@@ -6,9 +6,7 @@ place in the program, never with its message, because that may quote a request.
 
 import functools
 import logging
-import re
 import traceback
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -20,8 +18,11 @@ from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
 from cafemed.card import INTENDED_USE
+from serve import observing
+from serve.admission import Admission, Admitted
 from serve.answers import Health, ModelCard, Ready, RecommendResponse
 from serve.encoding import EncodedPatient, UnknownSystemError
+from serve.observing import Observed, Observer
 from serve.recommender import Recommender
 from serve.schema import (
     MAX_BODY_BYTES,
@@ -52,7 +53,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: {"model": Problem},
     HTTPStatus.UNPROCESSABLE_ENTITY.value: {"model": Problem},
     HTTPStatus.INTERNAL_SERVER_ERROR.value: {"model": Problem},
-    HTTPStatus.SERVICE_UNAVAILABLE.value: {"description": "Too many requests wait; retry later"},
+    HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Problem},
 }
 
 
@@ -69,10 +70,24 @@ class Service(Protocol):
         """Runs the model, batched with other requests; one row (N_m,) a patient."""
 
 
-def create_api(service: Service) -> FastAPI:
-    """Gives the ASGI application of a service."""
+def create_api(
+    service: Service, *, admission: Admission | None = None, observer: Observer | None = None
+) -> FastAPI:
+    """Gives the ASGI application of a service.
+
+    Args:
+        service: what answers.
+        admission: refuses requests over a limit; None: there is none.
+        observer: is told of every request.
+    """
     api = FastAPI(title="CafeMed", version="1", description=INTENDED_USE)
+    # What is added later is further out.
+    if admission is not None:
+        refuse = functools.partial(_refuse_busy, observer)
+        api.add_middleware(Admitted, admission=admission, refuse=refuse)
     api.add_middleware(_BodyLimit, max_bytes=MAX_BODY_BYTES)
+    if observer is not None:
+        api.add_middleware(Observed, observer=observer)
     api.add_exception_handler(RequestValidationError, _refuse_invalid)
     api.add_exception_handler(UnknownSystemError, _refuse_system)
     for status in _REFUSED_BY_FRAMEWORK:
@@ -93,15 +108,15 @@ def create_api(service: Service) -> FastAPI:
             explanations = (
                 explainer.explanations(plans, scores) if plans else [None] * len(patients)
             )
+            rows = scores[: len(patients)]
+            answers = [
+                recommender.answer(patient, row, body.options, explanation)
+                for patient, row, explanation in zip(patients, rows, explanations, strict=True)
+            ]
+            if observer is not None:
+                observer.recommended(body, recommender, patients, rows, answers)
             return RecommendResponse(
-                request_id=_id_of(request),
-                model=recommender.name,
-                recommendations=[
-                    recommender.answer(patient, row, body.options, explanation)
-                    for patient, row, explanation in zip(
-                        patients, scores[: len(patients)], explanations, strict=True
-                    )
-                ],
+                request_id=_id_of(request), model=recommender.name, recommendations=answers
             )
         except Exception as err:  # noqa: BLE001 - the server would log the message with its codes
             return _failed(request, err)
@@ -160,6 +175,15 @@ class _BodyLimit:
         await self._app(scope, replay, send)
 
 
+def _refuse_busy(observer: Observer | None, scope: _Message, retry_after_s: int) -> JSONResponse:
+    if observer is not None:
+        observer.refused()
+    message = f"too many requests are in progress; retry in {retry_after_s} s"
+    answer = _problem(Request(scope), HTTPStatus.SERVICE_UNAVAILABLE, message)
+    answer.headers["Retry-After"] = str(retry_after_s)
+    return answer
+
+
 async def _refuse_invalid(request: Request, err: Exception) -> JSONResponse:
     assert isinstance(err, RequestValidationError)
     problems = [
@@ -211,6 +235,5 @@ def _problem(
 
 
 def _id_of(request: Request) -> str:
-    """The request's own id, which Ray Serve's proxy gives it and logs; a new one without that."""
-    given = request.headers.get("x-request-id", "")
-    return given if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", given) else str(uuid.uuid4())
+    record = observing.current()
+    return record.request_id if record else observing.request_id(request.scope["headers"])

@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections import defaultdict
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,32 @@ from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.handle import DeploymentHandle
 
 from cafemed import paths, registry
 from cafemed.config import from_mapping
+from serve import observing, shadow
+from serve.admission import Admission
 from serve.api import create_api
 from serve.encoding import EncodedPatient
 from serve.following import FollowingModel
+from serve.metrics import Meters
+from serve.observing import Observer
 from serve.recommender import Recommender
+from serve.runs import Runs
+from serve.schema import RecommendRequest
 from serve.settings import ApplicationArgs, ServeConfig
+from serve.shadow import Answered, Sampling, ShadowModel
 
 APPLICATION = "cafemed"
+
+#: Ray's logger in a replica, which writes to the replica's own file.
+_LOGGER = "ray.serve"
+#: How often states are put into the metrics.
+_REPORT_S = 2.0
+#: Ray's own refusals come after ours, when even refusing has a queue.
+_RAY_RETRY_S = 5.0
+_LOGGING = {"encoding": "JSON", "enable_access_log": False}  # our own line a request says more
 
 _Row = NDArray[np.float32]
 
@@ -37,23 +53,50 @@ class Endpoint:
 
     # A coroutine, which Ray Serve awaits: it runs in the replica's event loop.
     async def __init__(  # type: ignore[misc]
-        self, registry_dir: str, config: ServeConfig
+        self, registry_dir: str, config: ServeConfig, compared: DeploymentHandle[Any] | None = None
     ) -> None:
         torch.set_num_threads(config.num_threads)
-        self._batched.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
-        self._batched.set_batch_wait_timeout_s(config.batch_wait_s)  # type: ignore[attr-defined]
-        self._model = FollowingModel(Path(registry_dir), config.alias)
+        logger = _log_with_ray()
+        meters = Meters()
+        sampling: Sampling | None = None
+        if compared is not None:
+            ask = compared.compare.remote
+            sampling = Sampling(ask, meters, config.shadow_share, config.shadow_queue)
+        self._observer = Observer(
+            meters, logger if config.log_requests else None, config.drift_patients, sampling
+        )
+        self._admission = Admission(config.max_admitted_requests)
+        self._runs = Runs(config.max_batch_size, config.batch_wait_s, self._observer.ran)
+        device = "cuda" if config.num_gpus else "cpu"
+        self._model = FollowingModel(Path(registry_dir), config.alias, device)
+        self._tell_model()
         # Kept, because the event loop holds tasks weakly.
-        self._following = asyncio.create_task(self._follow(config.refresh_s))
+        self._tasks = [
+            asyncio.create_task(self._follow(config.refresh_s)),
+            asyncio.create_task(self._report()),
+        ]
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self)
+        return create_api(self, admission=self._admission, observer=self._observer)
 
     async def _follow(self, refresh_s: float) -> None:
         while True:
             await asyncio.sleep(refresh_s)
+            refused = self._model.refused
             # In a thread: the old version answers until the new one is ready.
-            await asyncio.to_thread(self._model.refresh)
+            if await asyncio.to_thread(self._model.refresh):
+                self._tell_model()
+            elif self._model.refused not in (None, refused):
+                self._observer.refused_version()
+
+    def _tell_model(self) -> None:
+        recommender = self._model.recommender
+        self._observer.serves(recommender.name.version, recommender.bundle.reference.scores)
+
+    async def _report(self) -> None:
+        while True:
+            self._observer.report(self._admission.in_progress, self._runs.waiting)
+            await asyncio.sleep(_REPORT_S)
 
     @property
     def recommender(self) -> Recommender:
@@ -64,12 +107,43 @@ class Endpoint:
         self, recommender: Recommender, patients: Sequence[EncodedPatient]
     ) -> list[_Row]:
         """See serve.api.Service."""
-        return list(await asyncio.gather(*(self._batched((recommender, p)) for p in patients)))
+        rows, run = await self._runs.probabilities(recommender, patients)
+        record = observing.current()
+        if record is not None and not record.run:
+            record.run = run
+        return rows
 
-    @serve.batch
-    async def _batched(self, asked: list[tuple[Recommender, EncodedPatient]]) -> list[_Row]:
-        # In a thread: while the model runs, the event loop takes and checks other requests.
-        return await asyncio.to_thread(_probabilities, asked)
+
+@serve.deployment(name="Shadow")
+class Shadow:
+    """The process of the version that is only compared."""
+
+    async def __init__(self, registry_dir: str, config: ServeConfig) -> None:  # type: ignore[misc]
+        torch.set_num_threads(config.num_threads)
+        _log_with_ray()
+        self._meters = Meters(
+            "cafemed_shadow_jaccard", "cafemed_shadow_difference", "cafemed_shadow_version"
+        )
+        assert config.shadow is not None
+        self._model = ShadowModel(Path(registry_dir), config.shadow)
+        self._following = asyncio.create_task(self._follow(config.refresh_s))
+
+    async def _follow(self, refresh_s: float) -> None:
+        while True:
+            self._meters.set("cafemed_shadow_version", self._model.version or 0)
+            await asyncio.sleep(refresh_s)
+            await asyncio.to_thread(self._model.refresh)
+
+    async def compare(self, request: RecommendRequest, answered: Answered) -> str:
+        """Compares a request; gives the result for `cafemed_shadow_requests`."""
+        try:
+            found = await asyncio.to_thread(self._model.compare, request, answered)
+        except Exception:  # noqa: BLE001 - Ray would log the message, which may quote the request
+            return "failed"
+        if found is None:
+            return "no_other_version"
+        shadow.report(self._meters, found)
+        return "compared"
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -94,24 +168,35 @@ def application(registry_dir: Path, config: ServeConfig) -> Application:
     endpoint: Deployment = Endpoint.options(  # type: ignore[attr-defined]
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
+        backpressure_config={"retry_after_s": _RAY_RETRY_S},
         graceful_shutdown_timeout_s=config.drain_s,
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+            "downscale_to_zero_delay_s": config.downscale_to_zero_delay_s,
         },
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        logging_config=_LOGGING,
     )
-    return endpoint.bind(str(registry_dir), config)
+    if config.shadow is None:
+        return endpoint.bind(str(registry_dir), config)
+    compared: Deployment = Shadow.options(  # type: ignore[attr-defined]
+        num_replicas=1,
+        max_ongoing_requests=config.shadow_queue,
+        ray_actor_options={"num_cpus": config.shadow_num_cpus},
+        logging_config=_LOGGING,
+    )
+    return endpoint.bind(str(registry_dir), config, compared.bind(str(registry_dir), config))
 
 
-def _probabilities(asked: list[tuple[Recommender, EncodedPatient]]) -> list[_Row]:
-    """Rows in the order asked; around a change of version two recommenders may share a batch."""
-    members: dict[int, list[int]] = defaultdict(list)
-    for i, (recommender, _) in enumerate(asked):
-        members[id(recommender)].append(i)
-    rows: dict[int, _Row] = {}
-    for group in members.values():
-        scores = asked[group[0]][0].probabilities([asked[i][1] for i in group])
-        rows.update(zip(group, scores, strict=True))
-    return [rows[i] for i in range(len(asked))]
+def _log_with_ray() -> logging.Logger:
+    """Sends this package's log lines to the replica's file; gives its logger."""
+    logger = logging.getLogger(_LOGGER)
+    own = logging.getLogger("serve")
+    own.handlers = list(logger.handlers)
+    own.setLevel(logging.INFO)
+    own.propagate = False
+    return logger

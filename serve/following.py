@@ -14,15 +14,17 @@ class FollowingModel:
     """The recommender of an alias's version.
 
     Attributes:
+        refused: the version that the alias stands for, if that does not work.
         recommender: of the last version that loaded and passed its self-check.
     """
 
-    def __init__(self, registry_dir: Path, alias: int | str) -> None:
+    def __init__(self, registry_dir: Path, alias: int | str, device: str = "cpu") -> None:
         """Loads the version that the alias stands for now.
 
         Args:
             registry_dir: a registry folder.
             alias: "production", "candidate" or a version, which never moves.
+            device: that the model runs on.
 
         Raises:
             ArtifactError: if nothing is promoted, or the bundle does not work.
@@ -30,7 +32,8 @@ class FollowingModel:
         """
         self._registry_dir = registry_dir
         self._alias = alias
-        self._refused: int | None = None
+        self._device = device
+        self.refused: int | None = None
         self._reported = ""
         self.recommender = self._load(registry.resolve_version(registry_dir, alias))
 
@@ -45,18 +48,23 @@ class FollowingModel:
         """
         try:
             version = registry.resolve_version(self._registry_dir, self._alias)
-            if version in (self.recommender.name.version, self._refused):
+            if version in (self.recommender.name.version, self.refused):
                 return False
-            self._refused = version  # until it has shown that it works
+            self.refused = version  # until it has shown that it works
             self.recommender = self._load(version)
-        except (UserError, OSError) as err:
-            if str(err) != self._reported:
-                logger.error("staying with version %d: %s", self.recommender.name.version, err)
-                self._reported = str(err)
+        except Exception as err:  # noqa: BLE001 - whatever a bundle holds, the old one goes on
+            if isinstance(err, OSError):
+                self.refused = None  # storage out of reach; it may come back
+            said = str(err) if isinstance(err, (UserError, OSError)) else type(err).__name__
+            if said != self._reported:
+                logger.error("staying with version %d: %s", self.recommender.name.version, said)
+                self._reported = said
             return False
-        self._refused = None
+        self.refused = None
         logger.warning("serving version %d now", version)
         return True
 
     def _load(self, version: int) -> Recommender:
-        return Recommender.load(registry.resolve(self._registry_dir, version), version)
+        return Recommender.load(
+            registry.resolve(self._registry_dir, version), version, self._device
+        )

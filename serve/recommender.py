@@ -35,8 +35,8 @@ class Recommender:
         explainer: tells what a probability comes from.
     """
 
-    def __init__(self, bundle: Bundle, version: int) -> None:
-        """Builds the model and runs its self-check.
+    def __init__(self, bundle: Bundle, version: int, device: str = "cpu") -> None:
+        """Builds the model, moves it to a device ("cpu", "cuda") and runs its self-check there.
 
         Raises:
             ArtifactError: if the weights do not fit or the self-check fails.
@@ -46,6 +46,10 @@ class Recommender:
         self.bundle = bundle
         self._encoder = Encoder(bundle.vocabularies, bundle.preprocessing)
         self._model = bundles.restore_model(bundle, models.build)
+        self._device = torch.device(device)
+        if self._device.type != "cpu":
+            self._model.to(self._device)
+            bundles.self_check(bundle, self._model)
         self._adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
         self._kinds = kinds_of(bundle.vocabularies)
         self._medications = bundle.vocabularies["medication"]
@@ -56,14 +60,14 @@ class Recommender:
         self.explainer = Explainer(bundle, self.names)
 
     @classmethod
-    def load(cls, folder: Path, version: int) -> "Recommender":
+    def load(cls, folder: Path, version: int, device: str = "cpu") -> "Recommender":
         """Loads a bundle folder.
 
         Raises:
             ArtifactError: if it is not a whole, unedited bundle, or as the constructor.
             ConfigError: as the constructor.
         """
-        return cls(bundles.load(folder), version)
+        return cls(bundles.load(folder), version, device)
 
     @property
     def card(self) -> ModelCard:
@@ -104,11 +108,11 @@ class Recommender:
         result = np.empty((len(patients), len(self._medications)), np.float32)
         by_shape: dict[Shape, list[int]] = defaultdict(list)
         for i, patient in enumerate(patients):
-            by_shape[shape_of(patient, self._kinds)].append(i)
+            by_shape[self.shape(patient)].append(i)
         for shape, members in by_shape.items():
             for start in range(0, len(members), shape.patients):
                 run = members[start : start + shape.patients]
-                result[run] = self._run([patients[i] for i in run], shape)
+                result[run] = self.run([patients[i] for i in run], shape)
         return result
 
     def recommend(self, request: RecommendRequest) -> list[Recommendation]:
@@ -134,8 +138,17 @@ class Recommender:
         """The recommendation for a patient with these probabilities, float32 (N_m,)."""
         return self._answerer.answer(patient, probabilities, options or Options(), explanation)
 
-    def _run(self, patients: Sequence[EncodedPatient], shape: Shape) -> NDArray[np.float32]:
-        """One run of the model at a fixed shape, float32 (len(patients), N_m)."""
+    def shape(self, patient: EncodedPatient) -> Shape:
+        """The shape that a patient is run at."""
+        return shape_of(patient, self._kinds)
+
+    def run(self, patients: Sequence[EncodedPatient], shape: Shape) -> NDArray[np.float32]:
+        """One run of the model at a fixed shape, float32 (len(patients), N_m).
+
+        Args:
+            patients: 1 to shape.patients, all of this shape.
+            shape: see `shape`.
+        """
         last = torch.tensor([patient.num_visits - 1 for patient in patients])
         with torch.inference_mode():
             bundle = self.bundle
@@ -147,7 +160,9 @@ class Recommender:
                 bundle.preprocessing.scaling,
                 self._adjacencies,
             )
-            logits = self._model(batch)
+            if self._device.type != "cpu":
+                batch = batch.to(self._device)
+            logits = self._model(batch).cpu()
             logits = logits[torch.arange(len(patients)), last]
             logits = logits / self.bundle.preprocessing.temperature
             # Row by row: the last few elements of a tensor, which fill no vector register, are

@@ -1,7 +1,7 @@
 """How the endpoint runs: replicas, batching, queues."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cafemed.config import Range
 from cafemed.errors import ConfigError
@@ -13,33 +13,55 @@ class ServeConfig:
 
     Attributes:
         alias: which version of the registry is served: "production", "candidate" or a number.
-        min_replicas: replicas that always run.
+        shadow: a version that sees some requests too, whose answers are only compared; None: none.
+        shadow_share: of the requests that the shadow sees.
+        shadow_queue: requests that wait for the shadow at a replica; more are not compared.
+        shadow_num_cpus: CPUs that Ray sets aside for the shadow.
+        min_replicas: replicas that always run; 0: none while nobody asks.
         max_replicas: replicas under load.
         target_ongoing_requests: requests a replica is meant to work on; more adds replicas.
-        max_ongoing_requests: requests given to a replica at once; at least max_batch_size.
-        max_queued_requests: requests that wait at a proxy before it answers 503.
-        max_batch_size: patients that one call of the model takes together.
-        batch_wait_s: how long a call waits for more patients.
+        upscale_delay_s: how long there have to be more before replicas are added.
+        downscale_delay_s: how long there have to be fewer before replicas are taken away.
+        downscale_to_zero_delay_s: the same for the last replica.
+        max_admitted_requests: requests a replica works on at once before it answers 503 with
+            Retry-After.
+        max_ongoing_requests: requests Ray gives to a replica at once, refused ones included; more
+            than max_admitted_requests.
+        max_queued_requests: requests that wait behind those before Ray itself answers 503.
+        max_batch_size: patients that one run of the model takes together, at most.
+        batch_wait_s: how long a first patient waits for others while no run is being made.
         num_cpus: CPUs that Ray sets aside for a replica.
-        num_gpus: GPUs, or the share of one.
+        num_gpus: GPUs, or the share of one; the model is on a GPU unless it is 0.
         num_threads: threads of a replica's matrix products.
         refresh_s: how often a replica looks whether the alias has moved.
         drain_s: how long a stopping replica may finish what it has begun.
+        log_requests: whether each request is a line of JSON in the replica's log.
+        drift_patients: patients whose scores are held against the training's.
     """
 
     alias: int | str = "production"
-    min_replicas: Annotated[int, Range(1)] = 1
+    shadow: int | str | None = None
+    shadow_share: Annotated[float, Range(0, 1, open_low=True)] = 0.1
+    shadow_queue: Annotated[int, Range(1)] = 8
+    shadow_num_cpus: Annotated[float, Range(0)] = 0.5
+    min_replicas: Annotated[int, Range(0)] = 1
     max_replicas: Annotated[int, Range(1)] = 2
     target_ongoing_requests: Annotated[float, Range(0, open_low=True)] = 16.0
-    max_ongoing_requests: Annotated[int, Range(1)] = 64
-    max_queued_requests: Annotated[int, Range(1)] = 256
+    upscale_delay_s: Annotated[float, Range(0)] = 10.0
+    downscale_delay_s: Annotated[float, Range(0)] = 300.0
+    downscale_to_zero_delay_s: Annotated[float, Range(0)] = 600.0
+    max_admitted_requests: Annotated[int, Range(1)] = 256
+    max_ongoing_requests: Annotated[int, Range(2)] = 512
+    max_queued_requests: Annotated[int, Range(1)] = 512
     max_batch_size: Annotated[int, Range(1)] = 32
-    batch_wait_s: Annotated[float, Range(0, 1)] = 0.005
+    batch_wait_s: Annotated[float, Range(0, 1)] = 0.0
     num_cpus: Annotated[float, Range(0)] = 1.0
     num_gpus: Annotated[float, Range(0)] = 0.0
     num_threads: Annotated[int, Range(1)] = 1
     refresh_s: Annotated[float, Range(0, open_low=True)] = 5.0
     drain_s: Annotated[float, Range(0)] = 10.0
+    log_requests: bool = True
+    drift_patients: Annotated[int, Range(10)] = 1000
 
     def __post_init__(self) -> None:
         if self.max_replicas < self.min_replicas:
@@ -47,10 +69,11 @@ class ServeConfig:
                 f"max_replicas: expected at least min_replicas ({self.min_replicas}), "
                 f"got {self.max_replicas}"
             )
-        if self.max_ongoing_requests < self.max_batch_size:
+        if self.max_ongoing_requests <= self.max_admitted_requests:
             raise ConfigError(
-                f"max_ongoing_requests: expected at least max_batch_size ({self.max_batch_size}), "
-                f"got {self.max_ongoing_requests}: batches would never fill"
+                "max_ongoing_requests: expected more than max_admitted_requests "
+                f"({self.max_admitted_requests}), got {self.max_ongoing_requests}: requests would "
+                "wait at Ray, and its refusals do not know for how long"
             )
 
 
@@ -77,10 +100,15 @@ class HttpConfig:
     Attributes:
         host: the loopback by default, because there is no access control yet; "0.0.0.0": all.
         port: 0 takes a free one.
+        proxy: "haproxy", Ray Serve's own ("default"), or "auto": HAProxy where it is installed.
+        stats_host: where HAProxy's pages of figures listen (ports 8404 and 9101); they have no
+            access control.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Range(0, 65535)] = 8000
+    proxy: Literal["auto", "haproxy", "default"] = "auto"
+    stats_host: str = "127.0.0.1"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,9 @@ def test_yaml_spells_the_defaults_out() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"min_replicas": 0}, "serve.min_replicas: expected a value in"),
+        ({"min_replicas": -1}, "serve.min_replicas: expected a value in"),
         ({"min_replicas": 3}, "max_replicas: expected at least min_replicas"),
-        ({"max_batch_size": 100}, "max_ongoing_requests: expected at least max_batch_size"),
+        ({"max_ongoing_requests": 256}, "expected more than max_admitted_requests"),
         ({"replicas": 3}, "serve.replicas: unknown key"),
     ],
 )

@@ -1,0 +1,140 @@
+"""Which waiting patients share the next run of the model.
+
+While one run works, others gather; the next takes those of the shape that has waited longest, as
+many as the shape has room for. So a lone patient is answered at once, and the busier a replica is
+the fuller are its runs.
+"""
+
+import asyncio
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve.batching import Shape
+from serve.encoding import EncodedPatient
+from serve.recommender import Recommender
+
+_Row = NDArray[np.float32]
+
+#: Positions of a run that is made in the event loop itself, some milliseconds: a thread would
+#: wrestle with the loop for the interpreter at each of the model's hundreds of small steps. Longer
+#: runs get a thread, so that the loop goes on answering.
+_MAX_INLINE_POSITIONS = 512
+
+
+@dataclasses.dataclass
+class _Ask:
+    """Patients that are asked about together.
+
+    Attributes:
+        rows: their probabilities, as far as they are known.
+        missing: how many are not.
+        done: set when none is.
+        first_run: patients in the run that the first was in.
+    """
+
+    rows: list[_Row | None]
+    missing: int
+    done: asyncio.Future[None]
+    first_run: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A patient who waits: the i-th of an ask."""
+
+    patient: EncodedPatient
+    ask: _Ask
+    i: int
+
+
+class Runs:
+    """Gathers patients and runs the model; used from one event loop.
+
+    Attributes:
+        waiting: patients that no run has taken yet.
+    """
+
+    def __init__(
+        self, max_patients: int, wait_s: float, on_run: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Starts with nobody waiting.
+
+        Args:
+            max_patients: of one run, at most; a shape may have room for fewer.
+            wait_s: how long a first patient waits for others before a run is made.
+            on_run: told the patients of each run.
+        """
+        self.waiting = 0
+        self._max_patients = max_patients
+        self._wait_s = wait_s
+        self._on_run = on_run
+        # Two recommenders are in use around a change of version; a run is of one of them.
+        self._places: dict[tuple[Recommender, Shape], deque[_Place]] = {}
+        self._working: asyncio.Task[None] | None = None
+
+    async def probabilities(
+        self, recommender: Recommender, patients: Sequence[EncodedPatient]
+    ) -> tuple[list[_Row], int]:
+        """Probabilities of each patient, float32 (N_m,), and the patients of the first's run."""
+        loop = asyncio.get_running_loop()
+        ask = _Ask([None] * len(patients), len(patients), loop.create_future())
+        for i, patient in enumerate(patients):
+            key = (recommender, recommender.shape(patient))
+            self._places.setdefault(key, deque()).append(_Place(patient, ask, i))
+        self.waiting += len(patients)
+        if self._working is None:
+            self._working = loop.create_task(self._work())
+        await ask.done
+        return [row for row in ask.rows if row is not None], ask.first_run
+
+    async def _work(self) -> None:
+        """Makes runs until nobody waits."""
+        # At least one turn of the loop: requests that have come together are in one run.
+        await asyncio.sleep(self._wait_s)
+        while self._places:
+            key = next(iter(self._places))
+            members = self._take(key)
+            if members:
+                await self._run(*key, members)
+                await asyncio.sleep(0)
+        self._working = None
+
+    def _take(self, key: tuple[Recommender, Shape]) -> list[_Place]:
+        """The next members of a run; the shape's other patients go to the end of the line."""
+        queue = self._places.pop(key)
+        room = min(key[1].patients, self._max_patients)
+        members: list[_Place] = []
+        while queue and len(members) < room:
+            place = queue.popleft()
+            self.waiting -= 1
+            if not place.ask.done.done():  # else its client has gone, or another run failed
+                members.append(place)
+        if queue:
+            self._places[key] = queue
+        return members
+
+    async def _run(self, recommender: Recommender, shape: Shape, members: list[_Place]) -> None:
+        patients = [place.patient for place in members]
+        try:
+            if shape.positions * shape.patients <= _MAX_INLINE_POSITIONS:
+                rows = recommender.run(patients, shape)
+            else:
+                rows = await asyncio.to_thread(recommender.run, patients, shape)
+        except Exception as err:  # noqa: BLE001 - whoever asked gets it
+            for place in members:
+                if not place.ask.done.done():
+                    place.ask.done.set_exception(err)
+            return
+        self._on_run(len(members))
+        for place, row in zip(members, rows, strict=True):
+            ask = place.ask
+            ask.rows[place.i] = row
+            ask.missing -= 1
+            if place.i == 0:
+                ask.first_run = len(members)
+            if ask.missing == 0 and not ask.done.done():
+                ask.done.set_result(None)

@@ -77,7 +77,10 @@ class Answerer:
             threshold: see Preprocessing.
         """
         self._codes = tuple(medications)
-        self._parts = [(*name.split(":", 1), names.get(name)) for name in medications]
+        self._parts: list[tuple[str, str, str | None]] = []
+        for name in medications:
+            system, _, code = name.partition(":")
+            self._parts.append((system, code, names.get(name)))
         self._partners = [frozenset(np.flatnonzero(row).tolist()) for row in ddi]
         self._threshold = threshold
         self._base = _log_odds(threshold)

@@ -16,6 +16,7 @@ from cafemed.sampling import Proposer, trial_seed
 from cafemed.stopping import make_rule
 from cafemed.sweep import Status, SweepResult, TrialRecord
 from cafemed.sweep_plan import SweepPlan
+from cafemed.tracking import Progress, Tell
 from cafemed.training import FitConfig
 
 _S_PER_HOUR = 3600.0
@@ -53,6 +54,8 @@ class Conductor:
         prior: trials of other sweeps that the sampler is told first.
         on_trial: called with every trial that ends.
         clock: gives seconds, from any start.
+        tell: called with every trial's progress: those that ended before, then at each start, each
+            epoch and each end; see cafemed/tracking.py.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Conductor:
         prior: Sequence[TrialRecord] = (),
         on_trial: Callable[[TrialRecord], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        tell: Tell | None = None,
     ) -> None:
         self.plan, self.ledger, self._on_trial, self._now = plan, ledger, on_trial, clock
+        self._tell = tell
         self.histories: dict[int, Sequence[Mapping[str, Any]]] = {}
         self.broken: Exception | None = None
         self.failed: str | None = None
@@ -140,10 +145,12 @@ class Conductor:
         """Takes note that a trial was started, for the first time or again."""
         entry = self._running[number]
         self._note(dataclasses.replace(entry, attempts=entry.attempts + 1, clock=self.seconds))
+        self._tell_of(number)
 
     def stops(self, number: int, history: Sequence[Mapping[str, Any]]) -> bool:
         """Takes note of a trial's epochs so far and says whether it stops."""
         self.histories[number] = history
+        self._tell_of(number)
         best = max(float(epoch["metrics"]["jaccard"]) for epoch in history)
         return self._rule.stops(number, len(history), best)
 
@@ -246,6 +253,7 @@ class Conductor:
                     self._rule.stops(entry.number, epoch, best)
                 self._proposer.tell(entry.record)
                 self._records[entry.number] = entry.record
+                self._tell_of_end(entry.record)
         for entry in entries:
             if entry.record is None:
                 self._running[entry.number] = entry
@@ -281,8 +289,20 @@ class Conductor:
         self.histories.pop(number, None)
         self._records[number] = record
         self._proposer.tell(record)
+        self._tell_of_end(record)
         if self._on_trial is not None:
             self._on_trial(record)
+
+    def _tell_of(self, number: int) -> None:
+        """Tells how far a trial is that has not ended."""
+        if self._tell is not None:
+            entry = self._running[number]
+            history = self.histories.get(number, ())
+            self._tell(Progress(number, entry.parameters, entry.seed, history))
+
+    def _tell_of_end(self, record: TrialRecord) -> None:
+        if self._tell is not None:
+            self._tell(Progress.of(record))
 
     def _note(self, entry: Entry) -> bool:
         """Writes an entry to the ledger; says whether that went well."""

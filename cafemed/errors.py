@@ -27,3 +27,11 @@ class TrainingError(UserError):
 
 class MissingProgramError(UserError):
     """An optional program or package (R with pcalg, RDKit) is not installed."""
+
+
+class TrackingError(UserError):
+    """A tracking server does not answer, or refuses what it was sent."""
+
+
+class TrackingRefusedError(TrackingError):
+    """A tracking server refuses what it was sent, and would again."""

@@ -4,6 +4,7 @@ A folder, or a URL of an object store, that every node sees:
 
     sweep.json                           settings, inputs, and how the job was called
     00003.json                           trial 3: number, parameters, seed, state, epochs, error, …
+    tracking.json                        where the sweep is tracked, if it is
     run-001/trial-00003/checkpoint_…     its checkpoint, which Ray Tune puts there
 
 Each JSON file is replaced whole by the process that runs the sweep, and holds nothing that is
@@ -32,9 +33,10 @@ from cafemed.sweep import TrialRecord
 
 FILE = "sweep.json"
 LOCK = ".lock"
+TRACKING = "tracking.json"
 FORMAT_VERSION = 1
 #: What a sweep has in its folder, besides the lock.
-_OURS = re.compile(r"sweep\.json|\d+\.json|run-\d+")
+_OURS = re.compile(r"sweep\.json|tracking\.json|\d+\.json|run-\d+")
 
 State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
 
@@ -177,6 +179,26 @@ class Ledger:
             ArtifactError: if a file is damaged.
         """
         return [self._entry(name) for name in sorted(self._names()) if name[:1].isdigit()]
+
+    def keep_tracking(self, content: Mapping[str, Any]) -> None:
+        """Notes where the sweep is tracked; see cafemed/mlflow_sweep.py."""
+        self._write(TRACKING, content)
+
+    def tracking(self) -> dict[str, Any] | None:
+        """Where the sweep is tracked; None if it is not.
+
+        Raises:
+            ArtifactError: if the file is damaged.
+        """
+        if TRACKING not in self._names():
+            return None
+        try:
+            return self._read(TRACKING)
+        except (ValueError, TypeError) as err:
+            raise ArtifactError(
+                f"{self.storage}/{TRACKING}: not the runs of a sweep ({type(err).__name__}); "
+                "remove it to track the sweep anew"
+            ) from err
 
     def next_run(self) -> str:
         """The name of a new folder for Ray Tune's files; every run of the job has its own."""

@@ -179,7 +179,7 @@ def publish(
     return number, changed
 
 
-def publish_best(folder: Path, home: Path, promote: bool) -> None:
+def publish_best(folder: Path, home: Path, promote: bool) -> int:
     """Puts the best trial's bundle into the registry, unless it is there.
 
     It is made production if that is asked for and it keeps `search.max_ddi_rate` as it is served.
@@ -188,6 +188,9 @@ def publish_best(folder: Path, home: Path, promote: bool) -> None:
         folder: of the finished sweep, with its bundle.
         home: the registry.
         promote: make it the production model.
+
+    Returns:
+        Its version.
 
     Raises:
         TrainingError: if the sweep has chosen none.
@@ -208,7 +211,7 @@ def publish_best(folder: Path, home: Path, promote: bool) -> None:
     if changed:
         aliases = "candidate and production" if promote else "candidate"
         console.say("registry", f"version {version:04d} is {aliases}: {home}")
-    console.say("done", str(folder))
+    return version
 
 
 def write_bundle(folder: Path, made: Bundle) -> str:

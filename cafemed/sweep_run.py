@@ -22,15 +22,22 @@ from cafemed.errors import ArtifactError, TrainingError
 from cafemed.ledger import Ledger
 from cafemed.sweep import SweepResult, TrialRecord
 from cafemed.sweep_plan import SweepPlan
+from cafemed.tracking import Tell
 
 if TYPE_CHECKING:
     from cafemed.experiment import Experiment
+    from cafemed.sweep_tracking import SweepTracking
     from cafemed.training import Builder
     from cafemed.trials import TrialData
 
 
 def run(
-    folder: Path, plan: SweepPlan, ledger: Ledger, inputs: Mapping[str, str], build: "Builder"
+    folder: Path,
+    plan: SweepPlan,
+    ledger: Ledger,
+    inputs: Mapping[str, str],
+    build: "Builder",
+    tracked: "SweepTracking",
 ) -> None:
     """Goes on with the sweep in the ledger until it is over, and writes the sweep's folder.
 
@@ -42,6 +49,7 @@ def run(
         ledger: made ready by `sweep_start.prepare`, and locked.
         inputs: name → fingerprint.
         build: see `training.fit`.
+        tracked: what the sweep is followed with.
 
     Raises:
         ConfigError: if a local Ray has less than one trial reserves.
@@ -51,7 +59,8 @@ def run(
     given = experiment.load_inputs(folder)
     data = _trial_data(plan, given, build)
     console.say("tune", f"{plan.search.num_samples} trials over {', '.join(plan.space.entries)}")
-    result, seconds = _search(plan, ledger, data)
+    with tracked.following(plan, ledger, inputs) as tell:
+        result, seconds = _search(plan, ledger, data, tell)
     if not result.usable:
         ledger.remove()  # nothing in it is worth going on from
         raise TrainingError(result.unchosen())
@@ -67,6 +76,7 @@ def run(
                 chosen, plan, ledger, inputs, data, given, folder, partial / "bundle"
             )
         sweep.write(result, partial, fingerprint)
+        tracked.keep(ledger, partial)
         report |= sweep.summary(result, seconds)
     ledger.remove()
     _summarise(result, chosen)
@@ -87,7 +97,9 @@ def _trial_data(plan: SweepPlan, given: "Experiment", build: "Builder") -> "Tria
     )
 
 
-def _search(plan: SweepPlan, ledger: Ledger, data: "TrialData") -> tuple[SweepResult, float]:
+def _search(
+    plan: SweepPlan, ledger: Ledger, data: "TrialData", tell: Tell
+) -> tuple[SweepResult, float]:
     """Runs the trials that are still to run; gives all of them and the seconds they took."""
     from cafemed import tuning
 
@@ -98,7 +110,7 @@ def _search(plan: SweepPlan, ledger: Ledger, data: "TrialData") -> tuple[SweepRe
     def ended(trial: TrialRecord) -> None:
         console.say("trial", trial.describe())
 
-    conductor = Conductor(plan, ledger, prior, ended)
+    conductor = Conductor(plan, ledger, prior, ended, tell=tell)
     if conductor.ended or conductor.interrupted:
         console.say("tune", conductor.describe_history())
     if conductor.remaining and not conductor.over():

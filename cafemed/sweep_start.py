@@ -16,6 +16,8 @@ from cafemed.ledger import Entry, Header, Ledger
 from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, kept
 
 _S_PER_HOUR = 3600.0
+#: What a sweep is told besides its settings, which changes nothing that it finds.
+_OF_THE_JOB = ("promote", "tracking")
 #: Settings that a message lists at most.
 _MAX_LISTED = 3
 #: Folders and URLs that Hydra reads as they are.
@@ -249,25 +251,27 @@ def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
             f"{ledger.storage}: a sweep that was begun, and would go on, in {used.storage}; resume "
             "that one, or put this one there"
         )
-    search, promote = dict(header.settings["search"]), header.job["promote"]
+    search = dict(header.settings["search"])
+    # A sweep of before these settings has none of them: as this program has them by default.
+    job = {name: header.job.get(name, values[name]) for name in _OF_THE_JOB}
     free = [f"search.{name}" for name in FREE if name != "storage"]
     for key in (override.split("=", 1)[0].lstrip("+") for override in overrides):
-        if key == "promote":
-            promote = values["promote"]
+        if (section := key.split(".")[0]) in _OF_THE_JOB:
+            job[section] = values[section]
         elif key in free:
             name = key.removeprefix("search.")
             search[name] = values["search"][name]
         elif key != "resume":
             raise ConfigError(
                 f"{key}: resume={path} goes on with the settings that the sweep has; leave it out "
-                f"(what may change is promote, {', '.join(free)})"
+                f"(what may change is {', '.join([*_OF_THE_JOB, *free])})"
             )
     model = header.settings["model"]
     return {
         "name": header.job["name"],
         "paths": {"root": header.job["root"]},
         "force": False,
-        "promote": promote,
+        **job,
         "model": {"name": model["name"], **model["options"]},
         "train": header.settings["train"],
         "calibration": header.settings["calibration"],

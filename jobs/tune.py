@@ -4,6 +4,7 @@
     python jobs/tune.py search=smoke train.epochs=5
     python jobs/tune.py search=paper search.num_samples=32
     python jobs/tune.py search=wide search.num_samples=128 search.gpus=0.25
+    python jobs/tune.py search=paper tracking=mlflow tracking.uri=http://tracking.example:5000
     python jobs/tune.py resume=ROOT/experiments/NAME/trials
     ray job submit --working-dir . -- python jobs/tune.py name=mimic3 search=wide
 
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from cafemed import config, console, invocation, paths
 from cafemed.errors import UserError
 
-SECTIONS = ("model", "train", "calibration", "search", "promote", "resume")
+SECTIONS = ("model", "train", "calibration", "search", "promote", "resume", "tracking")
 
 
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="tune")
@@ -41,22 +42,28 @@ def main(cfg: DictConfig) -> None:
             sweep_report,
             sweep_run,
             sweep_start,
+            sweep_tracking,
         )
         from cafemed.ledger import Ledger
 
         promote = config.checked(bool, values["promote"], "promote")
         plan = sweep_plan.read(values, models.options_class, models.NAMES)
         folder, target = told.experiment, told.experiment / "sweep"
+        tracked = sweep_tracking.SweepTracking(values["tracking"], told)
         inputs = experiment.read_sources(folder) | knowledge.prior_inputs(plan)
         ledger = Ledger(sweep_start.storage_of(plan, folder))
         with sweep_start.locked(ledger, folder), sweep_start.resumable(ledger):
             if told.force or not sweep_start.is_done(target, ledger, plan, inputs):
                 job = {"root": str(told.root), "name": told.name, "promote": promote}
+                job["tracking"] = values["tracking"]
+                tracked.require_ready(ledger)
                 sweep_start.prepare(target, ledger, plan, inputs, job, told.force)
-                sweep_run.run(folder, plan, ledger, inputs, models.build)
+                sweep_run.run(folder, plan, ledger, inputs, models.build, tracked)
         if not (target / sweep_report.REPORT).exists():
             console.say("report", str(sweep_report.write(target, values["paths"]["root"])))
-        promotion.publish_best(target, told.registry, promote)
+        version = promotion.publish_best(target, told.registry, promote)
+        tracked.finish(target, version)
+        console.say("done", str(target))
 
 
 def as_told(values: Any) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import models
 from cafemed import artifacts, sweep, sweep_run
 from cafemed.conductor import Conductor
 from cafemed.errors import ArtifactError
+from cafemed.invocation import Invocation
 from cafemed.ledger import Header, Ledger
+from cafemed.sweep_tracking import SweepTracking
 
 INPUTS = {"cohort": "c" * 64, "graph": "g" * 64}
 
@@ -44,6 +46,7 @@ def test_a_best_trial_without_a_checkpoint_takes_no_other_models_place(
             chosen = result.best.number
             kept = [t for t in result.trials if (t.number == chosen) == (other is not plan)]
             sweep.write(sweep.SweepResult(tuple(kept)), partial, None)
+    tracked = SweepTracking({"tensorboard": False}, Invocation(tmp_path, "x", False))
     with pytest.raises(ArtifactError, match=rf"trial {result.best.number}, the best one, has no"):
-        sweep_run.run(tmp_path, plan, ledger, INPUTS, models.build)
+        sweep_run.run(tmp_path, plan, ledger, INPUTS, models.build, tracked)
     assert ledger.exists()

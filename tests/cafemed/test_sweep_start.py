@@ -192,6 +192,7 @@ def test_used_up_time_counts_as_done_until_there_is_more(place: Place, sweeps: A
 
 def resumed(place: Place, *overrides: str, **search: Any) -> dict[str, Any]:
     values = {"resume": place.ledger.storage, "promote": False, "search": search}
+    values["tracking"] = {"name": "mlflow"}
     return sweep_start.resumed(values, [f"resume={place.ledger.storage}", *overrides])
 
 
@@ -226,6 +227,10 @@ def test_resume_takes_the_sweeps_own_settings(place: Place, sweeps: Any):
     changed = resumed(place, "search.num_samples=50", "promote=false", num_samples=50, seed=0)
     assert changed["search"] == values["search"] | {"num_samples": 50}
     assert changed["promote"] is False
+    place.job["tracking"] = {"name": "none"}
+    place.prepare(plan)
+    assert resumed(place)["tracking"] == {"name": "none"}
+    assert resumed(place, "tracking.uri=/x")["tracking"] == {"name": "mlflow"}
     with pytest.raises(ConfigError, match=r"search\.seed: resume=.* goes on with the settings"):
         resumed(place, "search.seed=1", seed=1)
 

@@ -42,8 +42,9 @@ class Checkpoint:
         weights: the model's state dict after `epoch`.
         best_weights: the same after `best_epoch`.
         optimizer: see OptimizerState.
-        random: states of the generators after `epoch`.
+        random: states of the generators after `epoch`, of the first process.
         history: one JSON object an epoch.
+        random_of_others: the same of the processes that trained with it, by rank.
     """
 
     identity: str
@@ -54,6 +55,7 @@ class Checkpoint:
     optimizer: OptimizerState
     random: RandomStates
     history: list[dict[str, Any]]
+    random_of_others: tuple[RandomStates, ...] = ()
 
 
 def identity(plain: Mapping[str, Any], contents: Iterable[ArrayLike]) -> str:
@@ -83,6 +85,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "tensors": path.name,
         "sha256": artifacts.sha256_of(path),
         "random": checkpoint.random.plain,
+        "random_of_others": [states.plain for states in checkpoint.random_of_others],
         "history": checkpoint.history,
     }
     artifacts.write_text(folder / FILE, json.dumps(content))
@@ -129,7 +132,8 @@ def _flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
     # A copy of each: safetensors refuses tensors that share memory.
     named = {f"weights/{name}": t for name, t in checkpoint.weights.items()}
     named |= {f"best/{name}": t for name, t in checkpoint.best_weights.items()}
-    named |= {f"random/{name}": t for name, t in checkpoint.random.tensors.items()}
+    for rank, states in enumerate([checkpoint.random, *checkpoint.random_of_others]):
+        named |= {f"{_random(rank)}/{name}": t for name, t in states.tensors.items()}
     for index, state in checkpoint.optimizer.items():
         named |= {f"optimizer/{index}/{name}": t for name, t in state.items()}
     return {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
@@ -137,6 +141,8 @@ def _flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _unflatten(content: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
     groups: dict[str, dict[str, Tensor]] = {"weights": {}, "best": {}, "random": {}}
+    others = content.get("random_of_others", [])
+    groups |= {_random(rank): {} for rank in range(1, len(others) + 1)}
     optimizer: OptimizerState = {}
     for name, tensor in tensors.items():
         group, rest = name.split("/", 1)
@@ -154,7 +160,15 @@ def _unflatten(content: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
         optimizer=optimizer,
         random=RandomStates(content["random"], groups["random"]),
         history=list(content["history"]),
+        random_of_others=tuple(
+            RandomStates(plain, groups[_random(rank)]) for rank, plain in enumerate(others, 1)
+        ),
     )
+
+
+def _random(rank: int) -> str:
+    """Where the tensors of a process's random states are."""
+    return f"random-{rank}" if rank else "random"
 
 
 def _fsync(path: Path) -> None:

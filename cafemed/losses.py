@@ -25,6 +25,7 @@ part of ddi_weight. β carries no gradient. A batch takes the mean over its visi
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -62,6 +63,7 @@ def visit_losses(
     margin_weight: float = 0.05,
     threshold: float = 0.5,
     objective: Objective = "mixture",
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> VisitLosses:
     """Computes the loss of every visit.
 
@@ -75,6 +77,7 @@ def visit_losses(
         margin_weight: share of the margin term in ACC.
         threshold: of the predicted set whose rate counts.
         objective: see above.
+        total: sums counts of these visits over the processes that share the batch.
     """
     p = torch.sigmoid(logits)
     bce = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
@@ -89,8 +92,9 @@ def visit_losses(
         chosen = (p.detach() >= threshold).to(p.dtype)
         size = chosen.sum(dim=1)
         interactions = ddi_weight * _interacting(p * chosen, ddi) / (size * size).clamp(min=1)
-        pairs = (size * (size - 1)).sum().clamp(min=1)
-        rate = _interacting(chosen, ddi).sum() / pairs
+        counts = torch.stack([_interacting(chosen, ddi).sum(), (size * (size - 1)).sum()])
+        interacting, pairs = total(counts)
+        rate = interacting / pairs.clamp(min=1)
         beta = (-torch.expm1(ddi_coefficient * (1 - rate / ddi_target))).clamp(min=0)
         beta = beta.expand_as(size)
         loss = accuracy + beta * interactions

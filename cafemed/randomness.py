@@ -49,6 +49,23 @@ def restore(states: RandomStates, device: torch.device) -> None:
         torch.cuda.set_rng_state(states.tensors["cuda"], device)
 
 
+def diverge(seed: int, rank: int) -> None:
+    """Gives each process of a group random numbers of its own; the first keeps those it has.
+
+    Args:
+        seed: of the fit.
+        rank: of this process.
+    """
+    if rank > 0:
+        _seed_all(int(np.random.SeedSequence((seed, rank)).generate_state(1)[0]))
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def reproducible(seed: int, num_threads: int, device: torch.device) -> Iterator[None]:
     """Seeds Python, NumPy and torch and sets torch's threads; puts all of it back at the end.
@@ -56,9 +73,7 @@ def reproducible(seed: int, num_threads: int, device: torch.device) -> Iterator[
     With one thread, the same seed gives the same floating-point results to the bit on the CPU.
     """
     before, threads = capture(device), torch.get_num_threads()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    _seed_all(seed)
     torch.set_num_threads(num_threads)
     try:
         yield

@@ -5,6 +5,13 @@ host by the model's `prepare`, where it has one, so that a step on a GPU never w
 device: while it computes, the host makes the next batch ready in pinned memory and queues its
 copy. The losses are looked at every `STEPS_BETWEEN_CHECKS_GPU` steps there, and at every step on
 a CPU.
+
+Several processes (`cafemed/process_group.py`) divide every batch among them, patient by patient,
+and make the step that one process would make with all of it: the loss is a mean over visits, and
+they do not have the same number of visits. DistributedDataParallel takes the plain mean of the
+processes' gradients, so each weights its own mean loss by its visits, times the number of
+processes over the visits of the batch. One that has no patient left, in a batch smaller than the
+group, goes through the motions with another's and the weight 0.
 """
 
 import contextlib
@@ -21,6 +28,7 @@ from torch import Tensor, nn
 from cafemed import losses
 from cafemed.batches import Batch, VisitArrays, collate
 from cafemed.errors import TrainingError
+from cafemed.process_group import Group
 
 if TYPE_CHECKING:
     from cafemed.training import FitConfig
@@ -105,12 +113,19 @@ class Stepper:
         ddi: bool (N_m, N_m), the interacting pairs.
         config: see FitConfig.
         device: where the steps are.
+        group: the processes that step together, each on its part of every batch.
     """
 
     def __init__(
-        self, model: nn.Module, ddi: NDArray[np.bool_], config: "FitConfig", device: torch.device
+        self,
+        model: nn.Module,
+        ddi: NDArray[np.bool_],
+        config: "FitConfig",
+        device: torch.device,
+        group: Group = Group(),  # noqa: B008  frozen
     ) -> None:
-        self.model, self.config, self.device = model, config, device
+        self.model, self.config, self.device, self.group = model, config, device, group
+        self._parallel = group.parallel(model)
         self.ddi = torch.from_numpy(ddi.astype(np.float32)).to(device)
         self.optimizer = torch.optim.Adam(
             model.parameters(),
@@ -124,6 +139,11 @@ class Stepper:
     ) -> dict[str, float]:
         """One pass over the patients, in an order drawn from the seed and the epoch's number.
 
+        Args:
+            arrays: of the whole cohort.
+            patients: indices, of the whole group.
+            number: of the epoch, from 1.
+
         Returns:
             Means of TERMS over the visits, in training mode.
 
@@ -134,32 +154,41 @@ class Stepper:
         shuffle = np.random.default_rng((self.config.seed, number))
         order, size = shuffle.permutation(patients), self.config.batch_size
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        counts = np.diff(arrays.patient_offsets)
+        visits = torch.tensor([[float(counts[chunk].sum())] for chunk in chunks])
         terms = torch.zeros(len(chunks), len(TERMS), device=self.device)
-        visits = torch.zeros(len(chunks), 1)
         interval = STEPS_BETWEEN_CHECKS_GPU if self.device.type == "cuda" else 1
         self.model.train()
-        for step, ready in enumerate(self._ready(arrays, chunks)):
-            visits[step] = ready.batch.num_visits
-            found = self._losses(ready)
+        for step, (ready, own) in enumerate(self._ready(arrays, chunks)):
+            share = own / float(visits[step])
+            found = self._losses(ready, own > 0)
             means = torch.stack([getattr(found, name) for name in TERMS]).mean(1)
-            terms[step] = means.detach()
+            terms[step] = means.detach() * share
             if (step + 1) % interval == 0 or step + 1 == len(chunks):
                 first = step - step % interval
-                self._require_finite(terms[first : step + 1].cpu(), number, first, len(chunks))
+                seen = self.group.sum(terms[first : step + 1])
+                self._require_finite(seen.cpu(), number, first, len(chunks))
             self.optimizer.zero_grad()
-            means[0].backward()  # type: ignore[no-untyped-call]
+            (means[0] * (share * self.group.size)).backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
         means = (terms.cpu() * visits).sum(dim=0) / visits.sum()
         return dict(zip(TERMS, means.tolist(), strict=True))
 
-    def _ready(self, arrays: VisitArrays, chunks: list[NDArray[np.int64]]) -> Iterator[Ready]:
+    def _ready(
+        self, arrays: VisitArrays, chunks: list[NDArray[np.int64]]
+    ) -> Iterator[tuple[Ready, int]]:
+        """This process's part of every batch, and how many of its visits count."""
         for chunk in chunks:
-            yield make_ready(self.model, collate(arrays, chunk), self.device)
+            part = self.group.part(chunk)
+            batch = collate(arrays, part if len(part) else chunk[:1])
+            own = batch.num_visits if len(part) else 0
+            yield make_ready(self.model, batch, self.device), own
 
-    def _losses(self, ready: Ready) -> losses.VisitLosses:
+    def _losses(self, ready: Ready, counts: bool) -> losses.VisitLosses:
+        """The losses of the visits; if they do not count, the batch's rate is without them."""
         config = self.config
         return losses.visit_losses(
-            run_model(self.model, ready, config.precision),
+            run_model(self._parallel, ready, config.precision),
             ready.batch.targets,
             self.ddi,
             ddi_target=config.ddi_target,
@@ -168,6 +197,7 @@ class Stepper:
             margin_weight=config.margin_weight,
             threshold=config.threshold,
             objective=config.objective,
+            total=lambda values: self.group.sum(values * float(counts)),
         )
 
     def _require_finite(self, terms: Tensor, epoch: int, first: int, num_steps: int) -> None:

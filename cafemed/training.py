@@ -1,4 +1,4 @@
-"""Training of one model: what every trial, single run and later distributed run shares."""
+"""Training of one model: what every trial, single run and distributed run shares."""
 
 import dataclasses
 import time
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cafemed import checkpoints, metrics, randomness
+from cafemed import checkpoints, evaluation, metrics, process_group, randomness
 from cafemed.batches import ModelInputs, VisitArrays
 from cafemed.checkpoints import Checkpoint
 from cafemed.config import Range
@@ -19,6 +19,8 @@ from cafemed.errors import ArtifactError, ConfigError, DataError, TrainingError
 from cafemed.evaluation import EvaluationSet
 from cafemed.losses import Objective
 from cafemed.metrics import Metrics
+from cafemed.process_group import Group
+from cafemed.randomness import RandomStates
 from cafemed.stepping import Stepper
 
 #: Builds a model from its name, inputs, options and seed; jobs pass `models.build`.
@@ -154,6 +156,11 @@ def fit(
     Adam, one step a batch of patients, whose order is drawn anew every epoch from the seed. The
     loss is that of `cafemed/losses.py`, mean over a batch's visits.
 
+    In a process that has joined a group (`cafemed/process_group.py`), all processes of the group
+    call this with the same arguments and train one model: each takes its part of every batch and of
+    the validation patients. Without dropout the losses and metrics are those of one process, but
+    for float32's last digits; with it, each process drops others. All give the same result.
+
     Args:
         build: see Builder.
         model_name: passed to `build`.
@@ -164,10 +171,11 @@ def fit(
         validation_patients: indices; for early stopping and the choice of the epoch.
         config: see FitConfig.
         on_epoch: called after every epoch, when its checkpoint is written. Training ends with
-            the best epoch so far if it returns True; what it raises ends the fit.
+            the best epoch so far if it returns True; what it raises ends the fit. Of a group, the
+            first process alone calls it, and alone needs a checkpoint_dir.
         checkpoint_dir: a checkpoint of every epoch goes here, and a fit goes on from the one it
             finds: interrupted at any time, it ends with the same weights (to the bit on one
-            thread of the CPU). A folder belongs to one fit.
+            thread of the CPU). A folder belongs to one fit, by as many processes.
         device: where to train.
 
     Raises:
@@ -178,16 +186,17 @@ def fit(
     for name, patients in (("training", train_patients), ("validation", validation_patients)):
         if len(patients) == 0:
             raise DataError(f"the {name} split has no patients; expected at least one")
-    place = torch.device(device)
-    identity = ""
-    if checkpoint_dir is not None:
-        identity = checkpoints.identity(
+    place, group = torch.device(device), process_group.current()
+
+    def identity() -> str:
+        return checkpoints.identity(
             {
                 "model": model_name,
                 "options": dict(model_options),
                 "config": dataclasses.asdict(config),
                 "sizes": [*inputs.sizes, inputs.num_laboratory_items],
                 "has_molecules": inputs.molecules is not None,
+                **({"processes": group.size} if group.size > 1 else {}),
             },
             [
                 *(inputs.effects, inputs.ddi, train_patients, validation_patients),
@@ -195,19 +204,60 @@ def fit(
                 *(getattr(arrays, field.name) for field in dataclasses.fields(arrays)),
             ],
         )
+
     with randomness.reproducible(config.seed, config.num_threads, place):
         model = build(model_name, inputs, model_options, config.seed).to(place)
-        validation = EvaluationSet.of(arrays, validation_patients, device=place)
-        run = _Run(model, inputs, arrays, train_patients, validation, config, place)
-        if checkpoint_dir is not None:
-            run.resume(checkpoints.load(checkpoint_dir, identity))
+        randomness.diverge(config.seed, group.rank)
+        validation = _Validation(arrays, validation_patients, inputs.ddi, config, place, group)
+        run = _Run(model, inputs, arrays, train_patients, validation, config, place, group)
+        run.resume(checkpoint_dir, identity)
         while not run.finished():
             report = run.epoch()
-            if checkpoint_dir is not None:
-                checkpoints.save(checkpoint_dir, run.checkpoint(identity))
-            if on_epoch is not None and on_epoch(report):
+            if run.conclude(report, checkpoint_dir, on_epoch):
                 break
         return run.result()
+
+
+class _Validation:
+    """The validation patients, of which each process of a group predicts its part."""
+
+    def __init__(
+        self,
+        arrays: VisitArrays,
+        patients: NDArray[np.int64],
+        ddi: NDArray[np.bool_],
+        config: FitConfig,
+        device: torch.device,
+        group: Group,
+    ) -> None:
+        self._ddi, self._config, self._group = ddi, config, group
+        parts = [dataclasses.replace(group, rank=rank).part(patients) for rank in range(group.size)]
+        own, everybody = parts[group.rank], np.concatenate(parts)
+        self._set = EvaluationSet.of(arrays, own, device=device) if len(own) else None
+        self._targets = evaluation.targets(arrays, everybody)
+        self._offsets = evaluation.patient_offsets(arrays, everybody)
+
+    def predict(self, model: nn.Module) -> NDArray[np.float32]:
+        """Probabilities for every visit of all the patients; of a group, in the first process."""
+        none = np.zeros((0, self._targets.shape[1]), np.float32)
+        own = none if self._set is None else self._set.predict(model)
+        return np.concatenate([*self._group.gather(own), none])
+
+    def measure(self, probabilities: NDArray[np.float32], number: int) -> Metrics:
+        """Metrics of what `predict` gave after an epoch.
+
+        Raises:
+            TrainingError: if a probability is not finite.
+        """
+        if not np.isfinite(probabilities).all():
+            raise TrainingError(
+                f"training stopped after epoch {number}: expected finite probabilities on the "
+                f"validation patients; try a train.learning_rate below "
+                f"{self._config.learning_rate:g}"
+            )
+        return metrics.evaluate(
+            probabilities, self._targets, self._offsets, self._ddi, self._config.threshold
+        )
 
 
 class _Run:
@@ -219,14 +269,15 @@ class _Run:
         inputs: ModelInputs,
         arrays: VisitArrays,
         patients: NDArray[np.int64],
-        validation: EvaluationSet,
+        validation: _Validation,
         config: FitConfig,
         device: torch.device,
+        group: Group,
     ) -> None:
         self.model, self.arrays, self.patients = model, arrays, patients
         self.validation, self.config, self.device = validation, config, device
-        self.ddi_pairs = inputs.ddi
-        self.stepper = Stepper(model, inputs.ddi, config, device)
+        self.group, self.identity = group, ""
+        self.stepper = Stepper(model, inputs.ddi, config, device, group)
         self.optimizer = self.stepper.optimizer
         self.history: list[EpochReport] = []
         self.best_weights: dict[str, Tensor] = {}
@@ -245,47 +296,67 @@ class _Run:
         """One pass over the training patients, then validation."""
         started, number, best = time.perf_counter(), len(self.history) + 1, self.best()
         mean_losses = self.stepper.epoch(self.arrays, self.patients, number)
-        found = self._validate(number)
-        improved = best is None or found.jaccard > best.metrics.jaccard
-        if improved:
-            self.best_weights = _copy(self.model)
-        seconds = time.perf_counter() - started
-        self.history.append(EpochReport(number, mean_losses, found, improved, seconds))
-        return self.history[-1]
-
-    def _validate(self, number: int) -> Metrics:
         probabilities = self.validation.predict(self.model)
-        if not np.isfinite(probabilities).all():
-            raise TrainingError(
-                f"training stopped after epoch {number}: expected finite probabilities on the "
-                f"validation patients; try a train.learning_rate below "
-                f"{self.config.learning_rate:g}"
-            )
-        chosen = self.validation
-        return metrics.evaluate(
-            probabilities,
-            chosen.targets,
-            chosen.patient_offsets,
-            self.ddi_pairs,
-            self.config.threshold,
-        )
 
-    def checkpoint(self, identity: str) -> Checkpoint:
+        def conclude() -> EpochReport:
+            found = self.validation.measure(probabilities, number)
+            improved = best is None or found.jaccard > best.metrics.jaccard
+            seconds = time.perf_counter() - started
+            return EpochReport(number, mean_losses, found, improved, seconds)
+
+        # One process judges, so that all of them stop, or go on, after the same epoch.
+        report = self.group.from_first(conclude)
+        if report.best:
+            self.best_weights = _copy(self.model)
+        self.history.append(report)
+        return report
+
+    def conclude(
+        self,
+        report: EpochReport,
+        checkpoint_dir: Path | None,
+        on_epoch: Callable[[EpochReport], bool | None] | None,
+    ) -> bool:
+        """Saves a checkpoint, tells of the epoch, and says whether training ends with it."""
+        states = self.group.gather(randomness.capture(self.device))
+
+        def tell() -> bool:
+            if checkpoint_dir is not None:
+                checkpoints.save(checkpoint_dir, self._checkpoint(states))
+            return on_epoch is not None and bool(on_epoch(report))
+
+        return self.group.from_first(tell)
+
+    def _checkpoint(self, states: list[RandomStates]) -> Checkpoint:
         """Everything that `resume` needs."""
         best = self.best()
         return Checkpoint(
-            identity=identity,
+            identity=self.identity,
             epoch=len(self.history),
             best_epoch=0 if best is None else best.epoch,
             weights=self.model.state_dict(),
             best_weights=self.best_weights,
             optimizer=self.optimizer.state_dict()["state"],
-            random=randomness.capture(self.device),
+            random=states[0],
             history=[report.as_dict() for report in self.history],
+            random_of_others=tuple(states[1:]),
         )
 
-    def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Takes over the state of a checkpoint, if there is one."""
+    def resume(self, checkpoint_dir: Path | None, identity: Callable[[], str]) -> None:
+        """Takes over the state of the folder's checkpoint, if there is one.
+
+        Args:
+            checkpoint_dir: of the first process of the group.
+            identity: of the fit; takes a while where there is much data.
+        """
+
+        def load() -> Checkpoint | None:
+            if checkpoint_dir is None:
+                return None
+            self.identity = identity()
+            return checkpoints.load(checkpoint_dir, self.identity)
+
+        checkpoint = self.group.from_first(load)
         if checkpoint is None:
             return
         try:
@@ -299,7 +370,8 @@ class _Run:
         self.optimizer.load_state_dict({**fresh, "state": checkpoint.optimizer})
         self.best_weights = checkpoint.best_weights
         self.history = [EpochReport.from_dict(report) for report in checkpoint.history]
-        randomness.restore(checkpoint.random, self.device)
+        states = [checkpoint.random, *checkpoint.random_of_others]
+        randomness.restore(states[self.group.rank], self.device)
 
     def result(self) -> FitResult:
         """The best epoch so far; there has been at least one."""

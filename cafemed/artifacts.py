@@ -20,6 +20,8 @@ from cafemed.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+#: Stages whose format has changed; those before it can still be read (bundle_formats.py).
+FORMAT_VERSIONS = {"bundle": 2}
 _CHUNK_BYTES = 1 << 20
 
 #: Stage → what mends it, for messages.
@@ -46,6 +48,7 @@ class Manifest:
         config: the plain configuration that made the artifact.
         files: file name → {"sha256", "bytes"}.
         report: what the stage counted or measured; JSON values, nothing at patient level.
+        format_version: of the stage's files, when it was written.
     """
 
     stage: str
@@ -57,11 +60,25 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
 
-def fingerprint(stage: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> str:
-    """Gives the SHA-256 (hex) that identifies what a stage makes of these inputs and config."""
+def format_version(stage: str) -> int:
+    """The version of a stage's files that this program writes."""
+    return FORMAT_VERSIONS.get(stage, FORMAT_VERSION)
+
+
+def fingerprint(
+    stage: str, inputs: Mapping[str, str], config: Mapping[str, Any], version: int | None = None
+) -> str:
+    """Gives the SHA-256 (hex) that identifies what a stage makes of these inputs and config.
+
+    Args:
+        stage: see Manifest.
+        inputs: see Manifest.
+        config: see Manifest.
+        version: of the format; None: the one that this program writes.
+    """
     content = {
         "stage": stage,
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version(stage) if version is None else version,
         "inputs": dict(inputs),
         "config": dict(config),
     }
@@ -136,7 +153,7 @@ def read_manifest(folder: Path, stage: str) -> Manifest:
 
     Raises:
         ArtifactError: if the folder or manifest is missing or unreadable, is of another stage, or
-            has another format version.
+            has a format version that this program does not know.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -145,16 +162,13 @@ def read_manifest(folder: Path, stage: str) -> Manifest:
         )
     try:
         content = json.loads(path.read_text())
+        # First, because a newer manifest may have keys that this program does not know.
+        _require_known_format(path, stage, content["format_version"])
         manifest = Manifest(**content)
-    except (ValueError, TypeError) as err:
+    except (ValueError, TypeError, KeyError) as err:
         raise ArtifactError(
             f"{path}: not a manifest ({type(err).__name__}); {_remedy(stage)}"
         ) from err
-    if manifest.format_version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: format_version {manifest.format_version}, this program reads "
-            f"{FORMAT_VERSION}; make it anew with force=true"
-        )
     if manifest.stage != stage:
         raise ArtifactError(f"{path}: expected stage {stage!r}, got {manifest.stage!r}")
     return manifest
@@ -209,6 +223,20 @@ def require_match(what: str, expected: str, found: str) -> None:
         )
 
 
+def _require_known_format(path: Path, stage: str, found: object) -> None:
+    newest = format_version(stage)
+    if type(found) is int and 1 <= found <= newest:
+        return
+    known = str(newest) if newest == 1 else f"1 to {newest}"
+    if type(found) is int and found > newest:
+        advice = f"a newer program wrote it: use that one, or {_remedy(stage)}"
+    else:
+        advice = _remedy(stage)
+    raise ArtifactError(
+        f"{path}: format_version {str(found)[:20]}, this program reads {known}; {advice}"
+    )
+
+
 def _remedy(stage: str) -> str:
     return _REMEDIES.get(stage, "make it anew")
 
@@ -234,6 +262,7 @@ def _seal(
         config=dict(config),
         files=files,
         report=dict(report),
+        format_version=format_version(stage),
     )
     text = json.dumps(dataclasses.asdict(manifest), indent=1, default=_plain) + "\n"
     (folder / MANIFEST).write_text(text)

@@ -8,7 +8,6 @@ file). Plain formats only: nothing in it is ever unpickled.
 
 import dataclasses
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import artifacts, bundle_files, reference
+from cafemed import artifacts, bundle_files, bundle_formats, reference
 from cafemed.batches import ModelInputs, model_inputs
 from cafemed.codes import KINDS, LABORATORY, node_name
 from cafemed.cohort import read_ddi, read_molecules, read_vocabulary, write_ddi
@@ -40,7 +39,6 @@ from cafemed.graphs import (
 from cafemed.reference import Reference
 from cafemed.scaling import Scaling
 
-_MAX_JSON_BYTES = 64 << 20
 _MAX_HEADER_BYTES = 1 << 20  # a tensor's entry takes about 100 bytes
 
 
@@ -118,48 +116,31 @@ def write(target: Path, bundle: Bundle) -> str:
     config = {"model": model, "preprocessing": preprocessing}
     with artifacts.new_folder(target, bundle_files.STAGE, sources, config) as (folder, _):
         (folder / "model.safetensors").write_bytes(weights)
-        _write_json(folder / "config.json", model)
-        _write_json(folder / "vocabulary.json", {LABORATORY: (), **bundle.vocabularies})
+        bundle_files.write_json(folder / "config.json", model)
+        bundle_files.write_json(folder / "vocabulary.json", {LABORATORY: (), **bundle.vocabularies})
         write_graph(bundle.graph, folder / "graph.parquet")
         write_effects(bundle.effects, folder / "effects.npz")
         write_ddi(bundle.ddi, bundle.vocabularies["medication"], folder / "ddi.parquet")
-        _write_json(folder / "molecules.json", dict(bundle.molecules))
-        _write_json(folder / "preprocessing.json", preprocessing)
-        _write_json(folder / "reference.json", reference.to_json(bundle.reference))
-        _write_json(folder / "metrics.json", dict(bundle.metrics))
+        bundle_files.write_json(folder / "molecules.json", dict(bundle.molecules))
+        bundle_files.write_json(folder / "preprocessing.json", preprocessing)
+        bundle_files.write_json(folder / "reference.json", reference.to_json(bundle.reference))
+        bundle_files.write_json(folder / "metrics.json", dict(bundle.metrics))
     return artifacts.fingerprint(bundle_files.STAGE, sources, config)
 
 
 def load(folder: Path) -> Bundle:
     """Reads a bundle folder and checks all that can be checked without building the model.
 
+    One that an earlier version of the program wrote is converted on the way; the folder stays.
+
     Raises:
         ArtifactError: if a file is missing, unknown, truncated or edited, is not of its format, or
             the files do not belong together.
     """
     manifest = bundle_files.verify(folder)
-    sources = {name: value for name, value in manifest.inputs.items() if name != "weights"}
     try:
-        model = _read_json(folder / "config.json")
-        if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
-            raise ArtifactError("config.json: expected keys name and options")
-        vocabularies = read_vocabulary(folder / "vocabulary.json")
-        _require_vocabularies(vocabularies)
-        bundle = Bundle(
-            model_name=model["name"],
-            model_options=model["options"],
-            weights=_read_weights(folder / "model.safetensors"),
-            vocabularies=vocabularies,
-            graph=read_graph(folder / "graph.parquet"),
-            effects=read_effects(folder / "effects.npz"),
-            ddi=_read_ddi(folder / "ddi.parquet", vocabularies["medication"]),
-            molecules=read_molecules(folder / "molecules.json", vocabularies["medication"]),
-            preprocessing=_read_preprocessing(folder / "preprocessing.json"),
-            reference=reference.from_json(_read_json(folder / "reference.json"), vocabularies),
-            metrics=_read_json(folder / "metrics.json"),
-            sources=sources,
-            fingerprint=manifest.fingerprint,
-        )
+        with bundle_formats.current(folder, manifest.format_version) as files:
+            bundle = _read(files, manifest)
         _require_consistent(bundle)
     except ArtifactError as err:
         raise ArtifactError(_located(folder, str(err))) from err
@@ -214,6 +195,31 @@ def restore_model(bundle: Bundle, build: Callable[..., nn.Module]) -> nn.Module:
     return model
 
 
+def _read(folder: Path, manifest: artifacts.Manifest) -> Bundle:
+    """Reads the files of a bundle in today's format."""
+    model = bundle_files.read_json(folder / "config.json")
+    if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
+        raise ArtifactError("config.json: expected keys name and options")
+    vocabularies = read_vocabulary(folder / "vocabulary.json")
+    _require_vocabularies(vocabularies)
+    checked = reference.from_json(bundle_files.read_json(folder / "reference.json"), vocabularies)
+    return Bundle(
+        model_name=model["name"],
+        model_options=model["options"],
+        weights=_read_weights(folder / "model.safetensors"),
+        vocabularies=vocabularies,
+        graph=read_graph(folder / "graph.parquet"),
+        effects=read_effects(folder / "effects.npz"),
+        ddi=_read_ddi(folder / "ddi.parquet", vocabularies["medication"]),
+        molecules=read_molecules(folder / "molecules.json", vocabularies["medication"]),
+        preprocessing=_read_preprocessing(folder / "preprocessing.json"),
+        reference=checked,
+        metrics=bundle_files.read_json(folder / "metrics.json"),
+        sources={name: value for name, value in manifest.inputs.items() if name != "weights"},
+        fingerprint=manifest.fingerprint,
+    )
+
+
 def _require_vocabularies(vocabularies: Mapping[str, tuple[str, ...]]) -> None:
     for kind, codes in vocabularies.items():
         if not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
@@ -248,25 +254,9 @@ def _require_consistent(bundle: Bundle) -> None:
             raise ArtifactError(f"model.safetensors: {name} holds NaN or infinity")
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ArtifactError(f"{path.name}: larger than {_MAX_JSON_BYTES >> 20} MiB")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as err:
-        raise ArtifactError(f"{path.name}: not JSON ({type(err).__name__})") from err
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{path.name}: expected a mapping, got {type(content).__name__}")
-    return content
-
-
 def _read_preprocessing(path: Path) -> Preprocessing:
     try:
-        return from_mapping(Preprocessing, _read_json(path), "")
+        return from_mapping(Preprocessing, bundle_files.read_json(path), "")
     except ConfigError as err:
         raise ArtifactError(f"{path.name}: {err}") from err
 

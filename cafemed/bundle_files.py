@@ -3,7 +3,9 @@
 This needs no torch, so that the registry can publish and look up versions at once.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 from cafemed import artifacts
 from cafemed.errors import ArtifactError
@@ -21,6 +23,10 @@ FILES = (
     "reference.json",
     "metrics.json",
 )
+#: Files that bundles of format 1 may lack.
+_LATER_THAN_1 = {"molecules.json"}
+
+_MAX_JSON_BYTES = 64 << 20
 
 
 def verify(folder: Path) -> artifacts.Manifest:
@@ -40,17 +46,41 @@ def verify(folder: Path) -> artifacts.Manifest:
     return artifacts.verify(folder, STAGE)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a bundle's JSON file.
+
+    Raises:
+        ArtifactError: if it is too large, or no JSON mapping.
+    """
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ArtifactError(f"{path.name}: larger than {_MAX_JSON_BYTES >> 20} MiB")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as err:
+        raise ArtifactError(f"{path.name}: not JSON ({type(err).__name__})") from err
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path.name}: expected a mapping, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a bundle's JSON file; NaN and infinity are refused."""
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
 def _require_manifest(path: Path, manifest: artifacts.Manifest) -> None:
     # The names are compared with the ones above before any is used as a path.
     files = manifest.files
-    if not isinstance(files, dict) or set(files) != set(FILES):
+    lacking = _LATER_THAN_1 if manifest.format_version == 1 else set()
+    if not isinstance(files, dict) or not set(FILES) - lacking <= set(files) <= set(FILES):
         raise ArtifactError(f"{path}: expected the files {', '.join(FILES)}")
     for name, entry in files.items():
         if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
             raise ArtifactError(f"{path}: {name}: expected sha256 and bytes")
     if not isinstance(manifest.inputs, dict) or not isinstance(manifest.config, dict):
         raise ArtifactError(f"{path}: expected mappings under inputs and config")
-    expected = artifacts.fingerprint(STAGE, manifest.inputs, manifest.config)
+    version = manifest.format_version
+    expected = artifacts.fingerprint(STAGE, manifest.inputs, manifest.config, version)
     if manifest.fingerprint != expected:
         raise ArtifactError(f"{path}: fingerprint does not follow from its content; it was edited")
     if manifest.inputs.get("weights") != files["model.safetensors"]["sha256"]:

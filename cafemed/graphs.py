@@ -261,7 +261,7 @@ def write_effects(effects: EffectTable, path: Path) -> None:
 
 
 #: What numpy and zipfile raise on a file that is damaged in one place or another.
-_DAMAGED = (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_effects(path: Path) -> EffectTable:
@@ -284,7 +284,7 @@ def read_effects(path: Path) -> EffectTable:
             arrays = {
                 name: content[name].astype(dtype) for name, (dtype, _) in _EFFECT_ARRAYS.items()
             }
-    except _DAMAGED as err:
+    except DAMAGED as err:
         raise ArtifactError(f"{path}: not an effect table ({type(err).__name__})") from err
     shape = (len(codes), len(medications))
     for name, (_, of_pairs) in _EFFECT_ARRAYS.items():

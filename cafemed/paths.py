@@ -29,3 +29,8 @@ def experiment_dir(root: Path, name: str) -> Path:
 def registry_dir(root: Path, name: str) -> Path:
     """The registry folder of one experiment's model versions."""
     return root / "registry" / name
+
+
+def keys_file(root: Path, name: str) -> Path:
+    """The file of one experiment's API keys."""
+    return root / "access" / f"{name}.json"

@@ -75,7 +75,9 @@ class Code(_Asked):
         return normalise(self.system, self.code)
 
 
-Codes = Annotated[list[Code], Field(max_length=MAX_CODES)]
+# fail_fast: of a list, the first wrong one is told of. All of a hostile body would take a replica
+# many seconds and gigabytes.
+Codes = Annotated[list[Code], Field(max_length=MAX_CODES, fail_fast=True)]
 
 
 def _atc_prefix(value: str) -> str:
@@ -122,23 +124,26 @@ class Visit(_Asked):
         description="ATC codes by first start; of the current visit: what the patient already "
         "takes, used only to find interactions",
     )
-    laboratory: Annotated[list[LaboratoryValue], Field(max_length=MAX_CODES)] = Field(
-        default=[],
-        description="the first value of each item since admission; of an item listed again the "
-        "first counts",
+    laboratory: Annotated[list[LaboratoryValue], Field(max_length=MAX_CODES, fail_fast=True)] = (
+        Field(
+            default=[],
+            description="the first value of each item since admission; of an item listed again the "
+            "first counts",
+        )
     )
 
 
 class Patient(_Asked):
     """A patient's visits, the earliest first and the current one last."""
 
-    visits: Annotated[list[Visit], Field(min_length=1, max_length=MAX_VISITS)]
+    visits: Annotated[list[Visit], Field(min_length=1, max_length=MAX_VISITS, fail_fast=True)]
     sex: Literal["female", "male", "unknown"] = "unknown"
     age: Annotated[float, Field(ge=0, le=MAX_AGE)] | None = Field(
         default=None, description="years at the current visit"
     )
     allergies: Annotated[
-        list[Annotated[str, Field(max_length=MAX_ALLERGY_LENGTH)]], Field(max_length=MAX_ALLERGIES)
+        list[Annotated[str, Field(max_length=MAX_ALLERGY_LENGTH)]],
+        Field(max_length=MAX_ALLERGIES, fail_fast=True),
     ] = Field(
         default=[],
         description="ATC codes or their beginnings, which must not be recommended; one that is "
@@ -192,7 +197,7 @@ _EXAMPLE: dict[str, Any] = {
 class RecommendRequest(_Asked):
     """One patient or a batch."""
 
-    patients: Annotated[list[Patient], Field(min_length=1, max_length=MAX_PATIENTS)]
+    patients: Annotated[list[Patient], Field(min_length=1, max_length=MAX_PATIENTS, fail_fast=True)]
     options: Options = Options()
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})

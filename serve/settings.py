@@ -1,10 +1,39 @@
 """How the endpoint runs: replicas, batching, queues."""
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 from cafemed.config import Range
 from cafemed.errors import ConfigError
+
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class AccessConfig:
+    """Who may ask.
+
+    Attributes:
+        auth: "none": whoever is on this machine, so that `http.host` must be the loopback; "keys":
+            whoever has an API key.
+        keys_file: of API keys, absolute; None: ROOT/access/NAME.json. Every node must see it.
+        cors_origins: sites whose pages may ask from a browser, "https://ward.example.org".
+        body_timeout_s: how long a request's body may take to come.
+    """
+
+    auth: Literal["none", "keys"] = "none"
+    keys_file: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    body_timeout_s: Annotated[float, Range(0, 3600, open_low=True)] = 10.0
+
+    def __post_init__(self) -> None:
+        for origin in self.cors_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "cors_origins: expected origins like 'https://ward.example.org' or "
+                    f"'http://localhost:3000', got {origin!r}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +66,7 @@ class ServeConfig:
         drain_s: how long a stopping replica may finish what it has begun.
         log_requests: whether each request is a line of JSON in the replica's log.
         drift_patients: patients whose scores are held against the training's.
+        access: see AccessConfig.
     """
 
     alias: int | str = "production"
@@ -62,6 +92,7 @@ class ServeConfig:
     drain_s: Annotated[float, Range(0)] = 10.0
     log_requests: bool = True
     drift_patients: Annotated[int, Range(10)] = 1000
+    access: AccessConfig = AccessConfig()
 
     def __post_init__(self) -> None:
         if self.max_replicas < self.min_replicas:
@@ -98,17 +129,26 @@ class HttpConfig:
     """Where the endpoint listens.
 
     Attributes:
-        host: the loopback by default, because there is no access control yet; "0.0.0.0": all.
+        host: the loopback by default; others ("0.0.0.0": all) need `serve.access.auth` "keys".
         port: 0 takes a free one.
         proxy: "haproxy", Ray Serve's own ("default"), or "auto": HAProxy where it is installed.
         stats_host: where HAProxy's pages of figures listen (ports 8404 and 9101); they have no
             access control.
+        tls_certificate: PEM file of the certificate and those that sign it; with it and its key
+            the endpoint speaks HTTPS alone. On a cluster every node must have both files.
+        tls_key: PEM file of its private key, without a password.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Range(0, 65535)] = 8000
     proxy: Literal["auto", "haproxy", "default"] = "auto"
     stats_host: str = "127.0.0.1"
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ConfigError("tls_certificate and tls_key: expected both, or neither")
 
 
 @dataclasses.dataclass(frozen=True)

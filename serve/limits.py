@@ -1,0 +1,184 @@
+"""What a body may be, checked before any of it is looked at as a request.
+
+A hostile body of four megabytes could otherwise hold a replica for many seconds and gigabytes: by
+hundreds of thousands of fields or objects, each wrong in its own way and each with its own message.
+"""
+
+import asyncio
+import email.message
+import json
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+
+from serve.asgi import Application, Message, Receive, Send
+from serve.problems import problem
+from serve.schema import MAX_BODY_BYTES
+
+#: Fields of one JSON object; no object of the schema has half as many.
+MAX_FIELDS = 32
+#: Objects of one body; the smallest code takes 25 bytes, so that no valid body has more.
+MAX_OBJECTS = MAX_BODY_BYTES // 25 + 4096
+#: Bytes of all headers together.
+MAX_HEADER_BYTES = 16 * 1024
+
+
+class BodyLimit:
+    """ASGI middleware: gathers a body that is of our type, not too large and not too slow.
+
+    It is refused by its announced length, else once too much has come. The application gets it in
+    one piece.
+    """
+
+    def __init__(self, app: Application, max_bytes: int, timeout_s: float) -> None:
+        """Wraps an application.
+
+        Args:
+            app: to wrap.
+            max_bytes: of a body.
+            timeout_s: how long a body may take to come.
+        """
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body: bytes | None = None
+        refusal = self._refuse_announced(scope)
+        if refusal is None:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    body, refusal = await self._gather(scope, receive)
+            except TimeoutError:
+                message = f"the body did not come within {self._timeout_s:g} s"
+                refusal = problem(scope, HTTPStatus.REQUEST_TIMEOUT, message)
+        if refusal is not None:
+            # What has not come yet is not waited for.
+            refusal.headers["Connection"] = "close"
+            await refusal(scope, receive, send)
+            return
+        if body is None:  # the client has gone
+            return
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
+
+    def _refuse_announced(self, scope: Message) -> JSONResponse | None:
+        headers = scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+            status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            return problem(scope, status, f"the headers may have {MAX_HEADER_BYTES} bytes together")
+        length = next((value for name, value in headers if name == b"content-length"), b"0")
+        if not length.isdigit():
+            return problem(scope, HTTPStatus.BAD_REQUEST, "Content-Length: expected a number")
+        # Not every number of digits can be converted.
+        if len(length) > len(str(self._max_bytes)) or int(length) > self._max_bytes:
+            return self._refuse_size(scope)
+        if scope["method"] == "POST" and not _is_json(headers):
+            message = "expected Content-Type: application/json"
+            return problem(scope, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
+        return None
+
+    async def _gather(
+        self, scope: Message, receive: Receive
+    ) -> tuple[bytes | None, JSONResponse | None]:
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None, None
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > self._max_bytes:
+                return None, self._refuse_size(scope)
+            if chunk:  # else a client could send any number of empty ones
+                chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks), None
+
+    def _refuse_size(self, scope: Message) -> JSONResponse:
+        message = f"the body may have at most {self._max_bytes} bytes; send fewer patients at once"
+        return problem(scope, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+
+
+class StrictRoute(APIRoute):
+    """A route whose JSON is read by `parse`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See APIRoute."""
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strictly
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = parse(await self.body())
+        return self._json
+
+
+class UnreadableError(HTTPException):
+    """A body is not the JSON that a request may be; FastAPI lets only HTTPException through."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(HTTPStatus.UNPROCESSABLE_ENTITY, reason)
+
+
+def parse(body: bytes) -> Any:
+    """Reads JSON that a request may be.
+
+    Raises:
+        UnreadableError: if it is not JSON or not text, is nested too deeply, has too many
+            objects, an object with too many fields or with one twice, or a number too long to
+            be one; the message quotes nothing of it.
+    """
+    try:
+        if body.count(b"{") > MAX_OBJECTS:
+            raise _RefusedError(f"more than {MAX_OBJECTS} objects")
+        return json.loads(body, object_pairs_hook=_fields)
+    except _RefusedError as err:
+        reason = str(err)
+    except RecursionError:
+        reason = "nested too deeply"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        reason = "not JSON"
+    except ValueError:  # Python's limit on the digits of an integer
+        reason = "a number has too many digits"
+    raise UnreadableError(reason)
+
+
+class _RefusedError(ValueError):
+    pass
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _RefusedError("a field is given twice in one object")
+    if len(fields) > MAX_FIELDS:
+        raise _RefusedError(f"an object has more than {MAX_FIELDS} fields")
+    return fields
+
+
+def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
+    given = next((value for name, value in headers if name == b"content-type"), b"")
+    if given == b"application/json":  # as nearly all are
+        return True
+    message = email.message.Message()
+    message["content-type"] = given.decode("latin-1")
+    return bool(given) and message.get_content_type() == "application/json"

@@ -228,9 +228,7 @@ class Client:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
+            yield
         except self._error as err:
             said = _one_line(str(err))
             if getattr(err, "error_code", None) in _REFUSALS:

@@ -1,9 +1,9 @@
 """The bundle: everything that a served model needs, in one folder, and no patient's record.
 
 Files: `model.safetensors` (weights), `config.json` (model name and options), `vocabulary.json`,
-`graph.parquet`, `effects.npz`, `ddi.parquet`, `molecules.json`, `preprocessing.json`,
-`reference.json`, `metrics.json`, `manifest.json` (format version, fingerprints, SHA-256 of every
-file). Plain formats only: nothing in it is ever unpickled.
+`graph.parquet`, `effects.npz`, `ddi.parquet`, `molecules.json`, `names.json`,
+`preprocessing.json`, `reference.json`, `metrics.json`, `manifest.json` (format version,
+fingerprints, SHA-256 of every file). Plain formats only: nothing in it is ever unpickled.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from cafemed.graphs import (
     write_effects,
     write_graph,
 )
+from cafemed.names import Names, read_names, write_names
 from cafemed.reference import Reference
 from cafemed.scaling import Scaling
 
@@ -82,6 +83,7 @@ class Bundle:
         metrics: what was measured on which split; JSON values.
         sources: name of each input (cohort, graph) → its fingerprint.
         molecules: medication code → canonical SMILES; empty where nothing is known.
+        names: kind → code → name, where the user gave any.
         fingerprint: of the manifest; "" for a bundle that was never saved.
     """
 
@@ -97,6 +99,7 @@ class Bundle:
     metrics: Mapping[str, Any]
     sources: Mapping[str, str]
     molecules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    names: Names = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -122,6 +125,7 @@ def write(target: Path, bundle: Bundle) -> str:
         write_effects(bundle.effects, folder / "effects.npz")
         write_ddi(bundle.ddi, bundle.vocabularies["medication"], folder / "ddi.parquet")
         bundle_files.write_json(folder / "molecules.json", dict(bundle.molecules))
+        write_names(bundle.names, folder / "names.json")
         bundle_files.write_json(folder / "preprocessing.json", preprocessing)
         bundle_files.write_json(folder / "reference.json", reference.to_json(bundle.reference))
         bundle_files.write_json(folder / "metrics.json", dict(bundle.metrics))
@@ -212,6 +216,7 @@ def _read(folder: Path, manifest: artifacts.Manifest) -> Bundle:
         effects=read_effects(folder / "effects.npz"),
         ddi=_read_ddi(folder / "ddi.parquet", vocabularies["medication"]),
         molecules=read_molecules(folder / "molecules.json", vocabularies["medication"]),
+        names=read_names(folder / "names.json", vocabularies),
         preprocessing=_read_preprocessing(folder / "preprocessing.json"),
         reference=checked,
         metrics=bundle_files.read_json(folder / "metrics.json"),

@@ -19,12 +19,13 @@ FILES = (
     "effects.npz",
     "ddi.parquet",
     "molecules.json",
+    "names.json",
     "preprocessing.json",
     "reference.json",
     "metrics.json",
 )
 #: Files that bundles of format 1 may lack.
-_LATER_THAN_1 = {"molecules.json"}
+_LATER_THAN_1 = {"molecules.json", "names.json"}
 
 _MAX_JSON_BYTES = 64 << 20
 

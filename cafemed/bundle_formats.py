@@ -1,10 +1,10 @@
 """Bundles of earlier formats, converted to today's on reading.
 
-Format 1: without a number of its own for each, what it holds grew three times. It came to give each
+Format 1: without a number of its own for each, what it holds grew four times. It came to give each
 effect a range over the Markov class and the visits that tell of it; then a vocabulary of laboratory
-items, scaling, and `molecules.json`; and the models' direct path and its pace became options, whose
-absence in `config.json` means that there was none, or that its pace was 5. (A graph without the
-edges' strength is read as it is: `graphs.read_graph`.)
+items, scaling, and `molecules.json`; the models' direct path and its pace became options, whose
+absence in `config.json` means that there was none, or that its pace was 5; and codes got names.
+(A graph without the edges' strength is read as it is: `graphs.read_graph`.)
 
 Format 2: all of that, always.
 """
@@ -101,7 +101,7 @@ def _with_scaling(path: Path) -> None:
     _edit(path, lambda preprocessing: preprocessing.setdefault("scaling", {}))
 
 
-def _with_molecules(path: Path) -> None:
+def _with_none(path: Path) -> None:
     if not path.exists():
         bundle_files.write_json(path, {})
 
@@ -130,7 +130,8 @@ _STEPS: dict[int, dict[str, Callable[[Path], None]]] = {
         "effects.npz": _with_ranges,
         "vocabulary.json": _with_laboratory,
         "preprocessing.json": _with_scaling,
-        "molecules.json": _with_molecules,
+        "molecules.json": _with_none,
+        "names.json": _with_none,
         "reference.json": _with_no_measurements,
     }
 }

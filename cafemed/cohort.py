@@ -1,7 +1,7 @@
 """The cohort: patients in visit order as integer codes, with vocabularies, DDI pairs and split.
 
 Files of a cohort folder (stage "cohort", private): `visits.parquet`, `vocabulary.json`,
-`ddi.parquet`, `molecules.json`, `split.parquet`, `manifest.json`.
+`ddi.parquet`, `molecules.json`, `names.json`, `split.parquet`, `manifest.json`.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from cafemed import artifacts
 from cafemed.codes import KINDS, LABORATORY, CodeLists
 from cafemed.errors import ArtifactError
 from cafemed.laboratory import Laboratory
+from cafemed.names import Names, read_names, write_names
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -56,6 +57,7 @@ class Cohort:
             "history": only those of earlier visits.
         laboratory: values of the V visits; left out, no visit has any.
         molecules: medication code → canonical SMILES, sorted; empty where the cohort has none.
+        names: kind → code → name, where the user gave any.
         fingerprint: of the manifest; "" for a cohort that was never saved.
     """
 
@@ -75,6 +77,7 @@ class Cohort:
     inputs: Literal["current", "history"] = "current"
     laboratory: Laboratory = dataclasses.field(default_factory=lambda: Laboratory.none(0))
     molecules: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    names: Names = dataclasses.field(default_factory=dict)
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
@@ -184,6 +187,7 @@ def write(cohort: Cohort, folder: Path) -> None:
     )
     (folder / "vocabulary.json").write_text(json.dumps(dict(cohort.vocabularies)))
     (folder / "molecules.json").write_text(json.dumps(dict(cohort.molecules)))
+    write_names(cohort.names, folder / "names.json")
     write_ddi(cohort.ddi, cohort.vocabularies["medication"], folder / "ddi.parquet")
 
 
@@ -226,6 +230,7 @@ def load(folder: Path) -> Cohort:
         inputs=manifest.config.get("inputs", "current"),
         laboratory=laboratory,
         molecules=read_molecules(folder / "molecules.json", vocabularies["medication"]),
+        names=read_names(folder / "names.json", vocabularies),
         fingerprint=manifest.fingerprint,
         **lists,
     )

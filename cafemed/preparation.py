@@ -13,7 +13,7 @@ from cafemed.drugs import DrugKnowledge
 from cafemed.errors import ConfigError
 from cafemed.protocols import CohortConfig
 from cafemed.records import Dropped, Records, SourceFile
-from cafemed.sources import laboratory, mimic3, mimic4, tables
+from cafemed.sources import laboratory, mimic3, mimic4, names, reading, tables
 from cafemed.sources.laboratory import LaboratoryTable
 from cafemed.sources.reading import InputFile
 from cafemed.sources.tables import Systems
@@ -30,6 +30,7 @@ class DataConfig:
         drugs: folder with ndc_to_atc3.csv, ddi_atc3.csv and perhaps atc3_smiles.csv.
         ndc_to_atc, ddi, smiles: single files, each instead of that folder's.
         molecules: read the molecules of medications from the SMILES; needs RDKit.
+        names: CSV or Parquet table of the codes' names, for the endpoint's answers.
         systems: code systems of a user's own table, where its rows name none.
         seed: of the synthetic population.
         generator: the synthetic population.
@@ -43,6 +44,7 @@ class DataConfig:
     ddi: str | None = None
     smiles: str | None = None
     molecules: bool = False
+    names: str | None = None
     systems: Systems = dataclasses.field(default_factory=Systems)
     seed: Annotated[int, Range(0)] = 0
     generator: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
@@ -64,10 +66,12 @@ class Inputs:
     root: Path
     tables: Mapping[str, InputFile]
     drugs: Mapping[str, InputFile]
+    names: InputFile | None = None
 
     def fingerprints(self) -> dict[str, str]:
         """Name of each input → SHA-256."""
-        return {name: file.sha256 for name, file in (*self.tables.items(), *self.drugs.items())}
+        files = {**self.tables, **self.drugs} | ({"names": self.names} if self.names else {})
+        return {name: file.sha256 for name, file in files.items()}
 
 
 def make_tables(config: DataConfig, folder: Path, force: bool) -> None:
@@ -92,10 +96,11 @@ def locate(config: DataConfig, synthetic_tables: Path) -> Inputs:
         DataError: if a file is missing.
         ConfigError: if there is no table of interactions, or none of NDCs where they are used.
     """
+    names_of = reading.identify(Path(config.names).expanduser()) if config.names else None
     if config.source == "synthetic":
         folder = synthetic_tables
         found = mimic3.locate(folder, laboratory=config.cohort.max_laboratory > 0)
-        return Inputs(folder, found, drugs.locate(folder / "drugs"))
+        return Inputs(folder, found, drugs.locate(folder / "drugs"), names_of)
     if config.root is None:
         raise ConfigError(
             f"data.root: expected where the {config.source} tables are, got null; give "
@@ -103,7 +108,7 @@ def locate(config: DataConfig, synthetic_tables: Path) -> Inputs:
         )
     root = Path(config.root).expanduser()
     found = _adapter(config).locate(root, laboratory=config.cohort.max_laboratory > 0)
-    return Inputs(root, found, _locate_drugs(config))
+    return Inputs(root, found, _locate_drugs(config), names_of)
 
 
 def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -> dict[str, Any]:
@@ -137,6 +142,11 @@ def make_cohort(config: DataConfig, inputs: Inputs, folder: Path, force: bool) -
         made = _with_laboratory(config, inputs, made, files, dropped)
     if config.molecules:
         made = _with_molecules(made, knowledge, dropped)
+    if inputs.names:
+        given, file, lost = names.read(inputs.names, made.vocabularies)
+        files.append(file)
+        dropped += lost
+        made = dataclasses.replace(made, names=given)
     with artifacts.new_folder(folder, "cohort", inputs.fingerprints(), settings, private=True) as (
         partial,
         report,
@@ -173,6 +183,9 @@ def describe(report: Mapping[str, Any]) -> str:
         lines.append(
             f"molecules      {of['molecules']:,}; {of['medications']:,} medications have one"
         )
+    if "names" in numbers:
+        named = ", ".join(f"{count:,} {kind}" for kind, count in numbers["names"].items())
+        lines.append(f"names          {named}")
     if numbers["empty_targets"]:
         lines.append(f"no target      {numbers['empty_targets']:,} visits")
     lines.append(f"{'rows read':<44}{'rows':>12}")

@@ -104,6 +104,7 @@ def make_bundle(
         metrics=_metrics(measured),
         sources=given.sources,
         molecules=given.cohort.molecules,
+        names=given.cohort.names,
     )
 
 

@@ -35,8 +35,8 @@ def summary(cohort: Cohort) -> dict[str, Any]:
         patients, visits, codes (kind → vocabulary size), codes_per_visit (kind → mean), most_codes
         (kind → largest number in a visit), split (name → patients), ddi_pairs, ddi_rate (of the
         target sets), empty_targets (visits without one), age_known and sex_known (shares). Where
-        there are any: laboratory (items, values_per_visit, visits_without) and molecules
-        (molecules, medications that have one).
+        there are any: laboratory (items, values_per_visit, visits_without), molecules
+        (molecules, medications that have one) and names (kind → codes that have one).
     """
     lists = {
         "diagnosis": cohort.diagnoses,
@@ -58,6 +58,7 @@ def summary(cohort: Cohort) -> dict[str, Any]:
         "sex_known": round(float((cohort.sex > 0).mean()), 4),
         **_laboratory(cohort),
         **_molecules(cohort),
+        **_names(cohort),
     }
 
 
@@ -80,3 +81,8 @@ def _molecules(cohort: Cohort) -> dict[str, Any]:
         return {}
     distinct = {smiles for of_one in cohort.molecules.values() for smiles in of_one}
     return {"molecules": {"molecules": len(distinct), "medications": len(cohort.molecules)}}
+
+
+def _names(cohort: Cohort) -> dict[str, Any]:
+    counts = {kind: len(of) for kind, of in cohort.names.items()}
+    return {"names": counts} if counts else {}

@@ -112,6 +112,7 @@ def made_of(
         metrics={"validation": {"jaccard": 0.5}},
         sources={"cohort": "c0", "graph": "a0"},
         molecules={"atc:M1": ("C", "CO")},
+        names={"medication": {"atc:M1": "one"}},
     )
 
 
@@ -164,8 +165,8 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[
 def test_what_was_written_comes_back(made: bundle.Bundle, folder: Path):
     loaded = bundle.load(folder)
     assert loaded.fingerprint == artifacts.read_manifest(folder, "bundle").fingerprint
-    names = ("model_name", "model_options", "vocabularies", "preprocessing", "metrics", "molecules")
-    for name in names:
+    names = ("model_name", "model_options", "vocabularies", "preprocessing", "metrics")
+    for name in (*names, "molecules", "names"):
         assert getattr(loaded, name) == getattr(made, name)
     assert loaded.sources == made.sources
     assert loaded.graph.nodes == made.graph.nodes
@@ -227,6 +228,7 @@ def test_the_files_are_those_of_the_layout_and_no_others(folder: Path):
         "effects.npz",
         "ddi.parquet",
         "molecules.json",
+        "names.json",
         "preprocessing.json",
         "reference.json",
     }
@@ -347,6 +349,10 @@ FEWER = {**VOCABULARIES, "diagnosis": VOCABULARIES["diagnosis"][:-1]}
         (
             edit_json("molecules.json", lambda _: {"atc:?": ["C"]}),
             "molecules.json: atc:? is not in the medication vocabulary",
+        ),
+        (
+            edit_json("names.json", lambda _: {"medication": {"atc:?": "one"}}),
+            "names.json: atc:? is not in the medication vocabulary",
         ),
         (
             edit_json("preprocessing.json", lambda c: c | {"temperature": float("nan")}),

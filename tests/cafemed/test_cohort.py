@@ -45,6 +45,7 @@ def draw(seed=0, inputs="current"):
         },
         laboratory=Laboratory(items, rng.normal(7, 3, len(items.ids)).astype(np.float32)),
         molecules={"x:medication1": ("C", "CO"), "x:medication4": ("CO",)},
+        names={"diagnosis": {"x:diagnosis0": "Élan"}, "laboratory": {"x:laboratory2": "an item"}},
         ddi=upper | upper.T,
         split=np.array([0, 2, 1], np.int8),
         sex=np.array([0, 1, 2], np.int8),
@@ -165,8 +166,41 @@ def test_molecules_that_are_none_are_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"diagnosis": {"x:medication1": "one"}}', "x:medication1 is not in the diagnosis voc"),
+        ('{"drug": {"x:medication1": "one"}}', "unknown kind 'drug'"),
+        ('{"medication": {"x:medication1": 1}}', "x:medication1: expected a name of at most 200"),
+        ('{"medication": {"x:medication1": ""}}', "x:medication1: expected a name of at most 200"),
+        ('{"medication": ["x:medication1"]}', "expected names by kind and code"),
+        ("[", "expected names by kind and code"),
+    ],
+)
+def test_names_that_are_none_are_refused(tmp_path, content, message):
+    with artifacts.new_folder(tmp_path / "cohort", "cohort", {}, {}) as (partial, _):
+        cohorts.write(draw(), partial)
+        (partial / "names.json").write_text(content)
+    with pytest.raises(ArtifactError, match=rf"names\.json: {message}"):
+        cohorts.load(tmp_path / "cohort")
+
+
+def test_a_cohort_that_was_made_before_there_were_names_has_none(tmp_path):
+    with artifacts.new_folder(tmp_path / "cohort", "cohort", {}, {}) as (partial, _):
+        cohorts.write(draw(), partial)
+        (partial / "names.json").unlink()
+    assert cohorts.load(tmp_path / "cohort").names == {}
+
+
+@pytest.mark.parametrize(
     "name",
-    ["visits.parquet", "vocabulary.json", "ddi.parquet", "split.parquet", "molecules.json"],
+    [
+        "visits.parquet",
+        "vocabulary.json",
+        "ddi.parquet",
+        "split.parquet",
+        "molecules.json",
+        "names.json",
+    ],
 )
 def test_a_truncated_or_edited_or_missing_file_is_refused(tmp_path, name):
     path = save(draw(), tmp_path / "cohort") / name

@@ -253,6 +253,41 @@ def test_molecules_need_a_table_of_them(config, tmp_path):
         preparation.locate(dataclasses.replace(config, molecules=True), tmp_path)
 
 
+def test_names_come_into_the_cohort_when_given(config, tmp_path):
+    without = prepare(config, tmp_path / "exp")
+    assert cohort.load(tmp_path / "exp" / "cohort").names == {}
+    table = tmp_path / "names.csv"
+    table.write_text("code,name\natc:A02B,Drugs for ulcer\natc:Z99Z,Nothing\n")
+    config = dataclasses.replace(config, names=str(table))
+    report = prepare(config, tmp_path / "exp")
+    made = cohort.load(tmp_path / "exp" / "cohort")
+    assert made.names == {"medication": {"atc:A02B": "Drugs for ulcer"}}
+    assert report["files"][-1]["name"] == "names.csv"
+    assert "names          1 medication" in preparation.describe(report)
+    assert report["summary"].pop("names") == {"medication": 1}
+    assert report["summary"] == without["summary"]
+    table.write_text("code,name\natc:A02B,Ulcer\n")
+    prepare(config, tmp_path / "exp")
+    assert cohort.load(tmp_path / "exp" / "cohort").fingerprint != made.fingerprint
+
+
+def test_the_table_of_names_must_be_there(config, tmp_path):
+    config = dataclasses.replace(config, names=str(tmp_path / "no.csv"))
+    with pytest.raises(DataError, match=r"no\.csv: cannot be read"):
+        preparation.locate(config, tmp_path)
+
+
+def test_synthetic_patients_get_names_too(tmp_path):
+    settings = DataConfig(generator=SMALL, cohort=CohortConfig())
+    preparation.make_tables(settings, tmp_path / "tables", force=False)
+    prepare(settings, tmp_path)
+    vocabulary = cohort.load(tmp_path / "cohort").vocabularies
+    code = vocabulary["diagnosis"][0]
+    (tmp_path / "names.csv").write_text(f"kind,code,name\ndiagnosis,{code.lower()},A disease\n")
+    prepare(dataclasses.replace(settings, names=str(tmp_path / "names.csv")), tmp_path)
+    assert cohort.load(tmp_path / "cohort").names == {"diagnosis": {code: "A disease"}}
+
+
 def test_a_users_table_is_prepared(tmp_path, hospitals):
     rows = []
     for patient in range(6):

@@ -24,6 +24,9 @@ from cafemed.errors import ConfigError
 
 # A socket's path has at most 107 characters; Ray appends "/session_<time>_<pid>/sockets/…".
 _MAX_TEMP_CHARS = 40
+_BYTES_PER_GB = 1e9
+#: Of the processes of a Ray of our own: its temporary folder.
+_FOLDER = "CAFEMED_RAY_FOLDER"
 #: Times that what is left of a Ray is looked for and ended, and seconds until it has to be gone.
 _ROUNDS = 5
 _KILL_S = 5.0
@@ -79,7 +82,8 @@ def require_resources(what: str, wanted: Mapping[str, tuple[str, float]]) -> Non
 
     Args:
         what: that which reserves resources, for instance "a trial".
-        wanted: "CPU" or "GPU" → the configuration key, and how much it reserves.
+        wanted: "CPU", "GPU" or "memory" → the configuration key, and how much it reserves; memory
+            in units of 1e9 bytes.
 
     Raises:
         ConfigError: if the Ray is of this process and its node has less: it would wait for ever.
@@ -89,9 +93,10 @@ def require_resources(what: str, wanted: Mapping[str, tuple[str, float]]) -> Non
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for kind, (key, amount) in wanted.items():
         most = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+        most, unit = (most / _BYTES_PER_GB, "GB") if kind == "memory" else (most, kind)
         if amount <= most:
             continue
-        lack = f"{key}: {what} reserves {amount:g}, but the largest node has {most:g} {kind}"
+        lack = f"{key}: {what} reserves {amount:g}, but the largest node has {most:g} {unit}"
         if not os.environ.get("RAY_ADDRESS"):
             raise ConfigError(f"{lack}; reserve less")
         console.say("ray", f"{lack} now; waiting for a node that has them")
@@ -129,25 +134,29 @@ def _start_local(num_cpus: float, num_gpus: float, temp: Path) -> None:
     if os.environ.get("RAY_AUTH_MODE") != "disabled" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # One secret a process: Ray would otherwise write one to the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        address="local",
-        num_cpus=math.ceil(min(num_cpus, len(os.sched_getaffinity(0)))),
-        num_gpus=None if num_gpus else 0,
-        include_dashboard=False,
-        _temp_dir=str(temp),
-        logging_level=logging.CRITICAL,
-        log_to_driver=False,
-    )
+    os.environ[_FOLDER] = str(temp)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=math.ceil(min(num_cpus, len(os.sched_getaffinity(0)))),
+            num_gpus=None if num_gpus else 0,
+            include_dashboard=False,
+            _temp_dir=str(temp),
+            logging_level=logging.CRITICAL,
+            log_to_driver=False,
+        )
+    finally:
+        del os.environ[_FOLDER]  # what this process starts itself is not Ray's
 
 
 def _end_processes_of(temp: Path) -> None:
-    """Ends what is left of a Ray of our own; its processes name its folder, and nobody else's do.
+    """Ends what is left of a Ray of our own, which its environment tells from everybody else's.
 
     After an interrupt while it starts, its agents would look for its store for another minute.
     """
     for _ in range(_ROUNDS):  # a process may have been starting another one
-        found = psutil.process_iter(["cmdline"])
-        left = [p for p in found if any(str(temp) in part for part in p.info["cmdline"] or ())]
+        found = psutil.process_iter(["environ"])
+        left = [p for p in found if (p.info["environ"] or {}).get(_FOLDER) == str(temp)]
         if not left:
             return
         for process in left:

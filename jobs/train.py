@@ -9,7 +9,7 @@
 Reads ROOT/experiments/NAME/cohort and /graph (of prepare.py and discover.py) and writes
 ROOT/experiments/NAME/fit. Run again after an interruption, with the same configuration, it goes on
 from the last whole epoch and ends with the same weights. A run whose inputs and configuration are
-unchanged is skipped.
+unchanged is skipped. `tensorboard --logdir ROOT/experiments/NAME/tensorboard` follows it.
 """
 
 import shutil
@@ -26,14 +26,14 @@ from cafemed import artifacts, config, console, invocation, paths
 def main(cfg: DictConfig) -> None:
     """Runs the stage."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    with invocation.job(values, ("model", "train", "calibration", "device")) as told:
+    with invocation.job(values, ("model", "train", "calibration", "device", "tensorboard")) as told:
         run(told.experiment, values)
 
 
 def run(folder: Path, values: dict[str, Any]) -> None:
     """Loads, trains, measures, writes and reports."""
     import models  # torch takes seconds to import: not for --help
-    from cafemed import calibration, experiment, fits, training
+    from cafemed import calibration, experiment, fits, tracking, training
     from cafemed.calibration import CalibrationConfig
     from cafemed.cohort import SPLITS
 
@@ -43,6 +43,7 @@ def run(folder: Path, values: dict[str, Any]) -> None:
     fit_config = config.from_mapping(training.FitConfig, values["train"], "train")
     calibrated = config.from_mapping(CalibrationConfig, values["calibration"], "calibration")
     device = training.choose_device(values["device"])
+    events = config.checked(bool, values["tensorboard"], "tensorboard")
     settings = {
         "model": {"name": name, "options": options},
         **{section: values[section] for section in ("train", "calibration")},
@@ -67,6 +68,13 @@ def run(folder: Path, values: dict[str, Any]) -> None:
         f"{name} on {device}: {len(patients['train'])} training and "
         f"{len(patients['validation'])} validation patients",
     )
+    told = tracking.FitEvents(folder, checkpoint, settings) if events else None
+
+    def after_epoch(report: training.EpochReport) -> None:
+        console.say("epoch", str(report))
+        if told is not None:
+            told.follow(report)
+
     result = training.fit(
         models.build,
         name,
@@ -76,7 +84,7 @@ def run(folder: Path, values: dict[str, Any]) -> None:
         patients["train"],
         patients["validation"],
         fit_config,
-        on_epoch=lambda report: console.say("epoch", str(report)),
+        on_epoch=after_epoch,
         checkpoint_dir=checkpoint,
         device=device,
     )
@@ -88,6 +96,8 @@ def run(folder: Path, values: dict[str, Any]) -> None:
     decision = calibration.choose(predictions["validation"], calibrated, fit_config.threshold)
     measured = fits.measure(predictions, given.inputs.ddi, decision, fit_config.seed)
     fits.write(target, given.sources, settings, result, measured)
+    if told is not None:
+        told.end()
     shutil.rmtree(checkpoint, ignore_errors=True)
     console.say("train", f"best epoch {result.best_epoch} of {len(result.history)}")
     print(fits.describe(measured))

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 import models
 from cafemed import artifacts, cohort, config, graphs, paths
 from cafemed.codes import node_name
+from cafemed.event_files import read
 from cafemed.training import FitConfig
 
 SMALL = [
@@ -129,6 +130,7 @@ def test_a_run_writes_its_artifact_and_a_second_one_is_skipped(root, experiment)
     losses = [measured["validation"]["calibration"][at]["log_loss"] for at in ("before", "after")]
     assert losses[1] < losses[0]
     assert not list((experiment / "checkpoints").iterdir())
+    assert event_steps(experiment) == [1, 2, 3]
 
     before = (experiment / "fit" / "manifest.json").stat().st_mtime_ns
     second = run(root, "train", *TRAIN)
@@ -136,6 +138,13 @@ def test_a_run_writes_its_artifact_and_a_second_one_is_skipped(root, experiment)
     assert "unchanged, skipped" in second.stdout
     assert (experiment / "fit" / "manifest.json").stat().st_mtime_ns == before
     assert not list(root.glob("*.log"))
+
+
+def event_steps(experiment):
+    (path,) = (experiment / "tensorboard" / "fit").iterdir()
+    found = [(event.step, value.tag) for event in read(path) for value in event.summary.value]
+    assert [tag for _, tag in found].count("_hparams_/session_end_info") == 1
+    return [step for step, tag in found if tag == "validation/jaccard"]
 
 
 def test_bad_configuration_is_one_line_and_status_2(root):
@@ -214,13 +223,17 @@ def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_weights(
     assert "going on from the checkpoint" in resumed.stdout
     done = sum(line.startswith("epoch") for line in resumed.stdout.splitlines())
     assert done == 6 - epochs_done
+    assert event_steps(experiment) == [1, 2, 3, 4, 5, 6]
     assert (experiment / "fit" / "model.safetensors").read_bytes() == expected
 
 
 def test_another_model_is_trained_by_its_name(root, experiment):
-    finished = run(root, "train", "name=small", "model=causalmed", *TRAIN[1:])
+    shutil.rmtree(experiment / "tensorboard", ignore_errors=True)
+    arguments = ["model=causalmed", "tensorboard=false", *TRAIN]
+    finished = run(root, "train", *arguments)
     assert finished.returncode == 0, finished.stderr
     assert "causalmed on" in finished.stdout
     artifacts.verify(experiment / "fit", "fit")
     written = json.loads((experiment / "fit" / "config.json").read_text())
     assert written["model"]["name"] == "causalmed"
+    assert not (experiment / "tensorboard").exists()

@@ -20,9 +20,11 @@ class Paths:
 
     Attributes:
         root: see paths.resolve_root.
+        registry: folder or URL that holds the registries of all experiments; None: in the root.
     """
 
     root: str | None = None
+    registry: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Invocation:
         root: absolute folder of all inputs and outputs.
         name: of the experiment.
         force: whether a stage that is done is done again.
+        registries: see Paths.registry.
     """
 
     root: Path
     name: str
     force: bool
+    registries: str | None = None
 
     @property
     def experiment(self) -> Path:
@@ -54,9 +58,9 @@ class Invocation:
         return paths.experiment_dir(self.root, self.name)
 
     @property
-    def registry(self) -> Path:
-        """The folder of the experiment's model versions."""
-        return paths.registry_dir(self.root, self.name)
+    def registry(self) -> Path | str:
+        """The folder of the experiment's model versions, or the URL of one."""
+        return paths.registry_of(self.root, self.name, self.registries)
 
 
 @contextlib.contextmanager
@@ -103,4 +107,4 @@ def read(values: Mapping[str, Any], sections: Collection[str]) -> Invocation:
     for folder in (root, *root.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"paths.root: expected a folder, {folder} is a file")
-    return Invocation(root, name, common.force)
+    return Invocation(root, name, common.force, common.paths.registry)

@@ -27,8 +27,26 @@ def experiment_dir(root: Path, name: str) -> Path:
 
 
 def registry_dir(root: Path, name: str) -> Path:
-    """The registry folder of one experiment's model versions."""
+    """The registry folder of one experiment's model versions, where none is configured."""
     return root / "registry" / name
+
+
+def registry_of(root: Path, name: str, configured: str | None) -> Path | str:
+    """The registry of one experiment: `paths.registry`/NAME, a folder or the URL of one."""
+    if configured is None:
+        return registry_dir(root, name)
+    if "://" in configured:
+        return f"{configured.rstrip('/')}/{name}"
+    return resolve_root(configured) / name
+
+
+def cache_dir() -> Path:
+    """Where copies of what lies in an object store are kept: `CAFEMED_CACHE`, else `~/.cache`.
+
+    Its content can be removed at any time.
+    """
+    configured = os.environ.get("CAFEMED_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "cafemed"
 
 
 def keys_file(root: Path, name: str) -> Path:

@@ -143,7 +143,7 @@ def objection(folder: Path, max_ddi_rate: float | None) -> str | None:
 
 
 def publish(
-    home: Path, folder: Path, produced_by: Mapping[str, Any], promote: bool
+    home: registry.Location, folder: Path, produced_by: Mapping[str, Any], promote: bool
 ) -> tuple[int, bool]:
     """Makes a bundle a version of the registry, `candidate` and, if asked, `production`, but once.
 
@@ -164,9 +164,9 @@ def publish(
     """
     fingerprint = artifacts.read_manifest(folder, bundle_files.STAGE).fingerprint
     published = [
-        version.number
-        for version in registry.versions(home)
-        if version.record["produced_by"].get("bundle") == fingerprint
+        number
+        for number, record in registry.records(home).items()
+        if record["produced_by"].get("bundle") == fingerprint
     ]
     if published:
         number = published[0]
@@ -180,7 +180,7 @@ def publish(
     return number, changed
 
 
-def publish_best(folder: Path, home: Path, promote: bool) -> int:
+def publish_best(folder: Path, home: registry.Location, promote: bool) -> int:
     """Puts the best trial's bundle into the registry, unless it is there.
 
     It is made production if that is asked for and it keeps `search.max_ddi_rate` as it is served.

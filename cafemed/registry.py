@@ -1,46 +1,65 @@
 """The registry: numbered versions of bundles, and the aliases that say which one is used.
 
-    registry/NAME/
-      versions/0001/bundle/…       a bundle folder, never changed once it is there
-      versions/0001/record.json    who and what produced it, and when
-      aliases/production/000001/move.json    one folder a move of the alias; the highest counts
-      cards/0001.json, cards/0001.md         the model card, once the version is evaluated
-
-It works on any local or shared folder and needs no lock: a version and a move are prepared in a
-hidden folder and renamed to the next free number. The rename fails if somebody else took that
-number, and then the next one is tried. So two processes that publish or promote at the same time
-both succeed, in some order, and whoever reads sees the state before or after, never between. A card
-is no part of its version, which never changes: evaluated again, its two files are replaced, each
-atomically.
+It lies in a folder (cafemed/registry_folder.py), or in a bucket of an object store
+(cafemed/registry_objects.py). Versions and moves of an alias are added and never changed; the
+newest move counts. A model card is no part of its version: evaluated again, it is replaced.
 """
 
 import dataclasses
 import datetime
-import errno
 import getpass
 import json
 import os
 import re
-import shutil
 import socket
-import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
-from cafemed import artifacts, bundle_files
+from cafemed import bundle_files
 from cafemed.errors import ArtifactError
+from cafemed.registry_folder import VERSION_DIGITS, FolderStore
 
 #: Names that `promote` accepts: `candidate` is the newest that came out of a sweep, `production`
 #: the one that is served.
 ALIASES = ("candidate", "production")
 
-_VERSION_DIGITS = 4
-_MOVE_DIGITS = 6
-_HIDDEN = ".new."
-_STALE_S = 24 * 3600.0
-_TAKEN = (errno.EEXIST, errno.ENOTEMPTY)
+#: A folder, or the URL of one in an object store: s3://bucket/registry/demo.
+Location: TypeAlias = Path | str
+
+
+class Store(Protocol):
+    """Where a registry lies. Every method raises ArtifactError if it cannot be read or written."""
+
+    def publish(self, bundle: Path, record: Mapping[str, Any]) -> int:
+        """Adds a version, whole or not at all, under a number that nobody else gets."""
+
+    def numbers(self) -> list[int]:
+        """Of the versions, ascending."""
+
+    def has(self, number: int) -> bool:
+        """Says whether there is a version of this number."""
+
+    def record(self, number: int) -> tuple[str, str]:
+        """Where the record of a version is, and its text."""
+
+    def bundle(self, number: int) -> Path:
+        """The bundle of a version, in a folder of this machine."""
+
+    def moves(self, alias: str) -> list[int]:
+        """Numbers of an alias's moves, ascending."""
+
+    def move(self, alias: str, number: int) -> tuple[str, str]:
+        """Where a move is, and its text."""
+
+    def add_move(self, alias: str, decide: Callable[[], Mapping[str, Any]]) -> None:
+        """Adds the next move; decided anew whenever another process moved the alias meanwhile."""
+
+    def write_card(self, number: int, card: str, text: str) -> str:
+        """Writes or replaces a card, as JSON and for people, and says where."""
+
+    def card(self, number: int) -> tuple[str, str] | None:
+        """Where the card of a version is, and its JSON text; None if there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +68,7 @@ class Version:
 
     Attributes:
         number: 1, 2, …
-        folder: its bundle.
+        folder: its bundle; of a registry in an object store the copy on this machine.
         record: who (`user`, `host`), when (`published`, UTC) and what produced it (`produced_by`).
     """
 
@@ -73,74 +92,90 @@ class Move:
     record: Mapping[str, Any]
 
 
-def publish(registry: Path, bundle_folder: Path, produced_by: Mapping[str, Any]) -> int:
+def location(text: str) -> Location:
+    """The folder or URL that a text names."""
+    return text if "://" in text else Path(text)
+
+
+def store(registry: Location) -> Store:
+    """Opens a registry, which need not exist yet.
+
+    Raises:
+        ArtifactError: for a URL of a store that is unknown, or whose package is not installed.
+    """
+    if isinstance(registry, Path):
+        return FolderStore(registry)
+    # Here, because most registries are folders, and this takes a while to import.
+    from cafemed.registry_objects import ObjectStore
+
+    return ObjectStore(registry)
+
+
+def publish(registry: Location, bundle_folder: Path, produced_by: Mapping[str, Any]) -> int:
     """Copies a bundle into the registry as a new version and gives its number.
 
     Args:
-        registry: the registry folder; made if it is not there.
+        registry: folder or URL; made if it is not there.
         bundle_folder: a bundle that `bundle.write` made.
         produced_by: what made it, for instance the sweep's fingerprint, the trial and its
             parameters; JSON values.
 
     Raises:
-        ArtifactError: if the folder is not a whole bundle.
+        ArtifactError: if the folder is not a whole bundle, or the registry cannot be written.
     """
     bundle_files.verify(bundle_folder)
-
-    def fill(folder: Path) -> None:
-        shutil.copytree(bundle_folder, folder / "bundle")
-        bundle_files.verify(folder / "bundle")  # what was copied is what was checked
-        record = {**_signature("published"), "produced_by": dict(produced_by)}
-        _write_synced(folder / "record.json", record)
-
-    return _add(registry / "versions", _VERSION_DIGITS, fill)
+    record = {**_signature("published"), "produced_by": dict(produced_by)}
+    return store(registry).publish(bundle_folder, record)
 
 
-def promote(registry: Path, version: int, alias: str = "production") -> None:
+def promote(registry: Location, version: int, alias: str = "production") -> None:
     """Points an alias at a version.
 
     Raises:
-        ArtifactError: if there is no such version or alias.
+        ArtifactError: if there is no such version or alias, or an object store cannot make sure
+            that nobody moves the alias at the same time.
     """
-    folder = _alias_dir(registry, alias)
-    _version_dir(registry, version)
-    _add(folder, _MOVE_DIGITS, lambda partial: _write_move(partial, version, "promote"))
+    _require_alias(registry, alias)
+    kept = _require_version(registry, version)
+    kept.add_move(alias, lambda: _move(version, "promote"))
 
 
-def rollback(registry: Path, alias: str = "production") -> int:
+def rollback(registry: Location, alias: str = "production") -> int:
     """Points an alias at the version it had before, and gives that version.
 
     Twice in a row goes back two versions.
 
     Raises:
-        ArtifactError: if there is no version to go back to.
+        ArtifactError: if there is no version to go back to, and as promote.
     """
-    folder = _alias_dir(registry, alias)
+    _require_alias(registry, alias)
     target = 0
 
-    def fill(partial: Path) -> None:
-        nonlocal target  # decided anew whenever another process moved the alias meanwhile
+    def decide() -> dict[str, Any]:
+        nonlocal target
         stack = _stack(history(registry, alias))
         if len(stack) < 2:
             now = f"only version {stack[0]:04d} was promoted" if stack else "nothing is promoted"
             raise ArtifactError(f"{registry}: {alias}: no earlier version to go back to; {now}")
         target = stack[-2]
-        _write_move(partial, target, "rollback")
+        return _move(target, "rollback")
 
-    _add(folder, _MOVE_DIGITS, fill)
+    store(registry).add_move(alias, decide)
     return target
 
 
-def resolve(registry: Path, name: str | int) -> Path:
+def resolve(registry: Location, name: str | int) -> Path:
     """Gives the bundle folder of an alias ("production") or of a version ("3", "0003", 3).
+
+    A version in an object store is copied to this machine, unless it is there (paths.cache_dir).
 
     Raises:
         ArtifactError: if the registry, alias or version does not exist.
     """
-    return _version_dir(registry, resolve_version(registry, name)) / "bundle"
+    return store(registry).bundle(resolve_version(registry, name))
 
 
-def resolve_version(registry: Path, name: str | int) -> int:
+def resolve_version(registry: Location, name: str | int) -> int:
     """Gives the number of the version that an alias or a version's name stands for.
 
     Raises:
@@ -148,51 +183,60 @@ def resolve_version(registry: Path, name: str | int) -> int:
     """
     if isinstance(name, int) or re.fullmatch(r"[0-9]{1,9}", str(name)):
         number = int(name)
-        _version_dir(registry, number)
+        _require_version(registry, number)
         return number
-    moves = history(registry, name)
+    _require_alias(registry, name)
+    kept = store(registry)
+    moves = kept.moves(name)
     if not moves:
         raise ArtifactError(
             f"{registry}: no version is promoted to {name!r} yet; published versions: "
-            f"{_listed(registry)}"
+            f"{_listed(kept)}"
         )
-    return moves[-1].version
+    return _read_move(kept, name, moves[-1]).version
 
 
-def history(registry: Path, alias: str) -> list[Move]:
+def history(registry: Location, alias: str) -> list[Move]:
     """Every move of an alias, oldest first; the last one counts.
 
     Raises:
         ArtifactError: for an unknown alias or an unreadable move.
     """
-    folder = _alias_dir(registry, alias)
-    moves = []
-    for number in _numbers(folder):
-        content = _read(folder / f"{number:0{_MOVE_DIGITS}d}" / "move.json", "version", "action")
-        moves.append(Move(content.pop("version"), content.pop("action"), content))
-    return moves
+    _require_alias(registry, alias)
+    kept = store(registry)
+    return [_read_move(kept, alias, number) for number in kept.moves(alias)]
 
 
-def versions(registry: Path) -> list[Version]:
+def versions(registry: Location) -> list[Version]:
     """Every published version, oldest first."""
-    return [version(registry, number) for number in _numbers(registry / "versions")]
+    return [version(registry, number) for number in store(registry).numbers()]
 
 
-def version(registry: Path, number: int) -> Version:
+def version(registry: Location, number: int) -> Version:
     """One published version.
 
     Raises:
         ArtifactError: if there is none of this number, or its record cannot be read.
     """
-    folder = _version_dir(registry, number)
-    return Version(number, folder / "bundle", _read(folder / "record.json", "produced_by"))
+    kept = _require_version(registry, number)
+    return Version(number, kept.bundle(number), _checked(kept.record(number), "produced_by"))
 
 
-def write_card(registry: Path, number: int, card: Mapping[str, Any], text: str) -> Path:
-    """Writes the model card of a version, or replaces it, and gives its JSON file.
+def records(registry: Location) -> dict[int, Mapping[str, Any]]:
+    """Who and what produced each version, and when; the bundles are not looked at.
+
+    Raises:
+        ArtifactError: if a record cannot be read.
+    """
+    kept = store(registry)
+    return {number: _checked(kept.record(number), "produced_by") for number in kept.numbers()}
+
+
+def write_card(registry: Location, number: int, card: Mapping[str, Any], text: str) -> str:
+    """Writes the model card of a version, or replaces it, and says where its JSON is.
 
     Args:
-        registry: the registry folder.
+        registry: folder or URL.
         number: of the version.
         card: JSON values.
         text: the card for people, Markdown.
@@ -200,58 +244,27 @@ def write_card(registry: Path, number: int, card: Mapping[str, Any], text: str) 
     Raises:
         ArtifactError: if there is no such version.
     """
-    _version_dir(registry, number)
-    folder = registry / "cards"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{number:0{_VERSION_DIGITS}d}.json"
-    contents = {path.with_suffix(".md"): text, path: json.dumps(card, indent=1) + "\n"}
-    for file, content in contents.items():
-        artifacts.write_text(file, content)
-        file.chmod(0o644)  # as the version's files: whoever may serve it may read its card
-    return path
+    kept = _require_version(registry, number)
+    return kept.write_card(number, json.dumps(card, indent=1) + "\n", text)
 
 
-def read_card(registry: Path, number: int) -> dict[str, Any] | None:
+def read_card(registry: Location, number: int) -> dict[str, Any] | None:
     """The model card of a version; None if it was never evaluated.
 
     Raises:
         ArtifactError: if there is no such version, or its card cannot be read.
     """
-    _version_dir(registry, number)
-    path = registry / "cards" / f"{number:0{_VERSION_DIGITS}d}.json"
-    return _read(path, "format_version", "model") if path.exists() else None
+    found = _require_version(registry, number).card(number)
+    return None if found is None else _checked(found, "format_version", "model")
 
 
-def _add(parent: Path, digits: int, fill: Callable[[Path], None]) -> int:
-    """Adds the next numbered folder to `parent`, whole or not at all, and gives its number.
-
-    `fill` writes the content; it is called again when another process took the number meanwhile.
-    """
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(parent)
-    while True:
-        number = max(_numbers(parent), default=0) + 1  # before `fill` reads what it decides on
-        partial = Path(tempfile.mkdtemp(dir=parent, prefix=_HIDDEN))
-        try:
-            fill(partial)
-            partial.chmod(0o755)
-            # A folder is never renamed onto one that holds files: this is the exclusive create.
-            partial.rename(parent / f"{number:0{digits}d}")
-        except OSError as err:
-            shutil.rmtree(partial, ignore_errors=True)
-            if err.errno not in _TAKEN:
-                raise ArtifactError(f"{parent}: cannot write: {err.strerror}") from err
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        else:
-            artifacts.sync(parent)
-            return number
+def _move(version: int, action: str) -> dict[str, Any]:
+    return {"version": version, "action": action, **_signature("moved")}
 
 
-def _write_move(folder: Path, version: int, action: str) -> None:
-    content = {"version": version, "action": action, **_signature("moved")}
-    _write_synced(folder / "move.json", content)
+def _read_move(kept: Store, alias: str, number: int) -> Move:
+    content = _checked(kept.move(alias, number), "version", "action")
+    return Move(content.pop("version"), content.pop("action"), content)
 
 
 def _stack(moves: list[Move]) -> list[int]:
@@ -265,42 +278,41 @@ def _stack(moves: list[Move]) -> list[int]:
     return stack
 
 
-def _version_dir(registry: Path, version: int) -> Path:
-    folder = registry / "versions" / f"{version:0{_VERSION_DIGITS}d}"
-    if not folder.is_dir():
+def _require_version(registry: Location, number: int) -> Store:
+    kept = store(registry)
+    if not kept.has(number):
         raise ArtifactError(
-            f"{registry}: no version {version:0{_VERSION_DIGITS}d}; there is {_listed(registry)}"
+            f"{registry}: no version {number:0{VERSION_DIGITS}d}; there is {_listed(kept)}"
         )
-    return folder
+    return kept
 
 
-def _alias_dir(registry: Path, alias: str) -> Path:
+def _require_alias(registry: Location, alias: str) -> None:
     if alias not in ALIASES:
         raise ArtifactError(
             f"{registry}: expected a version number or one of {', '.join(ALIASES)}, got {alias!r}"
         )
-    return registry / "aliases" / alias
 
 
-def _listed(registry: Path) -> str:
-    numbers = [f"{n:0{_VERSION_DIGITS}d}" for n in _numbers(registry / "versions")]
+def _listed(kept: Store) -> str:
+    numbers = [f"{n:0{VERSION_DIGITS}d}" for n in kept.numbers()]
     return ", ".join(numbers) or "none (publish one with jobs/tune.py)"
 
 
-def _numbers(parent: Path) -> list[int]:
-    if not parent.is_dir():
-        return []
-    return sorted(int(path.name) for path in parent.iterdir() if path.name.isdigit())
-
-
-def _read(path: Path, *keys: str) -> dict[str, Any]:
+def _checked(found: tuple[str, str], *keys: str) -> dict[str, Any]:
+    """Decodes a text of the registry, given with its place, that must have these keys."""
+    place, text = found
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(text)
         missing = [key for key in keys if key not in content]
-    except (OSError, ValueError, TypeError) as err:
-        raise ArtifactError(f"{path}: not a record of the registry ({type(err).__name__})") from err
+        if not isinstance(content, dict):
+            raise TypeError("not a mapping")
+    except (ValueError, TypeError, RecursionError) as err:
+        raise ArtifactError(
+            f"{place}: not a record of the registry ({type(err).__name__})"
+        ) from err
     if missing:
-        raise ArtifactError(f"{path}: expected the key {missing[0]!r}")
+        raise ArtifactError(f"{place}: expected the key {missing[0]!r}")
     return content
 
 
@@ -311,20 +323,3 @@ def _signature(what: str) -> dict[str, str]:
         user = str(os.getuid())
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {what: now, "user": user, "host": socket.gethostname()}
-
-
-def _write_synced(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove_stale(parent: Path) -> None:
-    """Removes what a publisher that died left; by age, as it may have been on another machine."""
-    for path in parent.glob(f"{_HIDDEN}*"):
-        try:
-            if time.time() - path.stat().st_mtime > _STALE_S:
-                shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:
-            continue  # its owner finished

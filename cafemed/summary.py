@@ -9,7 +9,7 @@ from cafemed import artifacts
 Row = tuple[str, str]
 
 
-def rows(experiment: Path, registry: Path, request: Sequence[str]) -> list[Row]:
+def rows(experiment: Path, registry: Path | str, request: Sequence[str]) -> list[Row]:
     """Reads the stages' reports of one experiment; no figure is computed here.
 
     Args:
@@ -31,7 +31,7 @@ def rows(experiment: Path, registry: Path, request: Sequence[str]) -> list[Row]:
     ]
 
 
-def show(experiment: Path, registry: Path, request: Sequence[str], seconds: float) -> None:
+def show(experiment: Path, registry: Path | str, request: Sequence[str], seconds: float) -> None:
     """Prints the table; `seconds` is the time of the whole pipeline."""
     print()
     for name, text in rows(experiment, registry, request):

@@ -269,7 +269,7 @@ def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     model = header.settings["model"]
     return {
         "name": header.job["name"],
-        "paths": {"root": header.job["root"]},
+        "paths": {"root": header.job["root"], "registry": header.job.get("registry")},
         "force": False,
         **job,
         "model": {"name": model["name"], **model["options"]},

@@ -93,7 +93,7 @@ def tell_sweep(
         console.say("sweep", str(page))
 
 
-def publish(folder: Path, home: Path, version: int) -> None:
+def publish(folder: Path, home: registry.Location, version: int) -> None:
     """Puts an evaluation's model card into the registry, unless it is there."""
     found = json.loads((folder / "model_card.json").read_text())
     if registry.read_card(home, version) != found:

@@ -56,6 +56,7 @@ def main(cfg: DictConfig) -> None:
             if told.force or not sweep_start.is_done(target, ledger, plan, inputs):
                 job = {"root": str(told.root), "name": told.name, "promote": promote}
                 job["tracking"] = values["tracking"]
+                job["registry"] = told.registries
                 tracked.require_ready(ledger)
                 sweep_start.prepare(target, ledger, plan, inputs, job, told.force)
                 sweep_run.run(folder, plan, ledger, inputs, models.build, tracked)

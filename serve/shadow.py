@@ -11,11 +11,11 @@ import dataclasses
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cafemed import registry
 from cafemed.errors import UserError
 from serve.following import FollowingModel
 from serve.observing import Counts
@@ -62,7 +62,7 @@ class Comparison:
 class ShadowModel:
     """The version that is compared; it may not be there yet, and may change."""
 
-    def __init__(self, registry_dir: Path, alias: int | str) -> None:
+    def __init__(self, registry_dir: registry.Location, alias: int | str) -> None:
         self._registry_dir = registry_dir
         self._alias = alias
         self._following: FollowingModel | None = None

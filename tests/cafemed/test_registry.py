@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cafemed import artifacts, bundle_files, registry
+from cafemed import artifacts, bundle_files, registry, registry_folder
 from cafemed.errors import ArtifactError
 
 
@@ -106,7 +106,7 @@ def test_a_failed_copy_leaves_nothing(home: Path, made: Path, monkeypatch: pytes
     def full_disk(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(registry, "_write_synced", full_disk)
+    monkeypatch.setattr(registry_folder, "_write_synced", full_disk)
     with pytest.raises(ArtifactError, match="No space left on device"):
         registry.publish(home, made, {})
     assert list((home / "versions").iterdir()) == []

@@ -222,6 +222,9 @@ class Conductor:
                 f"the search ended early, with {len(self._records)} of "
                 f"{self.plan.search.num_samples} trials; run the same command to go on"
             )
+        return self._result_so_far()
+
+    def _result_so_far(self) -> SweepResult:
         search = self.plan.search
         return SweepResult(tuple(self.ended), search.objectives, search.max_ddi_rate)
 
@@ -254,6 +257,7 @@ class Conductor:
                 self._proposer.tell(entry.record)
                 self._records[entry.number] = entry.record
                 self._tell_of_end(entry.record)
+        self._unbeaten = self._result_so_far().unbeaten
         for entry in entries:
             if entry.record is None:
                 self._running[entry.number] = entry
@@ -290,8 +294,16 @@ class Conductor:
         self._records[number] = record
         self._proposer.tell(record)
         self._tell_of_end(record)
+        self._discard_beaten(number)
         if self._on_trial is not None:
             self._on_trial(record)
+
+    def _discard_beaten(self, ended: int) -> None:
+        """Removes the checkpoints that nobody will ask for: of trials that ended and are beaten."""
+        unbeaten = self._result_so_far().unbeaten
+        for number in (self._unbeaten | {ended}) - unbeaten:
+            self.ledger.discard(number)
+        self._unbeaten = unbeaten
 
     def _tell_of(self, number: int) -> None:
         """Tells how far a trial is that has not ended."""

@@ -9,7 +9,8 @@ A folder, or a URL of an object store, that every node sees:
 
 Each JSON file is replaced whole by the process that runs the sweep, and holds nothing that is
 unpickled. Losing that process, a trial's, a node or the disk's last free byte at any point leaves
-every trial that ended, and of the others the last whole checkpoint.
+every trial that ended, and of the others the last whole checkpoint. Of the trials that ended, those
+that are beaten keep none.
 """
 
 import contextlib
@@ -210,7 +211,7 @@ class Ledger:
 
         A checkpoint that was cut off while it was written, or damaged since, is passed over.
         """
-        for path in self._checkpoint_paths(number):
+        for path in map(self._url, self._checkpoints(number)):
             with self.local(path) as folder:
                 try:
                     found = checkpoints.load(folder, None)
@@ -240,14 +241,20 @@ class Ledger:
             else:
                 self._files.delete_file(info.path)
 
-    def _checkpoint_paths(self, number: int) -> list[str]:
-        """Those of a trial, the newest first."""
+    def discard(self, number: int) -> None:
+        """Removes a trial's checkpoints; what cannot be removed stays until the sweep is over."""
+        for name in self._checkpoints(number):
+            with contextlib.suppress(OSError):
+                self._files.delete_dir(self._path(name))
+
+    def _checkpoints(self, number: int) -> list[str]:
+        """Folders of a trial's checkpoints below the storage, the newest first."""
         runs = sorted((n for n in self._names() if n.startswith("run-")), reverse=True)
         found = []
         for run in runs:
             folder = f"{run}/trial-{number:05d}"
             names = [n for n in self._names(folder) if n.startswith("checkpoint_")]
-            found += [self._url(f"{folder}/{name}") for name in sorted(names, reverse=True)]
+            found += [f"{folder}/{name}" for name in sorted(names, reverse=True)]
         return found
 
     def _entry(self, name: str) -> Entry:

@@ -160,6 +160,15 @@ class SweepResult:
         found = pareto.front([p[0] for p in points], [p[1] for p in points])
         return [bool(on_it) for on_it in found]
 
+    @property
+    def unbeaten(self) -> set[int]:
+        """Numbers of the chosen trial and of those on the front.
+
+        One that is not among them is not either when more trials end.
+        """
+        front = {t.number for t, on_it in zip(self.trials, self.pareto(), strict=True) if on_it}
+        return front if (chosen := self.chosen) is None else front | {chosen.number}
+
     def count(self, status: str) -> int:
         """Number of trials with this status."""
         return sum(trial.status == status for trial in self.trials)

@@ -60,7 +60,7 @@ def require_resources(search: SearchConfig) -> None:
     """
     wanted = {"CPU": ("search.cpus", search.cpus), "GPU": ("search.gpus", search.gpus)}
     if search.memory_gb is not None:
-        wanted["memory"] = ("search.memory_gb", search.memory_gb * _BYTES_PER_GB)
+        wanted["memory"] = ("search.memory_gb", search.memory_gb)
     cluster.require_resources("a trial", wanted)
 
 

@@ -12,7 +12,7 @@ from cafemed import artifacts
 from cafemed.conductor import Conductor
 from cafemed.errors import TrainingError
 from cafemed.ledger import Header, Ledger
-from cafemed.sweep import TrialRecord
+from cafemed.sweep import SweepResult, TrialRecord
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +140,60 @@ def test_a_finished_sweep_extended_is_the_longer_sweep(sweeps: Any, tmp_path: Pa
     assert longer.remaining == 7
     sweeps.play(longer)
     assert sweeps.outcome(longer) == expected
+
+
+@pytest.mark.parametrize("search", CASES[3:], ids=lambda case: "-".join(map(str, case.values())))
+def test_only_trials_that_are_unbeaten_or_have_not_ended_keep_checkpoints(
+    sweeps: Any, tmp_path: Path, search: dict[str, Any]
+):
+    plan, looks = sweeps.plan_of(**search), 0
+
+    def look(conductor: Conductor) -> None:
+        nonlocal looks
+        ended = conductor.ended
+        points = {
+            trial.number: (best["metrics"]["jaccard"], best["metrics"]["ddi_rate"])
+            for trial in ended
+            if (best := trial.best_epoch) is not None
+        }
+        wanted = {
+            number
+            for number, (jaccard, rate) in points.items()
+            if not any(
+                other[0] >= jaccard and other[1] <= rate and other != (jaccard, rate)
+                for other in points.values()
+            )
+        }
+        limit = plan.search.max_ddi_rate
+        keeping = [n for n, point in points.items() if limit is None or point[1] <= limit]
+        wanted |= {max(keeping, key=lambda n: points[n][0])} if keeping else set()
+        kept = {n for n in points if conductor.ledger.checkpoint(n) is not None}
+        assert kept == wanted
+        looks += len(points) > len(wanted)
+        running = set(conductor.histories) - set(points)
+        assert all(conductor.ledger.checkpoint(n) for n in running)
+
+    conductor = begin(plan, tmp_path)
+    conductor._on_trial = lambda _: look(conductor)
+    with pytest.raises(sweeps.SweepCutError):
+        sweeps.play(conductor, cut_after(sweeps, 100), slots=2)
+    conductor = begin(plan, tmp_path)
+    conductor._on_trial = lambda _: look(conductor)
+    sweeps.play(conductor, slots=2)
+    assert looks > 3
+
+
+def test_the_chosen_trial_is_unbeaten_where_another_ties_with_a_lower_rate(sweeps: Any):
+    def trial(number: int, jaccard: float, ddi_rate: float) -> TrialRecord:
+        record = sweeps.record_of(number, {"train.learning_rate": 1e-2}, epochs=1)
+        metrics = {**record.history[0]["metrics"], "jaccard": jaccard, "ddi_rate": ddi_rate}
+        return dataclasses.replace(record, history=({**record.history[0], "metrics": metrics},))
+
+    result = SweepResult((trial(0, 0.4, 0.07), trial(1, 0.5, 0.08), trial(2, 0.5, 0.06)))
+    assert result.chosen is result.trials[1]
+    assert result.pareto() == [False, False, True]
+    assert result.unbeaten == {1, 2}
+    assert SweepResult(()).unbeaten == set()
 
 
 def test_failed_trials_are_recorded_and_too_many_end_the_sweep(sweeps: Any, tmp_path: Path):

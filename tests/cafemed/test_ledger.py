@@ -85,6 +85,19 @@ def test_the_newest_whole_checkpoint_is_found_in_the_newest_run(ledger: Ledger, 
     assert found.epoch == 2
 
 
+def test_a_trials_checkpoints_are_discarded_and_nothing_else(ledger: Ledger, tmp_path: Path):
+    ledger.discard(1)  # has none
+    for run in ("run-001", "run-002"):
+        for number in (1, 11):
+            save(tmp_path / "trials" / run / f"trial-{number:05d}" / "checkpoint_000001", 1)
+    (tmp_path / "trials/run-002/trial-00001/error.txt").write_text("of Ray Tune")
+    ledger.discard(1)
+    assert ledger.checkpoint(1) is None
+    assert ledger.checkpoint(11) is not None
+    left = [p.relative_to(tmp_path) for p in (tmp_path / "trials").glob("*/trial-00001/*")]
+    assert [str(path) for path in left] == ["trials/run-002/trial-00001/error.txt"]
+
+
 def save(place: Path, epoch: int) -> None:
     import torch
 

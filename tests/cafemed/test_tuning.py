@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from ray import cloudpickle
 from scipy import special
 from torch import nn
@@ -70,6 +72,15 @@ def fails_on_ratio_2(
     return models.build(name, inputs, options, seed)
 
 
+def slow_to_build(
+    name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int
+) -> nn.Module:
+    time.sleep(_BUILD_S)
+    return models.build(name, inputs, options, seed)
+
+
+#: Longer than the other worker takes to import torch.
+_BUILD_S = 10.0
 #: Probabilities and sets as in the sweep.
 AS_TRAINED = calibration.CalibrationConfig(temperature="fixed", threshold="fixed")
 
@@ -133,6 +144,10 @@ def test_a_sweep_ends_in_a_published_model(given: Experiment, tmp_path: Path):
     assert len({trial.parameters["train.learning_rate"] for trial in result.trials}) == 4
     assert [trial.seed for trial in result.trials] == [trial_seed(0, i) for i in range(4)]
     best = result.best
+    # Those that are beaten have none any more.
+    ledger = Ledger(tmp_path / "trials")
+    kept = {trial.number for trial in result.trials if ledger.checkpoint(trial.number)}
+    assert kept == result.unbeaten
     assert (
         max(t.best_epoch["metrics"]["jaccard"] for t in result.trials if t.best_epoch)
         == (
@@ -219,6 +234,21 @@ def test_more_than_a_node_has_is_refused_before_the_first_trial(given: Experimen
         run(given, tmp_path, cpus=64.0)
     with pytest.raises(ConfigError, match=r"search\.gpus: a trial reserves 0\.5"):
         run(given, tmp_path, gpus=0.5)
+    with pytest.raises(ConfigError, match=r"search\.memory_gb: a trial reserves 64000, but .* GB;"):
+        run(given, tmp_path, memory_gb=64e3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_trials_run_together_as_far_as_the_memory_reserved_allows(
+    given: Experiment, tmp_path: Path
+):
+    has = ray.cluster_resources()["memory"] / 1e9
+    for share, together in ((0.4, True), (0.6, False)):
+        search = {"num_samples": 2, "memory_gb": has * share, "scheduler": "none"}
+        result, _, _ = run(given, tmp_path / str(share), slow_to_build, **search)
+        first, second = sorted(trial.started.timestamp() for trial in result.trials)  # type: ignore[union-attr]
+        assert (second - first < _BUILD_S) == together
 
 
 def test_a_bundle_has_the_best_epochs_weights_and_they_are_tested_again(

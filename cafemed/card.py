@@ -23,7 +23,8 @@ INTENDED_USE = (
 #: Test patients below which a card says that they are few (an assumption).
 _FEW = 100
 
-_ALWAYS = (
+#: Of every model.
+LIMITS = (
     "It learned what was prescribed, which is not what would have been right, with the habits and "
     "errors of the records it comes from.",
     "It was measured on patients of the source that it was trained on. Elsewhere, and later, it "
@@ -107,7 +108,7 @@ def _limits(served: Bundle, cohort: Manifest, report: Mapping[str, Any]) -> Iter
             "Its patients are invented: no number here says anything about real patients or "
             "medications."
         )
-    yield from _ALWAYS
+    yield from LIMITS
     if config.get("inputs") == "current":
         yield (
             "It is given the visit's own diagnoses and procedures. Hospitals code them at "

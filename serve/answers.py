@@ -259,6 +259,15 @@ class ModelCard(BaseModel):
     )
     metrics: dict[str, Any] = Field(description="as measured when the model was made")
     fingerprint: str = Field(description="of the bundle's inputs and configuration")
+    sources: dict[str, str] = Field(
+        description="fingerprints of the data and the graph that the model was made from"
+    )
+    limits: list[str] = Field(description="what the model is known not to know or do")
+    card: dict[str, Any] | None = Field(
+        description="the model card, written when the version was evaluated: data and split, "
+        "metrics on test patients with 95 % intervals ([value, low, high]), calibration, "
+        "subgroups; null: never evaluated"
+    )
 
 
 class Health(BaseModel):

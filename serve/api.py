@@ -5,36 +5,36 @@ place in the program, never with its message, because that may quote a request.
 """
 
 import functools
-from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Annotated, Any
 
-import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse
-from numpy.typing import NDArray
+from fastapi.responses import JSONResponse, Response
 
 from cafemed.card import INTENDED_USE
 from serve.access import Access, Gate
 from serve.admission import Admission, Admitted
-from serve.answers import Health, ModelCard, Ready, RecommendResponse
+from serve.answers import CodesFound, Health, Kind, ModelCard, Ready, RecommendResponse
 from serve.asgi import Message
-from serve.encoding import EncodedPatient, UnknownSystemError
-from serve.hardening import Hardened, add_documentation
+from serve.encoding import RefusedError
+from serve.hardening import Hardened
 from serve.limits import BodyLimit, StrictRoute, UnreadableError
 from serve.observing import Observed, Observer
 from serve.problems import failed, problem, request_id
-from serve.recommender import Recommender
+from serve.replying import Service, encoded, replied
 from serve.schema import (
     MAX_BODY_BYTES,
+    MAX_CODES_FOUND,
     MAX_MESSAGES,
+    MAX_QUERY_LENGTH,
     FieldProblem,
     Problem,
     RecommendRequest,
     field_path,
 )
+from serve.settings import MAX_UNKNOWN_SHARE
 
 _INVALID = "the request is not valid"
 _MAX_FIELD_LENGTH = 200
@@ -54,18 +54,13 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Problem},
 }
 
-
-class Service(Protocol):
-    """What the routes need."""
-
-    @property
-    def recommender(self) -> Recommender:
-        """The recommender in use; another one after a promotion."""
-
-    async def probabilities(
-        self, recommender: Recommender, patients: Sequence[EncodedPatient]
-    ) -> list[NDArray[np.float32]]:
-        """Runs the model, batched with other requests; one row (N_m,) a patient."""
+_INVALID_QUERY: dict[int | str, dict[str, Any]] = {
+    HTTPStatus.UNPROCESSABLE_ENTITY.value: {"model": Problem},
+}
+_QUERY = (
+    "the beginning of a code, with its system or without, dots and case not mattering; or words, "
+    "each of which begins a word of the name"
+)
 
 
 def create_api(
@@ -74,6 +69,7 @@ def create_api(
     access: Access | None = None,
     admission: Admission | None = None,
     observer: Observer | None = None,
+    max_unknown_share: float = MAX_UNKNOWN_SHARE,
 ) -> FastAPI:
     """Gives the ASGI application of a service.
 
@@ -82,12 +78,12 @@ def create_api(
         access: who may ask; None: whoever can, for tests and measurements.
         admission: refuses requests over a limit; None: there is none.
         observer: is told of every request.
+        max_unknown_share: a patient with a larger share of unknown codes is refused.
     """
     api = FastAPI(
         title="CafeMed", version="1", description=INTENDED_USE, docs_url=None, redoc_url=None
     )
     api.router.route_class = StrictRoute
-    add_documentation(api)
     # What is added later is further out.
     if admission is not None:
         refuse = functools.partial(_refuse_busy, observer)
@@ -103,39 +99,30 @@ def create_api(
         api.add_middleware(Observed, observer=observer)
     api.add_exception_handler(RequestValidationError, _refuse_invalid)
     api.add_exception_handler(UnreadableError, _refuse_unreadable)
-    api.add_exception_handler(UnknownSystemError, _refuse_system)
+    api.add_exception_handler(RefusedError, _refuse_content)
     for status in _REFUSED_BY_FRAMEWORK:
         api.add_exception_handler(status, functools.partial(_refuse_other, status=status))
 
     @api.post("/v1/recommend", response_model=RecommendResponse, responses=_PROBLEMS)
-    async def recommend(
-        body: RecommendRequest, request: Request
-    ) -> RecommendResponse | JSONResponse:
+    async def recommend(body: RecommendRequest, request: Request) -> Response:
         """Recommends medications for the current visit of every patient."""
         recommender = service.recommender
-        patients = recommender.encode(body)
+        patients = await encoded(recommender, body, max_unknown_share)
         try:
-            explainer = recommender.explainer
-            plans = [explainer.plan(p) for p in patients] if body.options.explain else []
-            everyone = [*patients, *(one for plan in plans for one in plan.reduced)]
-            scores = await service.probabilities(recommender, everyone)
-            explanations = (
-                explainer.explanations(plans, scores) if plans else [None] * len(patients)
-            )
-            rows = scores[: len(patients)]
-            answers = [
-                recommender.answer(patient, row, body.options, explanation)
-                for patient, row, explanation in zip(patients, rows, explanations, strict=True)
-            ]
-            if observer is not None:
-                observer.recommended(body, recommender, patients, rows, answers)
-            return RecommendResponse(
-                request_id=request_id(request.scope),
-                model=recommender.name,
-                recommendations=answers,
-            )
+            identity = request_id(request.scope)
+            content = await replied(service, recommender, body, patients, identity, observer)
         except Exception as err:  # noqa: BLE001 - the server would log the message with its codes
             return failed(request.scope, err)
+        return Response(content, media_type="application/json")
+
+    @api.get("/v1/codes", responses=_INVALID_QUERY)
+    async def codes(
+        query: Annotated[str, Query(max_length=MAX_QUERY_LENGTH, description=_QUERY)] = "",
+        kind: Annotated[Kind | None, Query(description="of the codes; left out: any")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_CODES_FOUND)] = 20,
+    ) -> CodesFound:
+        """Searches the codes that the model knows."""
+        return CodesFound(codes=service.recommender.vocabulary.search(query, kind, limit))
 
     @api.get("/v1/model")
     async def model() -> ModelCard:
@@ -185,8 +172,8 @@ async def _refuse_unreadable(request: Request, err: Exception) -> JSONResponse:
     return problem(request.scope, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [wrong])
 
 
-async def _refuse_system(request: Request, err: Exception) -> JSONResponse:
-    assert isinstance(err, UnknownSystemError)
+async def _refuse_content(request: Request, err: Exception) -> JSONResponse:
+    assert isinstance(err, RefusedError)
     wrong = FieldProblem(field=err.field, message=str(err))
     return problem(request.scope, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [wrong])
 

@@ -28,12 +28,30 @@ _KINDS: tuple[Kind, ...] = ("diagnosis", "procedure", "medication")
 _FIELDS = ("diagnoses", "procedures", "medications")
 
 
-class UnknownSystemError(ValueError):
-    """A request names a code system that neither the model nor the standard list has."""
+class RefusedError(ValueError):
+    """A request that is well formed but cannot be answered; names the field, never a code."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
         self.field = field
+
+
+class UnknownSystemError(RefusedError):
+    """A request names a code system that neither the model nor the standard list has."""
+
+
+class UnknownCodesError(RefusedError):
+    """Too much of what is known of a patient says nothing to the model."""
+
+    def __init__(self, patient: int, share: float, max_share: float) -> None:
+        super().__init__(
+            field_path(("patients", patient)),
+            f"{share:.0%} of the codes are unknown to the model, at most {max_share:.0%} may be",
+        )
+
+
+class AllergyError(RefusedError):
+    """Allergies that the model's medications cannot be compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +68,8 @@ class EncodedPatient:
             values in the items' units; what may be seen at the visit.
         unknown: the request's codes and items that the vocabularies do not have.
         allergies: ATC prefixes in capitals.
+        unknown_share: of the diagnoses, procedures and medications of all visits; 0 without any.
+            Laboratory items do not count: a model may use none.
     """
 
     known: tuple[tuple[tuple[int, ...], ...], ...]
@@ -59,6 +79,7 @@ class EncodedPatient:
     laboratory: tuple[tuple[tuple[int, float], ...], ...]
     unknown: tuple[UnknownCode, ...]
     allergies: tuple[str, ...] = ()
+    unknown_share: float = 0.0
 
     @property
     def num_visits(self) -> int:
@@ -80,13 +101,14 @@ class Encoder:
         self.systems: dict[str, list[str]] = {
             kind: sorted({code.partition(":")[0] for code in vocabularies[kind]}) for kind in KINDS
         }
+        self._is_atc = self.systems["medication"] == ["atc"]
         self._accepted = [{*self.systems[kind], *_STANDARD_SYSTEMS[kind]} for kind in KINDS]
 
     def encode(self, request: RecommendRequest) -> list[EncodedPatient]:
         """Encodes every patient of a request.
 
         Raises:
-            UnknownSystemError: naming the field.
+            RefusedError: naming the field.
         """
         return [self._encode(patient, p) for p, patient in enumerate(request.patients)]
 
@@ -99,6 +121,16 @@ class Encoder:
         laboratory = tuple(
             self._laboratory(visit, t, unknown) for t, visit in enumerate(patient.visits)
         )
+        if patient.allergies and not self._is_atc:
+            raise AllergyError(
+                field_path(("patients", p, "allergies")),
+                "the model's medications are not in ATC, so allergies cannot be kept to",
+            )
+        num_codes = sum(
+            len(visit.diagnoses) + len(visit.procedures) + len(visit.medications)
+            for visit in patient.visits
+        )
+        num_unknown = sum(one.kind != LABORATORY for one in unknown)
         diagnoses, procedures, medications = (tuple(lists) for lists in zip(*visits, strict=True))
         if not self._uses_current:
             diagnoses, procedures = _shifted(diagnoses), _shifted(procedures)
@@ -112,6 +144,7 @@ class Encoder:
             laboratory=laboratory,
             unknown=tuple(unknown),
             allergies=tuple(patient.allergies),
+            unknown_share=num_unknown / num_codes if num_codes else 0.0,
         )
 
     def _visit(

@@ -7,13 +7,14 @@ of the causal graph, estimated from visits of training patients, whatever the mo
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cafemed.bundle import Bundle
 from cafemed.codes import KINDS, LABORATORY, node_name
+from cafemed.names import Names
 from serve.answers import Explained, Explanation, GraphPath, Influence, Kind
 from serve.batching import kinds_of, shape_of
 from serve.encoding import EncodedPatient
@@ -68,12 +69,12 @@ class Plan:
 class Explainer:
     """Explains the answers of one bundle."""
 
-    def __init__(self, bundle: Bundle, names: Mapping[str, str]) -> None:
+    def __init__(self, bundle: Bundle, names: Names) -> None:
         """Takes what the bundle holds.
 
         Args:
             bundle: whose model is asked.
-            names: "icd9:4280" → what people call it; of some codes or none.
+            names: of some codes or none.
         """
         self._bundle = bundle
         self._names = names
@@ -161,7 +162,7 @@ class Explainer:
             visit=given.visit,
             kind=given.kind,
             code=code,
-            name=self._names.get(code),
+            name=self._names.get(given.kind, {}).get(code),
             effect=effect,
             standard_error=error,
             score_without=score_without,

@@ -1,7 +1,8 @@
 """Serves whichever version an alias of the registry stands for, and follows it when it moves."""
 
 import logging
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 from cafemed import registry
 from cafemed.errors import UserError
@@ -18,11 +19,13 @@ class FollowingModel:
         recommender: of the last version that loaded and passed its self-check.
     """
 
-    def __init__(self, registry_dir: Path, alias: int | str, device: str = "cpu") -> None:
+    def __init__(
+        self, registry_dir: registry.Location, alias: int | str, device: str = "cpu"
+    ) -> None:
         """Loads the version that the alias stands for now.
 
         Args:
-            registry_dir: a registry folder.
+            registry_dir: a registry's folder or URL.
             alias: "production", "candidate" or a version, which never moves.
             device: that the model runs on.
 
@@ -49,6 +52,7 @@ class FollowingModel:
         try:
             version = registry.resolve_version(self._registry_dir, self._alias)
             if version in (self.recommender.name.version, self.refused):
+                self.recommender.stored_card = self._card(self.recommender.name.version)
                 return False
             self.refused = version  # until it has shown that it works
             self.recommender = self._load(version)
@@ -65,6 +69,18 @@ class FollowingModel:
         return True
 
     def _load(self, version: int) -> Recommender:
-        return Recommender.load(
+        recommender = Recommender.load(
             registry.resolve(self._registry_dir, version), version, self._device
         )
+        recommender.stored_card = self._card(version)
+        return recommender
+
+    def _card(self, version: int) -> Mapping[str, Any] | None:
+        """The version's card as it is now: it is written, and replaced, after the version."""
+        try:
+            return registry.read_card(self._registry_dir, version)
+        except (UserError, OSError) as err:
+            if str(err) != self._reported:
+                logger.warning("version %d has no readable model card: %s", version, err)
+                self._reported = str(err)
+            return None

@@ -7,6 +7,7 @@ who else is in the batch.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +17,14 @@ import models
 from cafemed import bundle as bundles
 from cafemed.batches import input_adjacencies
 from cafemed.bundle import Bundle
-from cafemed.card import INTENDED_USE
+from cafemed.card import INTENDED_USE, LIMITS
 from serve.answering import Answerer, Explains
 from serve.answers import ModelCard, ModelName, Recommendation
 from serve.batching import Shape, batch_of, kinds_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.explanation import Explainer
 from serve.schema import Options, RecommendRequest
+from serve.vocabulary import Vocabulary
 
 
 class Recommender:
@@ -31,7 +33,9 @@ class Recommender:
     Attributes:
         bundle: as given.
         name: of the model, with its version.
-        names: of codes ("icd9:4280", "atc:C03C"), where the user gave any.
+        names: of codes, where the user gave any.
+        vocabulary: to search.
+        stored_card: the model card of the version; None: it was never evaluated.
         explainer: tells what a probability comes from.
     """
 
@@ -53,9 +57,14 @@ class Recommender:
         self._adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
         self._kinds = kinds_of(bundle.vocabularies)
         self._medications = bundle.vocabularies["medication"]
-        self.names: Mapping[str, str] = {}
+        self.names = bundle.names
+        self.vocabulary = Vocabulary(bundle.vocabularies, self.names)
+        self.stored_card: Mapping[str, Any] | None = None
         self._answerer = Answerer(
-            self._medications, bundle.ddi, self.names, bundle.preprocessing.threshold
+            self._medications,
+            bundle.ddi,
+            self.names.get("medication", {}),
+            bundle.preprocessing.threshold,
         )
         self.explainer = Explainer(bundle, self.names)
 
@@ -72,7 +81,7 @@ class Recommender:
     @property
     def card(self) -> ModelCard:
         """What is served."""
-        bundle = self.bundle
+        bundle, stored = self.bundle, self.stored_card
         diagnoses, procedures, medications = (
             len(bundle.vocabularies[kind]) for kind in ("diagnosis", "procedure", "medication")
         )
@@ -90,13 +99,16 @@ class Recommender:
             laboratory_items=list(self._encoder.items),
             metrics=dict(bundle.metrics),
             fingerprint=bundle.fingerprint,
+            sources=dict(bundle.sources),
+            limits=list(stored["limits"] if stored else LIMITS),
+            card=None if stored is None else dict(stored),
         )
 
     def encode(self, request: RecommendRequest) -> list[EncodedPatient]:
         """Looks up the codes of a request.
 
         Raises:
-            UnknownSystemError: naming the field.
+            RefusedError: naming the field.
         """
         return self._encoder.encode(request)
 
@@ -119,7 +131,7 @@ class Recommender:
         """Answers a request without explanations, a recommendation a patient in its order.
 
         Raises:
-            UnknownSystemError: as encode.
+            RefusedError: as encode.
         """
         patients = self.encode(request)
         scores = self.probabilities(patients)

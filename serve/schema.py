@@ -34,6 +34,7 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_MESSAGES = 20
 #: Codes of one answer to a search.
 MAX_CODES_FOUND = 100
+MAX_QUERY_LENGTH = 100
 
 
 #: An ATC code or how one begins: J, J01, J01C, J01CA, J01CA04, and what lies between.

@@ -286,7 +286,7 @@ def test_paths_start_at_what_is_known_at_the_current_visit(served: Bundle) -> No
     taken = [dict(zip(("system", "code"), m.split(":"), strict=True)) for m in (first, second)]
     patient = {"visits": [{"diagnoses": [code], "medications": taken}, {"diagnoses": [code]}]}
     stability = {(nodes[a], nodes[b]): float(graph.stability[e]) for e, (a, b) in enumerate(pairs)}
-    explainer = explanation.Explainer(bundle, {diagnosis: "a name"})
+    explainer = explanation.Explainer(bundle, {"diagnosis": {diagnosis: "a name"}})
     [encoded] = Recommender(served, 1).encode(
         RecommendRequest.model_validate({"patients": [patient]})
     )

@@ -1,0 +1,100 @@
+"""A request from its codes to the bytes of its answer, off the event loop where it takes long."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from serve.answers import Recommendation, RecommendResponse
+from serve.encoding import EncodedPatient, UnknownCodesError
+from serve.observing import Observer
+from serve.recommender import Recommender
+from serve.schema import RecommendRequest
+
+#: Patients whose codes are looked up and who are answered in the event loop: 0.1 ms each
+#: (measured), no more than a thread takes to start.
+_FEW = 4
+
+_RESPONSE = TypeAdapter(RecommendResponse)
+
+T = TypeVar("T")
+
+
+class Service(Protocol):
+    """What the routes need."""
+
+    @property
+    def recommender(self) -> Recommender:
+        """The recommender in use; another one after a promotion."""
+
+    async def probabilities(
+        self, recommender: Recommender, patients: Sequence[EncodedPatient]
+    ) -> list[NDArray[np.float32]]:
+        """Runs the model, batched with other requests; one row (N_m,) a patient."""
+
+
+async def encoded(
+    recommender: Recommender, request: RecommendRequest, max_unknown_share: float
+) -> list[EncodedPatient]:
+    """Looks up the codes of a request.
+
+    Raises:
+        RefusedError: naming the field; also for a patient with a larger share of unknown codes.
+    """
+    many = len(request.patients) > _FEW
+    patients = await _run(many, lambda: recommender.encode(request))
+    for place, patient in enumerate(patients):
+        if patient.unknown_share > max_unknown_share:
+            raise UnknownCodesError(place, patient.unknown_share, max_unknown_share)
+    return patients
+
+
+async def replied(
+    service: Service,
+    recommender: Recommender,
+    request: RecommendRequest,
+    patients: Sequence[EncodedPatient],
+    request_id: str,
+    observer: Observer | None = None,
+) -> bytes:
+    """Answers a request; JSON of a RecommendResponse.
+
+    Args:
+        service: runs the model.
+        recommender: of the service, the one that has encoded the patients.
+        request: as asked.
+        patients: its patients.
+        request_id: as in the answer.
+        observer: is told what is recommended.
+    """
+    explainer, options = recommender.explainer, request.options
+    plans = [explainer.plan(p) for p in patients] if options.explain else []
+    everyone = [*patients, *(one for plan in plans for one in plan.reduced)]
+    scores = await service.probabilities(recommender, everyone)
+    rows = scores[: len(patients)]
+
+    def answer() -> tuple[list[Recommendation], bytes]:
+        explanations = explainer.explanations(plans, scores) if plans else [None] * len(patients)
+        answers = [
+            recommender.answer(patient, row, options, explanation)
+            for patient, row, explanation in zip(patients, rows, explanations, strict=True)
+        ]
+        # It was made here, of values of the right types: there is nothing to validate.
+        response = RecommendResponse.model_construct(
+            request_id=request_id, model=recommender.name, recommendations=answers
+        )
+        return answers, _RESPONSE.dump_json(response)
+
+    long = len(patients) > _FEW or options.explain or options.max_ddi_rate is not None
+    answers, content = await _run(long, answer)
+    if observer is not None:
+        observer.recommended(request, recommender, patients, rows, answers)
+    return content
+
+
+async def _run(long: bool, work: Callable[[], T]) -> T:
+    """Runs in a thread what takes long, so that the event loop goes on."""
+    return await asyncio.to_thread(work) if long else work()

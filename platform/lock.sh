@@ -10,7 +10,7 @@ pip="$fresh/venv/bin/python -m pip --disable-pip-version-check"
 torch=$(grep -oE 'torch==[0-9.]+' pyproject.toml | head -1)
 # torch first: with it installed, no other package's range pulls another build.
 $pip install --quiet "$torch"
-$pip install --quiet setuptools ".[dev,molecules]"
+$pip install --quiet setuptools ".[dev,molecules,s3,tracking]"
 {
   echo "# Every version exact; \`make lock\` writes this file anew from pyproject.toml."
   $pip list --format=freeze | grep -vE '^(pip|cafemed)==' | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' | sort -f

@@ -22,6 +22,7 @@ from serve.encoding import RefusedError
 from serve.hardening import Hardened
 from serve.limits import BodyLimit, StrictRoute, UnreadableError
 from serve.observing import Observed, Observer
+from serve.pages import add_page
 from serve.problems import failed, problem, request_id
 from serve.replying import Service, encoded, replied
 from serve.schema import (
@@ -139,6 +140,7 @@ def create_api(
         """Says which model is loaded; before one is, nothing is routed here."""
         return Ready(status="ok", model=service.recommender.name)
 
+    add_page(api)
     return api
 
 

@@ -6,8 +6,9 @@ of the causal graph, estimated from visits of training patients, whatever the mo
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,11 +89,12 @@ class Explainer:
 
         At most MAX_EXPLAINED_CODES, less where visits are long; those of the latest visits first.
         """
-        given = self._given(patient)
         positions = shape_of(patient, self._kinds).positions
         most = min(MAX_EXPLAINED_CODES, MAX_EXPLAINED_POSITIONS // positions)
-        codes = given[:most]
-        return Plan(patient, tuple(codes), tuple(_without(patient, c) for c in codes), len(given))
+        codes = tuple(itertools.islice(self._given(patient), most))
+        lists = itertools.chain(*patient.known, patient.laboratory)
+        given = sum(len(one) for one in lists)
+        return Plan(patient, codes, tuple(_without(patient, code) for code in codes), given)
 
     def explanations(
         self, plans: Sequence[Plan], rows: Sequence[NDArray[np.float32]]
@@ -120,18 +122,15 @@ class Explainer:
             effect_estimator=self._bundle.effects.estimator,
         )
 
-    def _given(self, patient: EncodedPatient) -> list[Given]:
+    def _given(self, patient: EncodedPatient) -> Iterator[Given]:
         """All that the model is given, the latest first, laboratory items after a visit's codes."""
-        given: list[Given] = []
         for at in range(patient.num_visits - 1, -1, -1):
             for k, kind in enumerate(_KINDS):
                 visit = at - (1 if kind == "medication" else self._delay)
-                given.extend(Given(kind, index, at, visit) for index in patient.known[k][at])
-            given.extend(
-                Given("laboratory", item, at, at - self._delay)
-                for item, _ in patient.laboratory[at]
-            )
-        return given
+                for index in patient.known[k][at]:
+                    yield Given(kind, index, at, visit)
+            for item, _ in patient.laboratory[at]:
+                yield Given("laboratory", item, at, at - self._delay)
 
     def influence(
         self, given: Given, medication: int, score: float, score_without: float, is_current: bool

@@ -77,11 +77,12 @@ export function searchField(label, ask, add) {
     else input.removeAttribute("aria-activedescendant");
   }
 
-  async function look() {
+  /** Searches what is typed; all codes if that is nothing and `browses`. */
+  async function look(browses = false) {
     state.asked += 1;
     const mine = state.asked;
     const query = input.value.trim();
-    if (query === "") return close();
+    if (query === "" && !browses) return close();
     const typed = asTyped(query, kind.value);
     const found = await ask(query, kind.value, LIMIT);
     if (mine !== state.asked) return undefined; // something else was typed since
@@ -91,7 +92,7 @@ export function searchField(label, ask, add) {
 
   function soon() {
     clearTimeout(state.timer);
-    state.timer = setTimeout(look, WAIT_MS);
+    state.timer = setTimeout(() => look(), WAIT_MS);
   }
 
   function press(event) {
@@ -105,7 +106,7 @@ export function searchField(label, ask, add) {
       else look();
     } else if ((event.key === "ArrowDown" || event.key === "ArrowUp") && !event.altKey) {
       event.preventDefault();
-      if (number === 0) look();
+      if (number === 0) look(true);
       else activate((state.active + (event.key === "ArrowDown" ? 1 : number - 1)) % number);
     }
   }

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from cafemed import artifacts, config, console, invocation, paths, registry
+from cafemed import artifacts, client, config, console, invocation, paths, registry
+from cafemed.errors import ConfigError
 from serve.settings import DeployConfig
 
 if TYPE_CHECKING:
@@ -36,10 +37,28 @@ def main(cfg: DictConfig) -> None:
         own = {key: values[key] for key in sections}
         settings = config.from_mapping(DeployConfig, own, "")
         console.say("deploy", str(registry.resolve(told.registry, settings.serve.alias)))
+        settings = guarded(settings, told)
         run(told.registry, settings, told.experiment / "deploy.json")
 
 
-def run(registry_dir: Path, settings: DeployConfig, report: Path) -> None:
+def guarded(settings: DeployConfig, told: invocation.Invocation) -> DeployConfig:
+    """Refuses to serve others without keys, or with a certificate or keys that are of no use."""
+    from serve import access, launch, tls
+
+    http = tls.usable(settings.http)
+    served = dataclasses.replace(
+        settings.serve,
+        access=access.with_keys_file(settings.serve.access, told.root, told.name),
+    )
+    access.require_guarded(http.host, served.access)
+    if settings.once and not launch.can_ask(served.access):
+        raise ConfigError(
+            f"once=true asks one request: set {client.KEY_VARIABLE} to one of the API keys"
+        )
+    return dataclasses.replace(settings, http=http, serve=served)
+
+
+def run(registry_dir: registry.Location, settings: DeployConfig, report: Path) -> None:
     """Serves a registry: once, until Ctrl-C, or on the cluster from now on."""
     # Here, because these take seconds to import and --help should not.
     from serve import launch
@@ -57,21 +76,24 @@ def run(registry_dir: Path, settings: DeployConfig, report: Path) -> None:
     application = app.application(registry_dir, settings.serve)
     with launch.running(application, app.APPLICATION, settings) as url:
         console.say("deploy", f"answers at {url} after {time.monotonic() - started:.1f} s")
-        ask(url, served, report)
+        if launch.can_ask(settings.serve.access):
+            ask(url, served, report, settings)
+        else:
+            console.say("request", f"none is sent: {client.KEY_VARIABLE} is not set")
         if launch.on_cluster():
             console.say("deploy", f"{app.APPLICATION} stays on the cluster")
         elif not settings.once:
-            console.say("deploy", f"serving until Ctrl-C; {url}/docs describes the routes")
+            console.say("deploy", f"serving until Ctrl-C; {url}/openapi.json describes the routes")
             launch.wait_for_stop()
 
 
-def ask(url: str, served: "Bundle", report: Path) -> None:
+def ask(url: str, served: "Bundle", report: Path, settings: DeployConfig) -> None:
     """Sends one request about nobody; prints it and its answer and writes both."""
-    from serve import example, launch
+    from serve import example, launch, tls
 
     request = example.example_request(served)
     started = time.monotonic()
-    answer = launch.ask(url, request)
+    answer = launch.ask(url, request, verify=tls.trusted(settings.http))
     took_ms = 1000 * (time.monotonic() - started)
     for line in example.describe(request, answer):
         console.say("request", line)

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import ipaddress
 import math
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -30,6 +31,7 @@ OPEN_FOLDER = "/static/"
 
 _NO_ENTRY = {"WWW-Authenticate": 'Bearer realm="cafemed"'}
 _BEARER = b"bearer "
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]*\]|[^:\[\]]*)(?::[0-9]*)?")  # RFC 9110, section 7.2
 _POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 
 
@@ -149,8 +151,8 @@ class Gate:
 
 def _refuse_foreign_host(scope: Message, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
     host = headers.get(b"host", b"localhost").decode("latin-1")
-    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-    if is_loopback(name):
+    named = _HOST.fullmatch(host)
+    if named and is_loopback(named[1]):
         return None
     message = "without API keys only requests to localhost are answered (see serve.access.auth)"
     return problem(scope, HTTPStatus.FORBIDDEN, message)

@@ -3,14 +3,7 @@
 What an exception says may quote a request, and the server would write it into its log.
 """
 
-import base64
-import hashlib
-import re
 from collections.abc import Sequence
-
-from fastapi import FastAPI
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse
 
 from serve.asgi import Application, Message, Receive, Send
 from serve.problems import failed
@@ -30,7 +23,6 @@ _ALWAYS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
-_SWAGGER_HOST = "https://cdn.jsdelivr.net"
 
 
 class Hardened:
@@ -60,28 +52,6 @@ class Hardened:
             if started:
                 raise RuntimeError("an answer was cut short by a fault") from None
             await answer(scope, receive, harden)
-
-
-def add_documentation(api: FastAPI) -> None:
-    """Adds `/docs`, with a policy for the one script that Swagger UI has inline.
-
-    FastAPI's own page loads Swagger UI from another host, which only a browser that shows this
-    page does.
-    """
-    page = get_swagger_ui_html(openapi_url="/openapi.json", title=str(api.title)).body
-    text = bytes(page).decode()
-    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
-    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
-    policy = (
-        f"default-src 'none'; script-src {_SWAGGER_HOST} {hashes}; "
-        f"style-src {_SWAGGER_HOST} 'unsafe-inline'; img-src 'self' data: "
-        "https://fastapi.tiangolo.com; connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
-    )
-
-    @api.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
 
 def _missing(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -5,16 +5,17 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-import httpx
-
 from cafemed import cluster, console
+from cafemed.client import KEY_VARIABLE, Client, UnreachableError
 from cafemed.errors import ConfigError, UserError
-from serve.settings import DeployConfig, HttpConfig
+from serve import access, haproxy, tls
+from serve.settings import AccessConfig, DeployConfig, HttpConfig
 
 
 class EndpointError(UserError):
@@ -67,33 +68,51 @@ def deploy(application: Any, name: str, http: HttpConfig) -> str:
     # Every node that has a replica; on a Ray of our own that is one.
     try:
         with console.waiting("starting the endpoint"):
-            serve.start(
-                proxy_location="EveryNode", http_options={"host": http.host, "port": http.port}
-            )
+            options = {"host": http.host, "port": http.port, **tls.http_options(http)}
+            serve.start(proxy_location="EveryNode", http_options=options)
             serve.run(application, name=name, route_prefix="/")
     except RuntimeError as err:
-        reason = str(err).strip().splitlines()[-1]
+        reason = _said_by_a_replica(name) or str(err).strip().splitlines()[-1]
         raise EndpointError(f"the application {name!r} did not start: {reason}") from err
-    return f"http://{_reachable(http.host)}:{http.port}"
+    scheme = "http" if http.tls_certificate is None else "https"
+    return f"{scheme}://{_reachable(http.host)}:{http.port}"
 
 
-def ask(url: str, body: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
-    """Posts a request to the endpoint and gives its answer.
+def _said_by_a_replica(name: str) -> str | None:
+    """The last line of what a replica of the application ended with, if one did."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    deployments = application.deployments.values() if application else ()
+    messages = [deployment.message.strip() for deployment in deployments]
+    return next((message.splitlines()[-1] for message in messages if message), None)
+
+
+def can_ask(config: AccessConfig) -> bool:
+    """Says whether this process may ask: nobody needs a key, or the environment holds one."""
+    return config.auth == "none" or bool(os.environ.get(KEY_VARIABLE))
+
+
+def ask(
+    url: str,
+    body: Mapping[str, Any],
+    timeout_s: float = 60.0,
+    verify: ssl.SSLContext | bool = True,
+) -> dict[str, Any]:
+    """Asks the endpoint about the patients of a request's body and gives its answer.
 
     Raises:
-        EndpointError: if it does not answer, or refuses.
+        EndpointError: if it does not answer.
+        ClientError: if it refuses.
     """
     try:
-        response = httpx.post(f"{url}/v1/recommend", json=body, timeout=timeout_s)
-    except httpx.HTTPError as err:
+        with Client(url, timeout_s=timeout_s, verify=verify) as client:
+            return client.recommend(body["patients"])
+    except UnreachableError as err:
         raise EndpointError(
-            f"{url}: no answer ({type(err).__name__}); where Serve runs on the cluster already, "
-            "http.host and http.port must be those it was started with"
+            f"{err}; where Serve runs on the cluster already, http.host and http.port must be "
+            "those it was started with"
         ) from err
-    if response.status_code != httpx.codes.OK:
-        raise EndpointError(f"{url}: expected status 200, got {response.status_code}")
-    answer: dict[str, Any] = response.json()
-    return answer
 
 
 def drain(name: str) -> None:
@@ -139,13 +158,16 @@ def running(application: Any, name: str, config: DeployConfig) -> Iterator[str]:
     """
     replicas = config.serve.max_replicas
     cpus, gpus = replicas * config.serve.num_cpus, replicas * config.serve.num_gpus
-    with contextlib.ExitStack() as ending, cluster.ray_cluster(cpus, gpus) as where:
+    cpus += config.serve.shadow_num_cpus if config.serve.shadow is not None else 0.0
+    with contextlib.ExitStack() as ending, _ray(config.http, cpus, gpus) as where:
         console.say("deploy", where)
         reserved = {
             "CPU": ("serve.num_cpus", config.serve.num_cpus),
             "GPU": ("serve.num_gpus", config.serve.num_gpus),
         }
         cluster.require_resources("a replica", reserved)
+        # Where Serve runs already, it listens where it was told to then.
+        access.require_guarded(access.listening_host() or config.http.host, config.serve.access)
         to_drain = False
         try:
             url = deploy(application, name, config.http)
@@ -156,6 +178,17 @@ def running(application: Any, name: str, config: DeployConfig) -> Iterator[str]:
             ending.enter_context(uninterrupted())
             if to_drain:
                 drain(name)
+
+
+@contextlib.contextmanager
+def _ray(http: HttpConfig, cpus: float, gpus: float) -> Iterator[str]:
+    """As cluster.ray_cluster, with HAProxy where the settings say so."""
+    with contextlib.ExitStack() as around:
+        with_haproxy = haproxy.is_on(http, on_cluster())
+        if with_haproxy and not on_cluster():
+            around.enter_context(haproxy.environment(http))
+        where = around.enter_context(cluster.ray_cluster(cpus, gpus))
+        yield f"{where}; {'HAProxy' if with_haproxy else 'Ray Serve itself'} in front"
 
 
 @contextlib.contextmanager

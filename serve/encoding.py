@@ -94,6 +94,16 @@ class Encoder:
         self, vocabularies: Mapping[str, Sequence[str]], preprocessing: Preprocessing
     ) -> None:
         self._index = [{code: i for i, code in enumerate(vocabularies[kind])} for kind in KINDS]
+        # System and code as they are mostly written, so that most need not be normalised.
+        self._usual = [
+            {
+                (system, written): i
+                for name, i in index.items()
+                for system, _, code in (name.partition(":"),)
+                for written in (code, f"{code[:2]}.{code[2:]}", f"{code[:3]}.{code[3:]}")
+            }
+            for index in self._index
+        ]
         self.items: tuple[str, ...] = tuple(vocabularies.get(LABORATORY, ()))
         self._item = {name: i for i, name in enumerate(self.items)}
         self._uses_current = preprocessing.inputs == "current"
@@ -152,17 +162,17 @@ class Encoder:
     ) -> tuple[tuple[int, ...], ...]:
         """Indices of the three kinds, in the request's order, repeated codes once."""
         encoded = []
-        for k, (kind, field) in enumerate(zip(_KINDS, _FIELDS, strict=True)):
-            asked: list[Code] = getattr(visit, field)
-            indices: dict[int, None] = {}
-            for i, code in enumerate(asked):
-                name = self._name(k, code, (*location, field, i, "system"))
-                index = self._index[k].get(name)
-                if index is None:
-                    unknown.append(UnknownCode(visit=int(location[-1]), kind=kind, code=name))
-                else:
-                    indices[index] = None
-            encoded.append(tuple(indices))
+        lists = (visit.diagnoses, visit.procedures, visit.medications)
+        for k, (asked, usual) in enumerate(zip(lists, self._usual, strict=True)):
+            found = [usual.get((code.system, code.code)) for code in asked]
+            if None in found:
+                for i, code in enumerate(asked):
+                    if found[i] is None:
+                        name = self._name(k, code, (*location, _FIELDS[k], i, "system"))
+                        found[i] = self._index[k].get(name)
+                        if found[i] is None:
+                            unknown.append(UnknownCode(int(location[-1]), _KINDS[k], name))
+            encoded.append(tuple(dict.fromkeys(index for index in found if index is not None)))
         return tuple(encoded)
 
     def _laboratory(
@@ -174,7 +184,7 @@ class Encoder:
             name = asked.normalised()
             item = self._item.get(name)
             if item is None:
-                unknown.append(UnknownCode(visit=t, kind="laboratory", code=name))
+                unknown.append(UnknownCode(t, "laboratory", name))
             else:
                 values.setdefault(item, asked.value)
         return tuple(sorted(values.items()))

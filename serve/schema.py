@@ -199,7 +199,7 @@ class RecommendRequest(_Asked):
     """One patient or a batch."""
 
     patients: Annotated[list[Patient], Field(min_length=1, max_length=MAX_PATIENTS, fail_fast=True)]
-    options: Options = Options()
+    options: Options = Field(default_factory=Options)
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 

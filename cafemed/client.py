@@ -78,7 +78,6 @@ class Client:
         retries: int = 1,
         max_wait_s: float = 10.0,
         verify: ssl.SSLContext | bool = True,
-        transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Prepares to ask; nothing is sent yet.
@@ -91,7 +90,6 @@ class Client:
             max_wait_s: the longest wait before another attempt; an endpoint that asks for a longer
                 one is not asked again.
             verify: how a server's certificate is checked.
-            transport: what carries requests, for tests.
             sleep: waits, for tests.
         """
         self._url = url.rstrip("/")
@@ -109,7 +107,6 @@ class Client:
                 headers=headers,
                 timeout=timeout_s,
                 verify=verify,
-                transport=transport,
             )
         except (httpx.InvalidURL, UnicodeEncodeError):
             raise ClientError(

@@ -33,7 +33,7 @@ def usable(http: HttpConfig) -> HttpConfig:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(http.tls_certificate, http.tls_key, ask_password)
     except (ssl.SSLError, OSError) as err:
-        reason = err.reason if isinstance(err, ssl.SSLError) else err.strerror
+        reason = getattr(err, "reason", None) or err.strerror or type(err).__name__
         raise ConfigError(
             f"http.tls_certificate, http.tls_key: not a certificate in PEM and its key ({reason})"
         ) from err

@@ -31,6 +31,7 @@ _REMEDIES = {
     "graph": "run jobs/discover.py",
     "fit": "run jobs/train.py",
     "sweep": "run jobs/tune.py",
+    "retrained": "run jobs/tune.py with retrain=true",
     "evaluation": "run jobs/evaluate.py",
     "bundle": "promote another version (docs/tuning.md)",
 }
@@ -41,7 +42,8 @@ class Manifest:
     """What an artifact folder says of itself.
 
     Attributes:
-        stage: "tables", "cohort", "graph", "fit", "sweep", "evaluation" or "bundle".
+        stage: "tables", "cohort", "graph", "fit", "sweep", "retrained",
+            "evaluation" or "bundle".
         fingerprint: SHA-256 (hex) of stage, format version, inputs and config; the same inputs
             and config give the same fingerprint on any machine.
         inputs: name of each input → its fingerprint or SHA-256.

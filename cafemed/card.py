@@ -68,7 +68,7 @@ def make(
         "intended_use": INTENDED_USE,
         "training": {
             name: made_by.get(name)
-            for name in ("job", "trial", "epoch", "seed", "train", "calibration")
+            for name in ("job", "trial", "epoch", "seed", "train", "calibration", "retrained")
         },
         "data": {
             **{name: cohort.config.get(name) for name in ("source", "protocol", "inputs")},
@@ -109,6 +109,12 @@ def _limits(served: Bundle, cohort: Manifest, report: Mapping[str, Any]) -> Iter
             "medications."
         )
     yield from LIMITS
+    if "retrained" in served.metrics:
+        yield (
+            "It was trained anew on the validation patients, too: what it reaches is known of the "
+            "test patients alone. What is told of validation patients, and its temperature and "
+            "threshold, are of the trial that had not seen them."
+        )
     if config.get("inputs") == "current":
         yield (
             "It is given the visit's own diagnoses and procedures. Hospitals code them at "

@@ -129,6 +129,10 @@ def facts(card: Mapping[str, Any]) -> list[list[str]]:
         ("training", _listed(training["train"] or {})),
         ("temperature and threshold", _listed(training["calibration"] or {})),
     ]
+    again = training.get("retrained")
+    if again:
+        text = f"{again['epochs']} epochs on {again['patients']:,} training and validation patients"
+        rows.append(("retrained", text))
     known = {name: training[name] for name in ("job", "trial", "epoch", "seed")}
     rows.append(("chosen by", _listed({k: v for k, v in known.items() if v is not None})))
     return [list(row) for row in rows if row[1]]

@@ -19,6 +19,8 @@ from cafemed.errors import ArtifactError
 
 #: What evaluated trials reached on the test patients, where there are any.
 TESTED = "test.json"
+#: That the chosen trial was trained anew, and how; see cafemed/retraining.py.
+RETRAINED = "retrained.json"
 
 _STATUSES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
 
@@ -38,6 +40,8 @@ class Findings:
         tested: number of a trial (text) → what it reached on the test patients: "patients",
             "visits", "metrics" and "intervals", as `fits.measure` gives them.
         root: `paths.root`, where it was given.
+        retrained: "epochs" and "patients", if the chosen trial was trained anew on the validation
+            patients, too; None if it was not.
     """
 
     table: pa.Table
@@ -47,6 +51,7 @@ class Findings:
     cohort: str
     tested: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     root: str | None = None
+    retrained: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def trials(self) -> list[dict[str, Any]]:
@@ -107,7 +112,16 @@ class Findings:
         return reproduction.command(self.name, configured, self.root)
 
     def decision(self) -> str:
-        """The best trial in a sentence or two, with the reason for it."""
+        """The best trial in a sentence or two, with the reason for it, and if it was retrained."""
+        if self.retrained is None or self.chosen is None:
+            return self._choice()
+        return (
+            f"{self._choice()} What is published is its model trained anew, for "
+            f"{self.retrained['epochs']} epochs on {self.retrained['patients']} training and "
+            "validation patients; test metrics are that model's."
+        )
+
+    def _choice(self) -> str:
         row = self.chosen
         if row is None:
             return self._why_none()
@@ -191,7 +205,7 @@ def read(folder: Path, root: str | None = None) -> Findings:
         ArtifactError: if a file is damaged, or they do not belong together.
     """
     manifest = artifacts.read_manifest(folder, sweep.STAGE)
-    tested = folder / TESTED
+    tested, again = folder / TESTED, folder / RETRAINED
     found = Findings(
         table=pq.read_table(folder / "sweep.parquet"),
         best=sweep.read_best(folder) if (folder / "best.json").exists() else {},
@@ -200,6 +214,7 @@ def read(folder: Path, root: str | None = None) -> Findings:
         cohort=manifest.inputs.get("cohort", ""),
         tested=json.loads(tested.read_text()) if tested.exists() else {},
         root=root,
+        retrained=json.loads(again.read_text()) if again.exists() else None,
     )
     number = found.best.get("trial")
     if number is not None and found.chosen is None:
@@ -208,6 +223,18 @@ def read(folder: Path, root: str | None = None) -> Findings:
             "run jobs/tune.py with force=true"
         )
     return found
+
+
+def published(folder: Path) -> str | None:
+    """Fingerprint of the bundle that a sweep's best trial became; None if there is none.
+
+    Raises:
+        ArtifactError: if `best.json` is missing or damaged.
+    """
+    again = folder / RETRAINED
+    content = json.loads(again.read_text()) if again.exists() else sweep.read_best(folder)
+    found = content.get("bundle")
+    return None if found is None else str(found)
 
 
 def duration(seconds: float) -> str:

@@ -32,7 +32,14 @@ _SENT, _EVALUATED = "cafemed.sent", "cafemed.evaluated"
 #: An epoch's metric that tells how many epochs the server has.
 _COUNTED = "validation/jaccard"
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-_ARTIFACTS = ("report.html", "sweep.parquet", "best.json", "manifest.json", findings.TESTED)
+_ARTIFACTS = (
+    "report.html",
+    "sweep.parquet",
+    "best.json",
+    "manifest.json",
+    findings.TESTED,
+    findings.RETRAINED,
+)
 
 
 @dataclasses.dataclass

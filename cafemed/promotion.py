@@ -180,7 +180,9 @@ def publish(
     return number, changed
 
 
-def publish_best(folder: Path, home: registry.Location, promote: bool) -> int:
+def publish_best(
+    folder: Path, home: registry.Location, promote: bool, retrained: Path | None = None
+) -> int:
     """Puts the best trial's bundle into the registry, unless it is there.
 
     It is made production if that is asked for and it keeps `search.max_ddi_rate` as it is served.
@@ -189,6 +191,7 @@ def publish_best(folder: Path, home: registry.Location, promote: bool) -> int:
         folder: of the finished sweep, with its bundle.
         home: the registry.
         promote: make it the production model.
+        retrained: the artifact of `cafemed/retraining.py`, whose bundle takes the trial's place.
 
     Returns:
         Its version.
@@ -204,11 +207,15 @@ def publish_best(folder: Path, home: registry.Location, promote: bool) -> int:
     train = {**made.config["train"], **varied, "seed": best["seed"]}
     settings = {"train": train, "calibration": made.config["calibration"]}
     produced_by = {"job": "tune", "sweep": made.fingerprint, **best, **settings}
-    against = objection(folder / "bundle", made.config["search"]["max_ddi_rate"])
+    chosen = folder / "bundle"
+    if retrained is not None:
+        produced_by["retrained"] = artifacts.read_manifest(retrained, "retrained").report
+        chosen = retrained / "bundle"
+    against = objection(chosen, made.config["search"]["max_ddi_rate"])
     if promote and against is not None:
         console.say("promote", against)
         promote = False
-    version, changed = publish(home, folder / "bundle", produced_by, promote)
+    version, changed = publish(home, chosen, produced_by, promote)
     if changed:
         aliases = "candidate and production" if promote else "candidate"
         console.say("registry", f"version {version:04d} is {aliases}: {home}")

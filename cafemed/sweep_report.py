@@ -71,7 +71,7 @@ def note_tested(
     if not (folder / artifacts.MANIFEST).is_file() or not (folder / "best.json").is_file():
         return None
     best = sweep.read_best(folder)
-    if best.get("trial") is None or best.get("bundle") != bundle:
+    if best.get("trial") is None or findings.published(folder) != bundle:
         return None
     found = findings.read(folder, root)
     told = {key: reached[key] for key in ("patients", "visits", "metrics", "intervals")}

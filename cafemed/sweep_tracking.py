@@ -138,17 +138,21 @@ class SweepTracking:
         return SweepRuns(self._client, runs, about, lambda found: ledger.keep_tracking(vars(found)))
 
 
-def send_evaluation(folder: Path, evaluation: Path) -> None:
+def send_evaluation(folder: Path, evaluation: Path, bundle: str) -> None:
     """Sends an evaluation of a sweep's model to where the sweep is tracked, if it is.
 
     Args:
         folder: of the finished sweep.
         evaluation: of `jobs/evaluate.py`.
+        bundle: fingerprint of the bundle that was evaluated.
     """
     runs = runs_in(folder)
     if runs is None:
         return
-    from cafemed import mlflow_client
+    from cafemed import findings, mlflow_client
+
+    if findings.published(folder) != bundle:
+        return
 
     with _told("run the same command again to send the evaluation"):
         client = mlflow_client.Client(runs.uri)

@@ -37,7 +37,17 @@ def main(cfg: DictConfig) -> None:
 def run(told: invocation.Invocation, version: int, values: dict[str, Any]) -> None:
     """Loads the model and the cohort, measures, writes and reports."""
     import models  # torch takes seconds to import: not for --help
-    from cafemed import assessment, batches, bundle, bundle_files, card, cohort, config, training
+    from cafemed import (
+        assessment,
+        batches,
+        bundle,
+        bundle_files,
+        card,
+        cohort,
+        config,
+        retraining,
+        training,
+    )
     from cafemed.assessment import EvaluationConfig
     from cafemed.calibration import Decision
 
@@ -67,6 +77,8 @@ def run(told: invocation.Invocation, version: int, values: dict[str, Any]) -> No
     model = bundle.restore_model(served, models.build).to(device)
     decision = Decision(served.preprocessing.temperature, served.preprocessing.threshold)
     report = assessment.measure(model, arrays, patients, decision, settings.seed, device)
+    if retraining.KEY in served.metrics:
+        report["model"] = retraining.measured(report["model"], served.metrics)
     truth = folder / "tables" / "truth"
     if assessment.has_ceiling(made_from.config, truth):
         console.say("ceiling", "the best that any model can do, from the population's truth")
@@ -85,12 +97,14 @@ def tell_sweep(
     told: invocation.Invocation, fingerprint: str, report: dict[str, Any], values: dict[str, Any]
 ) -> None:
     """Puts the test metrics into the report of the sweep that the bundle is of, if it is there."""
-    from cafemed import sweep_report
+    from cafemed import sweep_report, sweep_tracking
 
     reached, root = report["model"]["test"], values["paths"]["root"]
     page = sweep_report.note_tested(told.experiment / "sweep", fingerprint, reached, root)
     if page is not None:
         console.say("sweep", str(page))
+    folder, made = told.experiment / "sweep", told.experiment / "evaluation"
+    sweep_tracking.send_evaluation(folder, made, fingerprint)
 
 
 def publish(folder: Path, home: registry.Location, version: int) -> None:

@@ -5,6 +5,7 @@
     python jobs/tune.py search=paper search.num_samples=32
     python jobs/tune.py search=wide search.num_samples=128 search.gpus=0.25
     python jobs/tune.py search=paper tracking=mlflow tracking.uri=http://tracking.example:5000
+    python jobs/tune.py search=paper retrain=true
     python jobs/tune.py resume=ROOT/experiments/NAME/trials
     ray job submit --working-dir . -- python jobs/tune.py name=mimic3 search=wide
 
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from cafemed import config, console, invocation, paths
 from cafemed.errors import UserError
 
-SECTIONS = ("model", "train", "calibration", "search", "promote", "resume", "tracking")
+SECTIONS = ("model", "train", "calibration", "search", "promote", "retrain", "resume", "tracking")
 
 
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="tune")
@@ -38,6 +39,7 @@ def main(cfg: DictConfig) -> None:
             experiment,
             knowledge,
             promotion,
+            retraining,
             sweep_plan,
             sweep_report,
             sweep_run,
@@ -47,6 +49,7 @@ def main(cfg: DictConfig) -> None:
         from cafemed.ledger import Ledger
 
         promote = config.checked(bool, values["promote"], "promote")
+        retrain = config.checked(bool, values["retrain"], "retrain")
         plan = sweep_plan.read(values, models.options_class, models.NAMES)
         folder, target = told.experiment, told.experiment / "sweep"
         tracked = sweep_tracking.SweepTracking(values["tracking"], told)
@@ -55,14 +58,15 @@ def main(cfg: DictConfig) -> None:
         with sweep_start.locked(ledger, folder), sweep_start.resumable(ledger):
             if told.force or not sweep_start.is_done(target, ledger, plan, inputs):
                 job = {"root": str(told.root), "name": told.name, "promote": promote}
-                job["tracking"] = values["tracking"]
+                job |= {"retrain": retrain, "tracking": values["tracking"]}
                 job["registry"] = told.registries
                 tracked.require_ready(ledger)
                 sweep_start.prepare(target, ledger, plan, inputs, job, told.force)
                 sweep_run.run(folder, plan, ledger, inputs, models.build, tracked)
-        if not (target / sweep_report.REPORT).exists():
+            again = retraining.run(folder, plan, models.build, told.force) if retrain else None
+        if retraining.note(target, again) or not (target / sweep_report.REPORT).exists():
             console.say("report", str(sweep_report.write(target, values["paths"]["root"])))
-        version = promotion.publish_best(target, told.registry, promote)
+        version = promotion.publish_best(target, told.registry, promote, again)
         tracked.finish(target, version)
         console.say("done", str(target))
 

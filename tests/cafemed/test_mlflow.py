@@ -5,6 +5,7 @@ client that wrote. It comes from an environment of its own: `make bench-env`.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from cafemed.conductor import Conductor
 from cafemed.errors import TrackingError
 from cafemed.invocation import Invocation
 from cafemed.ledger import Ledger
+from cafemed.mlflow_client import Client
 from cafemed.sweep_tracking import SweepTracking, runs_in, send_evaluation
 
 pytestmark = [
@@ -222,8 +224,10 @@ def test_an_evaluation_goes_to_the_sweeps_run(server: Server, sweeps: Any, tmp_p
     with artifacts.new_folder(target, "evaluation", INPUTS, {}) as (partial, report):
         (partial / "model_card.md").write_text("card")
         report["model"] = {"test": {"metrics": {"jaccard": 0.25}}}
+    send_evaluation(one.folder / "sweep", target, "e" * 64)  # of another model
+    assert not any(server.files(run, "evaluation") for run in server.runs("cafemed/evaluated"))
     for _ in range(2):
-        send_evaluation(one.folder / "sweep", target)
+        send_evaluation(one.folder / "sweep", target, "b" * 64)
     parent = check(server, "cafemed/evaluated", conductor)
     assert server.history(parent, "test/jaccard") == [(0, 0.25)]
     assert "evaluation/model_card.md" in server.files(parent, "evaluation")
@@ -254,6 +258,34 @@ def test_a_sweep_that_goes_on_is_the_same_runs(
         one.ledger.keep_tracking({**noted, "parent": None, "trials": {}})
     after = check(server, f"cafemed/cut{cut}", one.run(plan))
     assert after["info"]["run_id"] == parent[0]["info"]["run_id"]
+
+
+def test_answers_that_are_lost_repeat_nothing(
+    server: Server, sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    losing = True
+
+    def losing_every_other(done: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count()
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            result = done(*arguments, **more)
+            if losing and next(calls) % 2 == 0:
+                raise TrackingError("the answer was lost")
+            return result
+
+        return call
+
+    for name in ("create", "log", "end"):
+        monkeypatch.setattr(Client, name, losing_every_other(getattr(Client, name)))
+    monkeypatch.setattr(tracking, "_RETRY_S", (0.0, 0.0))
+    one = Sweeper(tmp_path, "lost", sweeps, server.url)
+    conductor = one.run(sweeps.plan_of(num_samples=3), lambda: time.sleep(0.05))
+    for _ in range(10):
+        one.tracked().finish(one.folder / "sweep", 7)
+    losing = False
+    one.tracked().finish(one.folder / "sweep", 7)
+    check(server, "cafemed/lost", conductor)
 
 
 def test_a_server_that_goes_away_costs_nothing(

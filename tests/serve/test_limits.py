@@ -1,0 +1,192 @@
+"""What a body may be: against real sockets, and against what the work would have cost."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import uvicorn
+
+from serve import limits
+from serve.limits import BodyLimit, UnreadableError, parse
+from serve.schema import MAX_BODY_BYTES
+
+MAX = 1000
+TIMEOUT_S = 0.3
+
+
+async def echo(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any]) -> None:
+    """Answers with how many bytes came, and in how many pieces."""
+    sizes = []
+    while True:
+        message = await receive()
+        sizes.append(len(message["body"]))
+        if not message["more_body"]:
+            break
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8")]}
+    )
+    await send({"type": "http.response.body", "body": b"%4d %3d" % (sum(sizes), len(sizes))})
+    assert scope["type"] == "http"
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    app = BodyLimit(echo, MAX, TIMEOUT_S)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, loop="asyncio")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join(10)
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def talk(port: int, *parts: bytes | float) -> bytes:
+    """Sends parts, pausing for numbers of seconds; gives all that is answered."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        for part in parts:
+            if isinstance(part, float):
+                time.sleep(part)
+            else:
+                connection.sendall(part)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+            if answer.startswith(b"HTTP/1.1 200") and len(answer.partition(b"\r\n\r\n")[2]) == 8:
+                break  # only what is refused closes the connection
+    return answer
+
+
+def test_a_body_comes_in_one_piece(port: int) -> None:
+    chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    got = talk(port, chunked, b"3\r\nabc\r\n", 0.05, b"2\r\nde\r\n", 0.05, b"0\r\n\r\n")
+    assert got.endswith(b"   5   1")
+    assert talk(port, HEAD + b"Content-Length: 1000\r\n\r\n" + b"x" * 1000).endswith(b"1000   1")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ([HEAD + b"Content-Length: 1001\r\n\r\n"], b"413"),  # nothing of it has to come
+        ([HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n"], b"4"),
+        ([HEAD + b"Content-Length: -1\r\n\r\n"], b"400"),
+        ([HEAD + b"Content-Length: 1_0\r\n\r\n0123456789"], b"400"),
+        (
+            [HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"64\r\n" + b"x" * 100 + b"\r\n"] * 1,
+            b"408",
+        ),
+        (
+            [
+                HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+                *([b"64\r\n" + b"x" * 100 + b"\r\n"] * 11),
+            ],
+            b"413",
+        ),
+        ([HEAD + b"Content-Length: 10\r\n\r\n", b"{", 0.2, b" ", 0.2, b" "], b"408"),  # slow
+        ([HEAD + b"X: " + b"x" * 17_000 + b"\r\nContent-Length: 0\r\n\r\n"], b"431"),
+        (
+            [HEAD.replace(b"application/json", b"text/plain") + b"Content-Length: 2\r\n\r\n{}"],
+            b"415",
+        ),
+        ([HEAD.replace(b"Content-Type", b"X-Type") + b"Content-Length: 2\r\n\r\n{}"], b"415"),
+    ],
+)
+def test_a_body_that_is_none_is_refused_and_the_connection_closed(
+    port: int, sent: list[bytes | float], status: bytes
+) -> None:
+    started = time.monotonic()
+    got = talk(port, *sent)
+    assert got.startswith(b"HTTP/1.1 " + status)
+    assert time.monotonic() - started < TIMEOUT_S + 1
+
+
+@pytest.mark.parametrize("kind", [b"application/json; charset=utf-8", b"Application/JSON"])
+def test_ways_to_write_the_type(port: int, kind: bytes) -> None:
+    head = HEAD.replace(b"application/json", kind)
+    assert talk(port, head + b"Content-Length: 2\r\n\r\n{}").endswith(b"   2   1")
+
+
+def test_a_client_that_goes_away_is_not_answered() -> None:
+    """Neither does the application see half a body."""
+
+    async def never(*_: Any) -> None:
+        pytest.fail("the application was called")
+
+    messages = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    asyncio.run(BodyLimit(never, MAX, TIMEOUT_S)(scope, receive, never))  # type: ignore[arg-type]
+    assert messages == []
+
+
+def test_empty_chunks_are_not_kept() -> None:
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        await asyncio.sleep(0)
+
+    async def yielding() -> Any:
+        await asyncio.sleep(0)
+        return await receive()
+
+    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
+    asyncio.run(BodyLimit(echo, MAX, 0.1)(scope, yielding, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
+
+
+def test_json_is_read_as_json_reads_it() -> None:
+    text = '{"a": [1, -2.5e3, "\\u00e9\\ud83d\\ude00", null, true, {"b": {}}], "c": NaN}'
+    assert str(parse(text.encode())) == str(json.loads(text))
+    assert parse(b'"\xc3\xa9"') == "é"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"{}{}", "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b'"\xff"', "not JSON"),
+        (b"[" * 4_000_000, "nested too deeply"),
+        (b'{"a":' * 800_000, "objects"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"9" * 5000, "too many digits"),
+        (b'{"a":1,"b":{"c":1,"c":2}}', "given twice"),
+        (b"[" + b"{}," * 1_300_000 + b"{}]", "objects"),
+        (json.dumps({f"k{i}": i for i in range(300_000)}).encode(), "more than 32 fields"),
+    ],
+)
+def test_what_is_not_read_is_refused_at_once(body: bytes, said: str) -> None:
+    started = time.process_time()
+    with pytest.raises(UnreadableError) as caught:
+        parse(body)
+    assert said in caught.value.detail
+    assert time.process_time() - started < 1.0  # up to four megabytes
+
+
+def test_no_valid_body_has_too_many_objects() -> None:
+    code = {"system": "a", "code": "1"}
+    body = json.dumps([code] * (MAX_BODY_BYTES // 26), separators=(",", ":")).encode()
+    assert len(body) <= MAX_BODY_BYTES
+    assert body.count(b"{") <= limits.MAX_OBJECTS

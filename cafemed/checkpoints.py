@@ -128,6 +128,28 @@ def load(folder: Path, identity: str | None) -> Checkpoint | None:
         raise ArtifactError(f"{path}: not a checkpoint ({type(err).__name__}); {advice}") from err
 
 
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder's checkpoint as they are, to be written elsewhere; none if none is."""
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    tensors = str(json.loads(path.read_text())["tensors"])
+    return {name: (folder / name).read_bytes() for name in (tensors, FILE)}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes what `read_files` gave, as safely as `save`, and removes the checkpoint before it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sorted(files, key=lambda name: name == FILE):  # the JSON last
+        partial = folder / f"{name}.partial"
+        partial.write_bytes(files[name])
+        _fsync(partial)
+        partial.replace(folder / name)
+    for other in folder.glob("state-*"):
+        if files and other.name not in files:
+            other.unlink(missing_ok=True)
+
+
 def _flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
     # A copy of each: safetensors refuses tensors that share memory.
     named = {f"weights/{name}": t for name, t in checkpoint.weights.items()}

@@ -189,8 +189,8 @@ class Conductor:
                 started=when,
                 seconds=seconds,
                 host=host,
-                cpus=self.plan.search.cpus,
-                gpus=self.plan.search.gpus,
+                cpus=self.plan.search.cpus * self.plan.search.num_workers,
+                gpus=self.plan.search.gpus * self.plan.search.num_workers,
                 checkpoint=None,
                 attempts=entry.attempts,
             )

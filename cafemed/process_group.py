@@ -42,7 +42,7 @@ class Group:
         """
         if self.size == 1:
             return model
-        # Buffers are constants of the inputs: the same everywhere, and nothing to send before a step.
+        # Buffers are constants of the inputs: nothing to send before a step.
         return DistributedDataParallel(
             model, forward_sync_buffers=False, find_unused_parameters=True
         )

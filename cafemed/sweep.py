@@ -47,7 +47,7 @@ class TrialRecord:
         started: when its first line ran, UTC; None if it failed before its first report.
         seconds: from there to its last report, as Ray Tune counts it.
         host: where it ran; "" if it failed before its first report.
-        cpus, gpus: what was reserved for it.
+        cpus, gpus: what was reserved for it, all its workers together.
         checkpoint: folder of its last checkpoint; None if there is none.
         attempts: how often it was started.
     """

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from cafemed import search_space
+from cafemed import placement, search_space
 from cafemed.calibration import CalibrationConfig
 from cafemed.config import Range, from_mapping
 from cafemed.errors import ConfigError
+from cafemed.placement import Workers
 from cafemed.search_space import MODEL, SearchSpace
 from cafemed.training import FitConfig
 
@@ -52,9 +53,10 @@ class SearchConfig:
         grace_period: epochs that no trial is stopped before.
         reduction_factor: ASHA lets the best 1 / reduction_factor of the trials go on at each rung.
         max_concurrent: trials at the same time; None: as many as the resources allow.
-        cpus: CPUs reserved for a trial.
-        gpus: GPUs reserved for a trial; 0.25 lets four share one.
-        memory_gb: memory reserved for a trial, in units of 1e9 bytes; None: not counted.
+        num_workers: processes that train a trial's model together; see cafemed/distributed.py.
+        cpus: CPUs reserved for a worker.
+        gpus: GPUs reserved for a worker; 0.25 lets four trials of one worker share one.
+        memory_gb: memory reserved for a worker, in units of 1e9 bytes; None: not counted.
         max_failures: how often a trial is started again, from its checkpoint, before it is failed.
         max_failed_trials: the sweep ends when more have failed; None: it always goes on.
         storage: folder or URL of checkpoints and history, seen by every node; None: under the root.
@@ -74,6 +76,7 @@ class SearchConfig:
     grace_period: Annotated[int, Range(1)] = 5
     reduction_factor: Annotated[float, Range(1, open_low=True)] = 3.0
     max_concurrent: Annotated[int, Range(1)] | None = None
+    num_workers: Annotated[int, Range(1)] = 1
     cpus: Annotated[float, Range(0, open_low=True)] = 1.0
     gpus: Annotated[float, Range(0)] = 0.0
     memory_gb: Annotated[float, Range(0, open_low=True)] | None = None
@@ -84,7 +87,13 @@ class SearchConfig:
     @property
     def total_cpus(self) -> float:
         """CPUs that the trials at the same time reserve, if nothing else limits them."""
-        return self.cpus * min(self.max_concurrent or self.num_samples, self.num_samples)
+        at_once = min(self.max_concurrent or self.num_samples, self.num_samples)
+        return self.cpus * self.num_workers * at_once
+
+    @property
+    def workers(self) -> Workers:
+        """What each trial reserves."""
+        return Workers(self.num_workers, self.cpus, self.gpus, self.memory_gb)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +236,7 @@ def _starts(
 
 def _combinations(search: SearchConfig, space: SearchSpace | None) -> list[str]:
     """Settings that do not work together, each with the reason."""
-    problems = []
+    problems = placement.problems(search.num_workers, search.gpus, "search.gpus")
     if search.objectives[:1] != ("jaccard",) or len(set(search.objectives)) < len(
         search.objectives
     ):

@@ -1,13 +1,14 @@
-"""One trial of a sweep: `training.fit` in a Ray worker, reporting each epoch with a checkpoint."""
+"""One trial of a sweep: `training.fit` in a Ray worker, or several, reporting each epoch."""
 
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import torch._dynamo  # the first optimiser of a process would import it, for two seconds
 from numpy.typing import NDArray
@@ -58,6 +59,13 @@ class TrialData:
         return options, dataclasses.replace(self.config, **sections.get("train", {}), seed=seed)
 
 
+#: Trains a trial's model: data, model, options, configuration, what to call after every epoch, and
+#: the checkpoint's folder.
+_Fit = Callable[
+    [TrialData, str, Mapping[str, Any], FitConfig, Callable[[EpochReport], None], Path], object
+]
+
+
 def run_trial(config: dict[str, Any], data: TrialData) -> None:
     """Trains one model; Ray Tune calls this in a worker.
 
@@ -69,12 +77,78 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
         config: "trial", "seed", "parameters" ("train.learning_rate" → value); "checkpoint", where
             it goes on from if it was interrupted in another run of the sweep; "ledger", the file
             of the sweep that every node has to see, and "storage_key", which setting says where;
-            "gpus", what is reserved for it.
+            "workers", what is reserved for it.
         data: see TrialData.
 
     Raises:
         ConfigError: if this node does not see the storage.
     """
+    device = _device(config["workers"].gpus)
+
+    def fit(
+        data: TrialData,
+        name: str,
+        options: Mapping[str, Any],
+        fit_config: FitConfig,
+        on_epoch: Callable[[EpochReport], None],
+        folder: Path,
+    ) -> object:
+        return training.fit(
+            data.build,
+            name,
+            options,
+            data.inputs,
+            data.arrays,
+            data.train_patients,
+            data.validation_patients,
+            fit_config,
+            on_epoch=on_epoch,
+            checkpoint_dir=folder,
+            device=device,
+        )
+
+    _run(config, data, fit)
+
+
+def run_trial_of_workers(config: dict[str, Any], data: list[Any]) -> None:
+    """Trains one model with several workers; Ray Tune calls this in a process that looks on.
+
+    Args:
+        config: see `run_trial`.
+        data: a reference to TrialData.
+
+    Raises:
+        ConfigError: if this node does not see the storage.
+        Exception: why a worker was lost; the trial goes on from its checkpoint.
+    """
+    (shared,) = data
+
+    def fit(
+        _: TrialData,
+        name: str,
+        options: Mapping[str, Any],
+        fit_config: FitConfig,
+        on_epoch: Callable[[EpochReport], None],
+        folder: Path,
+    ) -> object:
+        from cafemed import distributed
+
+        return distributed.fit(
+            shared,
+            name,
+            options,
+            fit_config,
+            config["workers"],
+            on_epoch=on_epoch,
+            checkpoint_dir=folder,
+            number=config["trial"],
+        )
+
+    _run(config, ray.get(shared), fit)
+
+
+def _run(config: dict[str, Any], data: TrialData, fit: _Fit) -> None:
+    """Runs a trial around its fit: from where it goes on to what Ray Tune is told."""
     started, parameters = time.time(), config["parameters"]
     if config["ledger"] is not None:
         shared_storage.require_seen(Path(config["ledger"]), config["storage_key"])
@@ -84,7 +158,8 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
     place = Path(tune.get_context().get_trial_dir())
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as name:
-        folder = Path(name)
+        folder = Path(name) / "checkpoint"
+        folder.mkdir()
         if (earlier := _earlier(config)) is not None:
             earlier.to_directory(folder)
             history += read_checkpoint(folder).history
@@ -106,19 +181,7 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
 
         restored = len(history)
         try:
-            training.fit(
-                data.build,
-                data.model_of(parameters),
-                options,
-                data.inputs,
-                data.arrays,
-                data.train_patients,
-                data.validation_patients,
-                fit_config,
-                on_epoch=after_epoch,
-                checkpoint_dir=folder,
-                device=_device(config["gpus"]),
-            )
+            fit(data, data.model_of(parameters), options, fit_config, after_epoch, folder)
         except UserError as err:
             lines = str(err).splitlines() or [""]
             report(**{ERROR: f"{type(err).__name__}: {lines[0]}"})

@@ -9,7 +9,7 @@ import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cafemed import cluster, console, shared_storage, sweep
+from cafemed import cluster, console, placement, shared_storage, sweep
 from cafemed.conductor import Conductor
 from cafemed.errors import TrainingError, UserError
 from cafemed.sweep_plan import SearchConfig
@@ -53,11 +53,22 @@ def run(conductor: Conductor, data: "TrialData") -> None:
 
 
 def require_resources(search: SearchConfig) -> None:
-    """Refuses trials that reserve more than a local Ray's node has; see cafemed/cluster.py.
+    """Refuses trials that reserve more than a local Ray has; see cafemed/cluster.py.
 
     Raises:
         ConfigError: naming the setting.
     """
+    if search.num_workers > 1:
+        placement.require_room(
+            search.workers,
+            {
+                "num": "search.num_workers",
+                "CPU": "search.cpus",
+                "GPU": "search.gpus",
+                "memory": "search.memory_gb",
+            },
+        )
+        return
     wanted = {"CPU": ("search.cpus", search.cpus), "GPU": ("search.gpus", search.gpus)}
     if search.memory_gb is not None:
         wanted["memory"] = ("search.memory_gb", search.memory_gb)
@@ -71,20 +82,19 @@ def _storage_key(search: SearchConfig) -> str:
 def _tuner(conductor: Conductor, data: "TrialData") -> "Tuner":
     from ray import tune
 
-    from cafemed import trials, tuning_hooks
+    from cafemed import tuning_hooks
 
     search, ledger = conductor.plan.search, conductor.ledger
-    resources = {"cpu": search.cpus, "gpu": search.gpus}
-    if search.memory_gb is not None:
-        resources["memory"] = int(search.memory_gb * _BYTES_PER_GB)
     return tune.Tuner(
-        tune.with_resources(tune.with_parameters(trials.run_trial, data=data), resources),
+        _trainable(search, data),
         tune_config=tune.TuneConfig(
             search_alg=tuning_hooks.Search(conductor, _storage_key(search)),
             scheduler=tuning_hooks.Schedule(conductor),
             num_samples=conductor.remaining,
             max_concurrent_trials=search.max_concurrent,
-            reuse_actors=True,  # a worker imports torch once, not once a trial
+            # A worker imports torch once, not once a trial. That of a trial with workers of its own
+            # has to end with it, so that they do.
+            reuse_actors=search.num_workers == 1,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -98,6 +108,24 @@ def _tuner(conductor: Conductor, data: "TrialData") -> "Tuner":
             verbose=0,
         ),
     )
+
+
+def _trainable(search: SearchConfig, data: "TrialData") -> Any:
+    """What Ray Tune runs as a trial, with what it reserves."""
+    import ray
+    from ray import tune
+
+    from cafemed import trials
+
+    if search.num_workers > 1:
+        # The workers reserve. A trial itself looks on, but Ray Tune takes none without resources.
+        shared = [ray.put(data)]
+        run = tune.with_parameters(trials.run_trial_of_workers, data=shared)
+        return tune.with_resources(run, {"cpu": 0, "memory": 1})
+    resources = {"cpu": search.cpus, "gpu": search.gpus}
+    if search.memory_gb is not None:
+        resources["memory"] = int(search.memory_gb * _BYTES_PER_GB)
+    return tune.with_resources(tune.with_parameters(trials.run_trial, data=data), resources)
 
 
 def ended(conductor: Conductor, trial: "Trial", failed: bool) -> None:

@@ -3,6 +3,7 @@
 Ray Tune pickles these with its own state, which nobody reads: a sweep goes on from its ledger.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from cafemed import ledger, sweep
+from cafemed import ledger, placement, sweep
 from cafemed.conductor import Conductor
 
 
@@ -30,28 +31,45 @@ class Search(_Hook, Searcher):
     def __init__(self, conductor: Conductor, storage_key: str) -> None:
         super().__init__()
         self.conductor, self._storage_key = conductor, storage_key
+        self._live: set[str] = set()
 
-    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
-        """Ray Tune calls this when a trial may be added."""
+    def suggest(self, trial_id: str) -> Any:
+        """Ray Tune calls this when a trial may be added; None: not now."""
+        if not self._has_room():
+            return None
         start = self.conductor.next()
         if start is None:
             return Searcher.FINISHED
+        self._live.add(trial_id)
         return {
             "trial": start.number,
             "seed": start.seed,
             "checkpoint": start.checkpoint,
             "ledger": self._ledger_file(),
             "storage_key": self._storage_key,
-            "gpus": self.conductor.plan.search.gpus,
+            "workers": self.conductor.plan.search.workers,
             "parameters": dict(start.parameters),
         }
+
+    def _has_room(self) -> bool:
+        """Whether the workers of one more trial have a place; Ray Tune counts those of one alone.
+
+        A cluster may grow: one trial more than it has room for waits there, so that it learns what
+        is wanted. It reserves nothing while it waits, so the others are not kept from ending.
+        """
+        workers = self.conductor.plan.search.workers
+        if workers.num == 1:
+            return True
+        waiting = 1 if os.environ.get("RAY_ADDRESS") else 0
+        return len(self._live) < max(placement.room(workers) + waiting, 1)
 
     def _ledger_file(self) -> str | None:
         folder = self.conductor.ledger.folder
         return None if folder is None else str(folder / ledger.FILE)
 
-    def on_trial_complete(self, *_: Any, **__: Any) -> None:
+    def on_trial_complete(self, trial_id: str, *_: Any, **__: Any) -> None:
         """The conductor is told by Events, which know why a trial ended."""
+        self._live.discard(trial_id)
 
     def save_to_dir(self, *_: Any, **__: Any) -> None:
         """Nothing: the ledger has it."""
@@ -102,12 +120,21 @@ class Events(_Hook, tune.Callback):
 
     def on_trial_start(self, *_: Any, **info: Any) -> None:
         """Ray Tune calls this, by keyword, when a trial starts, and when it starts again."""
+        self._release(info["trial"])
         self.conductor.started(info["trial"].config["trial"])
 
     def on_trial_complete(self, *_: Any, **info: Any) -> None:
         """Ray Tune calls this, by keyword, when a trial is done or was stopped."""
+        self._release(info["trial"])
         self._ended(self.conductor, info["trial"], False)
 
     def on_trial_error(self, *_: Any, **info: Any) -> None:
         """Ray Tune calls this, by keyword, when a trial failed too often."""
+        self._release(info["trial"])
         self._ended(self.conductor, info["trial"], True)
+
+    def _release(self, trial: Trial) -> None:
+        """Ends the workers that a trial, or an earlier attempt at it, may have left."""
+        workers = self.conductor.plan.search.workers
+        if workers.num > 1:
+            placement.release(workers, trial.config["trial"])

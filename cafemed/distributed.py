@@ -1,0 +1,267 @@
+"""One model trained by several workers: `training.fit` in each one of a Ray Train `TorchTrainer`.
+
+Ray Train places and starts the workers, on one node or several, and joins them: through NCCL where
+each has a GPU, else through gloo. What they do together is in `cafemed/process_group.py` and
+`cafemed/stepping.py`; here is what the caller sees of it, which is what it sees of `training.fit`:
+after every epoch the checkpoint is in the caller's folder and the caller is asked whether to go on.
+The first worker sends both to a relay, an actor beside the caller, and waits there for the answer.
+So the workers need no folder in common with the caller, nor with each other.
+"""
+
+import asyncio
+import dataclasses
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray import train
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cafemed import checkpoints, placement, process_group, training
+from cafemed.batches import ModelInputs, VisitArrays
+from cafemed.errors import TrainingError, UserError
+from cafemed.placement import Workers as Workers
+from cafemed.training import Builder, EpochReport, FitConfig, FitResult
+
+#: Seconds between two looks at whether the workers ended; Ray Train's own are 2 s apart.
+_LOOK_S = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class FitData:
+    """What `training.fit` is given besides the model's options and the configuration.
+
+    Attributes:
+        build: passed to `training.fit`; pickled by reference.
+        inputs: passed to `training.fit`.
+        arrays: passed to `training.fit`.
+        train_patients: indices.
+        validation_patients: indices.
+    """
+
+    build: Builder
+    inputs: ModelInputs
+    arrays: VisitArrays
+    train_patients: NDArray[np.int64]
+    validation_patients: NDArray[np.int64]
+
+
+def fit(
+    data: "ray.ObjectRef[Any]",
+    model_name: str,
+    model_options: Mapping[str, Any],
+    config: FitConfig,
+    workers: Workers,
+    on_epoch: Callable[[EpochReport], bool | None] | None = None,
+    checkpoint_dir: Path | None = None,
+    *,
+    max_failures: int = 0,
+    number: int = 0,
+) -> FitResult:
+    """Trains one model with several workers; Ray has to be up.
+
+    Args:
+        data: reference to FitData, or to what has its fields, as TrialData; `ray.put` once, it is
+            read on every node without another copy.
+        model_name: see `training.fit`.
+        model_options: see `training.fit`.
+        config: see FitConfig; `batch_size` is of all workers together, `num_threads` of each.
+        workers: see Workers.
+        on_epoch: see `training.fit`; called in this process.
+        checkpoint_dir: see `training.fit`; a folder of this process.
+        max_failures: how often the workers are started again, from the last checkpoint, when one
+            of them, or its node, is lost.
+        number: of the trial; tells its workers from those of other fits that this job runs.
+
+    Raises:
+        UserError, OSError: what `training.fit` raises in the workers.
+        Exception: the first cause, if the workers fail more often than they may.
+    """
+    # Ray Train hands this on to the process that looks after the workers.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_LOOK_S))
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    files = {} if checkpoint_dir is None else checkpoints.read_files(checkpoint_dir)
+    relay = ray.remote(num_cpus=0)(_Relay).options(scheduling_strategy=here).remote(files)
+    told = {
+        "data": data,
+        "relay": relay,
+        "model": (model_name, dict(model_options)),
+        "config": config,
+        "gpus": workers.gpus,
+    }
+    beside = None if checkpoint_dir is None else checkpoint_dir.parent
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".train-") as scratch:
+        trainer = TorchTrainer(
+            _work,
+            train_loop_config=told,
+            torch_config=TorchConfig(backend=process_group.backend(_devices(workers))),
+            scaling_config=train.ScalingConfig(
+                num_workers=workers.num,
+                use_gpu=workers.gpus > 0,
+                resources_per_worker=workers.reserved(number),
+            ),
+            run_config=train.RunConfig(
+                name="fit",
+                storage_path=scratch,  # of Ray Train's notes; checkpoints go through the relay
+                failure_config=train.FailureConfig(max_failures=max_failures),
+            ),
+        )
+        running = _Running(trainer)
+        try:
+            result = _follow(relay, running, on_epoch, checkpoint_dir)
+            running.join()
+        except BaseException:
+            placement.release(workers, number)
+            raise
+    return result
+
+
+def _devices(workers: Workers) -> torch.device:
+    """What the workers train on; GPUs of clusters under test are numbers, and torch has no NCCL."""
+    there = workers.gpus > 0 and torch.distributed.is_nccl_available()
+    return torch.device("cuda" if there else "cpu")
+
+
+class _Running:
+    """A trainer at work, in a thread: this process listens to the relay meanwhile."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        self._trainer = trainer
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._trainer.fit()
+        except Exception as err:  # noqa: BLE001  raised by the thread that listens
+            self._error = err
+
+    @property
+    def over(self) -> bool:
+        """Whether the workers are gone."""
+        return not self._thread.is_alive()
+
+    def join(self) -> None:
+        """Waits until the workers are gone and what they reserved is free."""
+        self._thread.join()
+
+    def error(self) -> Exception:
+        """Why the workers ended before they said what came of the fit."""
+        failures = getattr(self._error, "worker_failures", None)
+        if not failures:
+            return self._error or TrainingError("the workers ended without a result")
+        # One that died makes the others fail, who lose the connection to it.
+        causes = [getattr(cause, "_base_exc", cause) for _, cause in sorted(failures.items())]
+        lost = [cause for cause in causes if isinstance(cause, ray.exceptions.RayError)]
+        cause: Exception = (lost or causes)[0]
+        return cause
+
+
+def _follow(
+    relay: Any,
+    running: _Running,
+    on_epoch: Callable[[EpochReport], bool | None] | None,
+    checkpoint_dir: Path | None,
+) -> FitResult:
+    """Takes what the first worker tells, and answers, until it tells what came of the fit."""
+    while True:
+        heard = relay.hear.remote()
+        while not ray.wait([heard], timeout=_LOOK_S)[0]:
+            if running.over:
+                raise running.error()
+        ticket, what, files = ray.get(heard)
+        if isinstance(what, EpochReport):
+            if checkpoint_dir is not None:
+                checkpoints.write_files(checkpoint_dir, files)
+            stop = on_epoch is not None and bool(on_epoch(what))
+            ray.get(relay.answer.remote(ticket, stop))
+            continue
+        ray.get(relay.answer.remote(ticket, True))
+        if isinstance(what, Exception):
+            running.join()
+            raise what
+        result: FitResult = what
+        return result
+
+
+class _Relay:
+    """Stands between the first worker and the caller; both ask it.
+
+    Args:
+        files: of the checkpoint that the fit goes on from.
+    """
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self._files = files
+        self._told: asyncio.Queue[tuple[int, Any, dict[str, bytes]]] = asyncio.Queue()
+        self._answers: list[asyncio.Future[bool]] = []
+
+    async def checkpoint(self) -> dict[str, bytes]:
+        """The files of the newest checkpoint; workers that are started again go on from it."""
+        return self._files
+
+    async def tell(self, what: Any, files: dict[str, bytes]) -> bool:
+        """Takes an epoch's report, or what came of the fit; gives whether training ends."""
+        if files:
+            self._files = files
+        answer = asyncio.get_running_loop().create_future()
+        self._answers.append(answer)
+        await self._told.put((len(self._answers) - 1, what, files))
+        return bool(await answer)
+
+    async def hear(self) -> tuple[int, Any, dict[str, bytes]]:
+        """What was told next, with the number under which it is to be answered."""
+        return await self._told.get()
+
+    async def answer(self, ticket: int, stop: bool) -> None:
+        """Says whether training ends; nobody may be waiting for it any more."""
+        if not self._answers[ticket].done():
+            self._answers[ticket].set_result(stop)
+
+
+def _work(told: Mapping[str, Any]) -> None:
+    """What each worker does; Ray Train calls this when all of them are joined."""
+    data, relay, (name, options) = ray.get(told["data"]), told["relay"], told["model"]
+    first = train.get_context().get_world_rank() == 0
+    device = get_device() if told["gpus"] > 0 else torch.device("cpu")
+    # Ray Train put the worker in a folder of Ray's session: nothing is left when Ray ends.
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:
+        folder = Path(place)
+        if first:
+            checkpoints.write_files(folder, ray.get(relay.checkpoint.remote()))
+
+        def after_epoch(report: EpochReport) -> bool:
+            return bool(ray.get(relay.tell.remote(report, checkpoints.read_files(folder))))
+
+        outcome: FitResult | Exception
+        try:
+            outcome = training.fit(
+                data.build,
+                name,
+                options,
+                data.inputs,
+                data.arrays,
+                data.train_patients,
+                data.validation_patients,
+                told["config"],
+                on_epoch=after_epoch,
+                checkpoint_dir=folder,
+                device=device,
+            )
+        except ConnectionError:
+            raise
+        except (UserError, OSError) as err:  # would come again: not a worker that failed
+            outcome = err
+        if first:
+            ray.get(relay.tell.remote(outcome, {}))

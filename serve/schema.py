@@ -9,7 +9,7 @@ identifies a person, and unknown fields are refused, so that an identifier canno
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from cafemed.codes import LABORATORY_SYSTEM, normalise
 
@@ -24,7 +24,7 @@ MAX_SYSTEM_LENGTH = 32
 MAX_CODE_LENGTH = 64
 MAX_AGE = 130.0
 MAX_ALLERGIES = 64
-#: Characters of the longest ATC code, that of a substance.
+#: Characters of an ATC code, with dots and blanks; the longest has seven of its own.
 MAX_ALLERGY_LENGTH = 16
 #: Largest size of a laboratory value, in whatever unit; single precision holds it.
 MAX_VALUE = 1e12
@@ -38,7 +38,7 @@ MAX_QUERY_LENGTH = 100
 
 
 #: An ATC code or how one begins: J, J01, J01C, J01CA, J01CA04, and what lies between.
-_ATC_PREFIX = re.compile(r"[A-Z](\d(\d([A-Z]([A-Z](\d\d?)?)?)?)?)?")
+_ATC_PREFIX = re.compile(r"[A-Z]([0-9]([0-9]([A-Z]([A-Z]([0-9][0-9]?)?)?)?)?)?")
 
 
 class _Asked(BaseModel):
@@ -87,6 +87,9 @@ def _atc_prefix(value: str) -> str:
     if not _ATC_PREFIX.fullmatch(prefix):
         raise ValueError("expected an ATC code or its beginning, such as J01C or J01CA04")
     return prefix
+
+
+ATCPrefix = Annotated[str, Field(max_length=MAX_ALLERGY_LENGTH), AfterValidator(_atc_prefix)]
 
 
 class LaboratoryValue(_Asked):
@@ -142,20 +145,12 @@ class Patient(_Asked):
     age: Annotated[float, Field(ge=0, le=MAX_AGE)] | None = Field(
         default=None, description="years at the current visit"
     )
-    allergies: Annotated[
-        list[Annotated[str, Field(max_length=MAX_ALLERGY_LENGTH)]],
-        Field(max_length=MAX_ALLERGIES, fail_fast=True),
-    ] = Field(
+    allergies: Annotated[list[ATCPrefix], Field(max_length=MAX_ALLERGIES, fail_fast=True)] = Field(
         default=[],
         description="ATC codes or their beginnings, which must not be recommended; one that is "
         "finer than the model's classes leaves out the whole class that holds it",
         examples=[["J01C"]],
     )
-
-    @field_validator("allergies")
-    @classmethod
-    def _are_prefixes(cls, allergies: list[str]) -> list[str]:
-        return [_atc_prefix(value) for value in allergies]
 
 
 class Options(_Asked):

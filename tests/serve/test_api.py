@@ -1,5 +1,7 @@
 import asyncio
+import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -213,6 +215,121 @@ def test_no_log_line_holds_a_code(client: Client, caplog: pytest.LogCaptureFixtu
         client.post("/v1/recommend", json=body(("icd9", MARKER), (MARKER, "1")))
         client.post("/v1/recommend", json={MARKER: [MARKER]})
     assert MARKER not in caplog.text
+
+
+def several(served: Bundle, number: int) -> list[dict[str, Any]]:
+    """Patients with visits, some of them with allergies."""
+    rng = np.random.default_rng(0)
+    patients = []
+    for p in range(number):
+        visits = [
+            {
+                "diagnoses": [
+                    dict(zip(("system", "code"), name.split(":"), strict=True))
+                    for name in rng.choice(served.vocabularies["diagnosis"], 3, replace=False)
+                ],
+                "medications": [
+                    dict(zip(("system", "code"), name.split(":"), strict=True))
+                    for name in rng.choice(served.vocabularies["medication"], p % 4, replace=False)
+                ],
+            }
+            for _ in range(1 + p % 3)
+        ]
+        allergies = [str(rng.choice(["A01BC", "B", "C02"]))] if p % 2 else []
+        patients.append({"visits": visits, "age": 20.0 + p, "allergies": allergies})
+    return patients
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_ddi_rate": 0.1}, {"max_ddi_rate": 0.2, "top_k": 3}, {"top_k": 2, "explain": True}],
+)
+def test_a_whole_answer_is_the_same_alone_and_in_every_position(
+    client: Client, served: Bundle, options: dict[str, Any]
+) -> None:
+    patients = several(served, 7)
+
+    def ask(asked: list[dict[str, Any]]) -> list[Any]:
+        got = client.post("/v1/recommend", json={"patients": asked, "options": options})
+        assert got.status_code == 200
+        return [json.dumps(one) for one in got.json()["recommendations"]]
+
+    alone = [ask([patient])[0] for patient in patients]
+    assert len(set(alone)) == 7
+    for turn in range(7):
+        assert ask([*patients[turn:], *patients[:turn]]) == [*alone[turn:], *alone[:turn]]
+    assert ask(patients[:1] * 8) == alone[:1] * 8
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "elsewhere"),
+    [(1, {}, False), (1, {"max_ddi_rate": 0.1}, True), (1, {"explain": True}, True), (9, {}, True)],
+)
+def test_what_takes_long_is_kept_off_the_event_loop(
+    service: Direct,
+    served: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    options: dict[str, Any],
+    elsewhere: bool,
+) -> None:
+    threads: set[int] = set()
+    answer = service.recommender.answer
+
+    def watched(*args: Any) -> Any:
+        threads.add(threading.get_ident())
+        return answer(*args)
+
+    monkeypatch.setattr(service.recommender, "answer", watched)
+    asked = {"patients": several(served, number), "options": options}
+    assert Client(create_api(service)).post("/v1/recommend", json=asked).status_code == 200
+    assert (threads != {threading.get_ident()}) == elsewhere
+
+
+def test_a_patient_mostly_unknown_is_refused_and_no_code_named(
+    client: Client, service: Direct
+) -> None:
+    known, unknown = ("icd9", "4010"), ("icd9", MARKER)
+    [half], [more] = (
+        body(known, unknown)["patients"],
+        body(known, unknown, (" ICD9", MARKER.lower()))["patients"],
+    )
+    assert client.post("/v1/recommend", json={"patients": [half]}).status_code == 200
+    got = client.post("/v1/recommend", json={"patients": [half, more]})
+    assert got.status_code == 422
+    [problem] = got.json()["problems"]
+    assert problem["field"] == "patients[1]"
+    assert problem["message"] == "67% of the codes are unknown to the model, at most 50% may be"
+    assert MARKER not in got.text
+    lenient = Client(create_api(service, max_unknown_share=0.7))
+    assert lenient.post("/v1/recommend", json={"patients": [more]}).status_code == 200
+    strict = Client(create_api(service, max_unknown_share=0.0))
+    assert strict.post("/v1/recommend", json={"patients": [half]}).status_code == 422
+    assert strict.post("/v1/recommend", json=body()).status_code == 200
+
+
+def test_codes_are_searched(client: Client) -> None:
+    def found(**query: Any) -> list[str]:
+        got = client.send("GET", "/v1/codes", params=query)
+        assert got.status_code == 200
+        return [f"{c['kind']} {c['system']}:{c['code']}" for c in got.json()["codes"]]
+
+    assert found(query="401.0") == ["diagnosis icd9:4010"]
+    assert found(query="99", kind="procedure", limit=2) == [
+        "procedure icd9:990",
+        "procedure icd9:991",
+    ]
+    assert len(found()) == 20
+    for wrong, field in (
+        ({"limit": 0}, "limit"),
+        ({"limit": schema.MAX_CODES_FOUND + 1}, "limit"),
+        ({"limit": "x"}, "limit"),
+        ({"kind": "drug"}, "kind"),
+        ({"query": "x" * (schema.MAX_QUERY_LENGTH + 1)}, "query"),
+    ):
+        got = client.send("GET", "/v1/codes", params=wrong)
+        assert got.status_code == 422
+        assert [problem["field"] for problem in got.json()["problems"]] == [field]
 
 
 def test_probabilities_survive_json_to_the_bit(

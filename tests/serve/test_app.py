@@ -105,7 +105,8 @@ def test_the_answer_has_the_id_that_the_proxy_logs(url: str, served: Bundle) -> 
 
 def test_bad_requests_are_refused_and_codes_never_logged(url: str, ray_folder: Path) -> None:
     code = {"system": "icd9", "code": MARKER}
-    unknown = {"patients": [{"visits": [{"diagnoses": [code]}]}]}
+    known = {"system": "icd9", "code": "4010"}
+    unknown = {"patients": [{"visits": [{"diagnoses": [code, known]}]}]}
     assert launch.ask(url, unknown)["recommendations"][0]["unknown_codes"] == [
         {"visit": 0, "kind": "diagnosis", "code": f"icd9:{MARKER}"}
     ]

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from cafemed.bundle import Preprocessing
-from serve.encoding import EncodedPatient, Encoder, UnknownSystemError
+from serve.encoding import AllergyError, EncodedPatient, Encoder, UnknownSystemError
 from serve.schema import RecommendRequest
 
 VOCABULARIES = {
@@ -105,6 +105,28 @@ def test_an_unknown_system_is_refused_by_field(visit: Any, field: str, expected:
         encode({}, visit)
     assert caught.value.field == f"patients[0].visits[1].{field}.system"
     assert str(caught.value) == f"unknown code system; expected one of {expected}"
+
+
+def test_the_share_of_unknown_codes_is_of_all_codes_as_listed() -> None:
+    known, unknown = codes("icd9:4019"), codes("icd9:V99", "icd9:V99")
+    visit = {"diagnoses": known, "procedures": codes("icd9:1.1")}
+    assert (
+        encode(visit, {"diagnoses": unknown, "medications": codes("atc:A02B")}).unknown_share == 0.6
+    )
+    assert encode({}).unknown_share == 0
+    assert encode({"diagnoses": unknown}).unknown_share == 1
+    # A model may use no laboratory values; to send them is no fault.
+    assert encode({"diagnoses": known, "laboratory": MEASURED[0]["laboratory"]}).unknown_share == 0
+
+
+def test_allergies_are_kept_to_only_where_medications_are_in_atc() -> None:
+    assert encode({}, allergies=["j01.c"]).allergies == ("J01C",)
+    assert encode({}).allergies == ()
+    encoder = Encoder({**VOCABULARIES, "medication": ("atc:A02B", "local:1")}, Preprocessing())
+    body = {"patients": [{"visits": [{}]}, {"visits": [{}], "allergies": ["J01"]}]}
+    with pytest.raises(AllergyError, match="are not in ATC") as caught:
+        encoder.encode(RecommendRequest.model_validate(body))
+    assert caught.value.field == "patients[1].allergies"
 
 
 def test_sex_and_age() -> None:

@@ -78,6 +78,29 @@ def test_a_registry_out_of_reach_changes_nothing(
     assert model.refresh()
 
 
+def test_the_model_card_is_that_of_the_version_and_of_today(
+    registry_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FollowingModel(registry_dir, "production")
+    assert model.recommender.card.card is None
+    card = {"format_version": 1, "model": {}, "limits": ["few patients"], "metrics": {"test": {}}}
+    registry.write_card(registry_dir, 1, card, "")
+    assert not model.refresh()
+    assert model.recommender.card.card == card
+    assert model.recommender.card.limits == ["few patients"]
+    registry.write_card(registry_dir, 2, card | {"limits": []}, "")
+    registry.promote(registry_dir, 2)
+    assert model.refresh()
+    assert model.recommender.card.limits == []
+    # A version is served even where nobody can read its card.
+    (registry_dir / "cards" / "0001.json").write_text("{")
+    registry.rollback(registry_dir)
+    assert model.refresh()
+    assert not model.refresh()
+    assert (model.recommender.name.version, model.recommender.card.card) == (1, None)
+    assert len([r for r in caplog.records if "has no readable model card" in r.message]) == 1
+
+
 def test_nothing_promoted_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no version is promoted to 'production'"):
         FollowingModel(tmp_path, "production")

@@ -259,6 +259,9 @@ def test_the_card_says_what_is_served(recommender: Recommender) -> None:
     assert card.code_systems["diagnosis"] == ["icd10", "icd9"]
     assert card.laboratory_items == []
     assert "Not a medical device" in card.intended_use
+    assert card.sources == {"cohort": "0" * 64}
+    assert card.card is None
+    assert any("allergies" in limit for limit in card.limits)
 
 
 def test_a_registrys_bundle_loads_and_an_edited_one_does_not(root: Path, tmp_path: Path) -> None:

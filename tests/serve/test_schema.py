@@ -47,6 +47,25 @@ def test_an_empty_visit_and_no_demographics_are_allowed() -> None:
     assert (patient.sex, patient.age, patient.visits[0].diagnoses) == ("unknown", None, [])
 
 
+def patient(**given: Any) -> dict[str, Any]:
+    return {"patients": [{"visits": [{}], **given}]}
+
+
+def options(**given: Any) -> dict[str, Any]:
+    return {**request(), "options": given}
+
+
+def test_allergies_are_atc_codes_or_their_beginnings() -> None:
+    written = ["J", "j0", "J01", "J01C", "J01CA", "j01.ca0", " J01CA04 "]
+    parsed = RecommendRequest.model_validate(patient(allergies=written)).patients[0]
+    assert parsed.allergies == ["J", "J0", "J01", "J01C", "J01CA", "J01CA0", "J01CA04"]
+
+
+def test_without_options_nothing_is_left_out() -> None:
+    asked = RecommendRequest.model_validate(request()).options
+    assert (asked.max_ddi_rate, asked.top_k, asked.explain) == (None, None, False)
+
+
 @pytest.mark.parametrize(
     ("body", "field", "said"),
     [
@@ -55,6 +74,20 @@ def test_an_empty_visit_and_no_demographics_are_allowed() -> None:
         ({"patients": [{"visits": []}]}, "patients[0].visits", "at least 1"),
         ({"patients": [{}]}, "patients[0].visits", "required"),
         ([], "", "object"),
+        *(
+            (patient(allergies=["J01", wrong]), "patients[0].allergies[1]", "such as J01C")
+            for wrong in ("", "01", "J01CA044", "Penicillin", "JJ", "J٠١", "J01C; DROP")
+        ),
+        (patient(allergies="J01"), "patients[0].allergies", "array"),
+        (options(max_ddi_rate=1.1), "options.max_ddi_rate", "less than or equal to 1"),
+        (options(max_ddi_rate=-0.1), "options.max_ddi_rate", "greater than or equal to 0"),
+        (options(max_ddi_rate="0.1"), "options.max_ddi_rate", "number"),
+        (options(max_ddi_rate=float("nan")), "options.max_ddi_rate", "finite"),
+        (options(top_k=0), "options.top_k", "greater than or equal to 1"),
+        (options(top_k=1.5), "options.top_k", "integer"),
+        (options(top_k=True), "options.top_k", "integer"),
+        (options(explain=1), "options.explain", "boolean"),
+        (options(topk=1), "options.topk", "not permitted"),
         (request(diagnoses=[{"system": "icd9"}]), "patients[0].visits[0].diagnoses[0].code", "req"),
         (request(diagnoses=[code(value="")]), "patients[0].visits[0].diagnoses[0].code", "least 1"),
         (request(diagnoses=[code(value=" . ")]), "patients[0].visits[0].diagnoses[0].code", "only"),
@@ -148,6 +181,16 @@ def test_what_is_wrong_is_named(body: Any, field: str, said: str) -> None:
             request(laboratory=[{"item": "1", "value": -schema.MAX_VALUE}]),
             request(laboratory=[{"item": "1", "value": -2 * schema.MAX_VALUE}]),
             "patients[0].visits[0].laboratory[0].value",
+        ),
+        (
+            patient(allergies=["J01"] * schema.MAX_ALLERGIES),
+            patient(allergies=["J01"] * (schema.MAX_ALLERGIES + 1)),
+            "patients[0].allergies",
+        ),
+        (
+            patient(allergies=["J01" + " " * (schema.MAX_ALLERGY_LENGTH - 3)]),
+            patient(allergies=["J01" + " " * (schema.MAX_ALLERGY_LENGTH - 2)]),
+            "patients[0].allergies[0]",
         ),
         (
             request(diagnoses=[code(system="s" * schema.MAX_SYSTEM_LENGTH)]),

@@ -7,14 +7,9 @@ when to come back. So this limit is reached first: a request over it is refused 
 
 import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
-# ASGI's own names (https://asgi.readthedocs.io/en/latest/specs/main.html).
-_Message = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Message]]
-_Send = Callable[[_Message], Awaitable[None]]
-_ASGIApp = Callable[[_Message, _Receive, _Send], Awaitable[None]]
+from serve.asgi import Application, Message, Receive, Send
 
 #: Bounds of what is told, in seconds: less is not a whole second, more keeps clients away from
 #: replicas that are added meanwhile.
@@ -70,7 +65,7 @@ class Admitted:
     """
 
     def __init__(
-        self, app: _ASGIApp, admission: Admission, refuse: Callable[[_Message, int], _ASGIApp]
+        self, app: Application, admission: Admission, refuse: Callable[[Message, int], Application]
     ) -> None:
         """Wraps an application.
 
@@ -83,7 +78,7 @@ class Admitted:
         self._admission = admission
         self._refuse = refuse
 
-    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

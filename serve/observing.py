@@ -11,8 +11,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from cafemed.drift import ScoreWindow
 from cafemed.reference import ScoreHistogram
 from serve.answers import Recommendation
+from serve.asgi import Application, Message, Receive, Send
 from serve.encoding import EncodedPatient
 from serve.schema import RecommendRequest
 
@@ -27,16 +28,12 @@ if TYPE_CHECKING:  # these import this module
     from serve.recommender import Recommender
     from serve.shadow import Sampling
 
-# ASGI's own names (https://asgi.readthedocs.io/en/latest/specs/main.html).
-_Message = MutableMapping[str, Any]
-_Receive = Callable[[], Awaitable[_Message]]
-_Send = Callable[[_Message], Awaitable[None]]
-_ASGIApp = Callable[[_Message, _Receive, _Send], Awaitable[None]]
-
 _ID_HEADER = b"x-request-id"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 #: The route of whatever the application does not have; a path is the client's own text.
 _NO_ROUTE = "other"
+#: Paths of ours that are told although middleware refuses a request before it has a route.
+_KNOWN = frozenset({"/v1/recommend", "/v1/codes", "/v1/model"})
 #: Not worth a line a second: they are asked by proxies and monitors.
 _UNLOGGED = ("/healthz", "/readyz")
 _LOG_STATUS_MAX = 399
@@ -206,11 +203,11 @@ class Observer:
 class Observed:
     """ASGI middleware, the outermost: gives each request its record and tells of it at the end."""
 
-    def __init__(self, app: _ASGIApp, observer: Observer) -> None:
+    def __init__(self, app: Application, observer: Observer) -> None:
         self._app = app
         self._observer = observer
 
-    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -219,7 +216,7 @@ class Observed:
         started = time.perf_counter()
         status = 500  # where nothing is answered, the server does
 
-        async def watch(message: _Message) -> None:
+        async def watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -228,7 +225,8 @@ class Observed:
         try:
             await self._app(scope, receive, watch)
         finally:
-            route = getattr(scope.get("route"), "path", _NO_ROUTE)
+            path = scope["path"] if scope["path"] in _KNOWN else _NO_ROUTE
+            route = getattr(scope.get("route"), "path", path)
             took_s = time.perf_counter() - started
             self._observer.answered(scope["method"], route, status, took_s, record)
         if record.after is not None:

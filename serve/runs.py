@@ -1,8 +1,8 @@
 """Which waiting patients share the next run of the model.
 
-While one run works, others gather; the next takes those of the shape that has waited longest, as
-many as the shape has room for. So a lone patient is answered at once, and the busier a replica is
-the fuller are its runs.
+While one run works, others gather; the next is of the shape that fills it most, or of one that has
+been passed over too often. A run costs the same whether it is full or not, so a lone patient is
+answered at once, and the busier a replica is the less a patient costs.
 """
 
 import asyncio
@@ -19,6 +19,8 @@ from serve.recommender import Recommender
 
 _Row = NDArray[np.float32]
 
+#: Runs that a shape may be passed over for fuller ones.
+_MAX_PASSED = 3
 #: Positions of a run that is made in the event loop itself, some milliseconds: a thread would
 #: wrestle with the loop for the interpreter at each of the model's hundreds of small steps. Longer
 #: runs get a thread, so that the loop goes on answering.
@@ -74,6 +76,7 @@ class Runs:
         self._on_run = on_run
         # Two recommenders are in use around a change of version; a run is of one of them.
         self._places: dict[tuple[Recommender, Shape], deque[_Place]] = {}
+        self._passed = 0
         self._working: asyncio.Task[None] | None = None
 
     async def probabilities(
@@ -96,19 +99,33 @@ class Runs:
         # At least one turn of the loop: requests that have come together are in one run.
         await asyncio.sleep(self._wait_s)
         while self._places:
-            key = next(iter(self._places))
+            key = self._next()
             members = self._take(key)
             if members:
                 await self._run(*key, members)
                 await asyncio.sleep(0)
         self._working = None
 
+    def _next(self) -> tuple[Recommender, Shape]:
+        """The shape of the next run; the longest waiting one is first in line."""
+        oldest = next(iter(self._places))
+        if self._passed >= _MAX_PASSED:
+            chosen = oldest
+        else:
+            chosen = max(
+                self._places, key=lambda key: min(1.0, len(self._places[key]) / self._room(key[1]))
+            )
+        self._passed = 0 if chosen == oldest else self._passed + 1
+        return chosen
+
+    def _room(self, shape: Shape) -> int:
+        return min(shape.patients, self._max_patients)
+
     def _take(self, key: tuple[Recommender, Shape]) -> list[_Place]:
         """The next members of a run; the shape's other patients go to the end of the line."""
         queue = self._places.pop(key)
-        room = min(key[1].patients, self._max_patients)
         members: list[_Place] = []
-        while queue and len(members) < room:
+        while queue and len(members) < self._room(key[1]):
             place = queue.popleft()
             self.waiting -= 1
             if not place.ask.done.done():  # else its client has gone, or another run failed

@@ -1,0 +1,101 @@
+import asyncio
+from typing import Any
+
+import pytest
+
+from serve.admission import MAX_RETRY_S, MIN_RETRY_S, Admission, Admitted
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_as_many_as_the_limit_are_admitted() -> None:
+    admission = Admission(2)
+    first, second = admission.enter(), admission.enter()
+    assert first is not None
+    assert second is not None
+    assert admission.enter() is None
+    assert (admission.in_progress, admission.refused) == (2, 1)
+    admission.leave(first)
+    assert admission.enter() is not None
+
+
+@pytest.mark.parametrize(("took_s", "said"), [(0.01, MIN_RETRY_S), (3.2, 4), (1000.0, MAX_RETRY_S)])
+def test_retry_after_is_what_requests_take(took_s: float, said: int) -> None:
+    clock = Clock()
+    admission = Admission(1, clock)
+    assert admission.retry_after_s == MIN_RETRY_S  # nothing measured yet
+    for _ in range(50):
+        started = admission.enter()
+        assert started is not None
+        clock.now += took_s
+        admission.leave(started)
+    assert admission.retry_after_s == said
+
+
+def test_the_estimate_follows_a_change() -> None:
+    clock = Clock()
+    admission = Admission(1, clock)
+    for took_s in [1.5] * 5 + [8.0] * 100:
+        started = admission.enter()
+        assert started is not None
+        clock.now += took_s
+        admission.leave(started)
+    assert admission.retry_after_s == 8
+
+
+def run(app: Any, method: str) -> str:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    said: list[str] = []
+
+    async def send(message: Any) -> None:
+        said.append(message["said"])
+
+    asyncio.run(app({"type": "http", "method": method}, receive, send))
+    return said[0]
+
+
+@pytest.fixture
+def admission() -> Admission:
+    return Admission(1)
+
+
+@pytest.fixture
+def app(admission: Admission) -> Admitted:
+    async def answers(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"said": "answered"})
+
+    def refuse(_scope: Any, retry_after_s: int) -> Any:
+        async def refused(_scope: Any, _receive: Any, send: Any) -> None:
+            await send({"said": f"refused {retry_after_s}"})
+
+        return refused
+
+    return Admitted(answers, admission, refuse)
+
+
+def test_posts_are_refused_over_the_limit_and_others_never(
+    app: Admitted, admission: Admission
+) -> None:
+    assert run(app, "POST") == "answered"
+    assert admission.in_progress == 0
+    admission.enter()
+    assert run(app, "POST") == f"refused {MIN_RETRY_S}"
+    assert run(app, "GET") == "answered"
+    assert admission.in_progress == 1
+
+
+def test_a_failure_gives_its_place_back(admission: Admission) -> None:
+    async def fails(_scope: Any, _receive: Any, _send: Any) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        run(Admitted(fails, admission, lambda *_: fails), "POST")
+    assert admission.in_progress == 0

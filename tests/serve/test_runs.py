@@ -1,0 +1,141 @@
+"""Which patients share a run; against the recommender asked for each alone."""
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cafemed.bundle import Bundle
+from serve.batching import Shape
+from serve.encoding import EncodedPatient
+from serve.example import example_request
+from serve.recommender import Recommender
+from serve.runs import Runs
+from serve.schema import RecommendRequest
+
+
+@pytest.fixture(scope="module")
+def recommender(served: Bundle) -> Recommender:
+    return Recommender(served, 1)
+
+
+@pytest.fixture(scope="module")
+def patients(served: Bundle, recommender: Recommender) -> list[EncodedPatient]:
+    """Twelve patients of one to four visits, repeated first visits making some of them long."""
+    [patient] = example_request(served)["patients"]
+    visits = patient["visits"]
+    bodies = [
+        {**patient, "visits": visits[:1] * (7 * (i % 3) + 1) + visits[: i % 4]} for i in range(12)
+    ]
+    return recommender.encode(RecommendRequest.model_validate({"patients": bodies}))
+
+
+class Told:
+    """A recommender that notes its runs."""
+
+    def __init__(self, recommender: Recommender) -> None:
+        self._recommender = recommender
+        self.runs: list[tuple[Shape, int]] = []
+
+    def shape(self, patient: EncodedPatient) -> Shape:
+        return self._recommender.shape(patient)
+
+    def run(self, patients: Sequence[EncodedPatient], shape: Shape) -> NDArray[np.float32]:
+        self.runs.append((shape, len(patients)))
+        return self._recommender.run(patients, shape)
+
+
+def alone(recommender: Recommender, patients: Sequence[EncodedPatient]) -> list[bytes]:
+    return [recommender.probabilities([patient])[0].tobytes() for patient in patients]
+
+
+def test_asked_together_or_apart_the_rows_are_each_ones_own(
+    recommender: Recommender, patients: list[EncodedPatient]
+) -> None:
+    told: list[int] = []
+    runs = Runs(32, 0.0, told.append)
+
+    async def ask() -> list[NDArray[np.float32]]:
+        first = runs.probabilities(recommender, patients[:5])
+        others = [runs.probabilities(recommender, [patient]) for patient in patients[5:]]
+        asked = await asyncio.gather(first, *others)
+        assert runs.waiting == 0
+        return [row for rows, _ in asked for row in rows]
+
+    rows = asyncio.run(ask())
+    assert [row.tobytes() for row in rows] == alone(recommender, patients)
+    assert sum(told) == len(patients)
+    shapes = {recommender.shape(patient) for patient in patients}
+    assert len(shapes) > 1
+    assert len(told) == len(shapes)  # each shape in one run: none had more than its room
+
+
+def test_a_run_has_at_most_so_many(
+    recommender: Recommender, patients: list[EncodedPatient]
+) -> None:
+    told: list[int] = []
+
+    async def ask() -> tuple[list[NDArray[np.float32]], int]:
+        return await Runs(2, 0.0, told.append).probabilities(recommender, patients)
+
+    rows, first_run = asyncio.run(ask())
+    assert [row.tobytes() for row in rows] == alone(recommender, patients)
+    assert max(told) == 2
+    assert first_run == 2
+
+
+def test_the_fullest_shape_goes_first_and_no_other_waits_for_ever(
+    recommender: Recommender, patients: list[EncodedPatient]
+) -> None:
+    noting = Told(recommender)
+    [few, many] = sorted({recommender.shape(p) for p in patients}, key=lambda s: s.positions)[:2]
+    lone = next(p for p in patients if recommender.shape(p) == few)
+    crowd = next(p for p in patients if recommender.shape(p) == many)
+
+    async def ask() -> None:
+        runs = Runs(4, 0.0)
+        asked = [runs.probabilities(noting, [lone])]  # type: ignore[arg-type]
+        asked += [runs.probabilities(noting, [crowd]) for _ in range(40)]  # type: ignore[arg-type]
+        await asyncio.gather(*asked)
+
+    asyncio.run(ask())
+    shapes = [shape for shape, _ in noting.runs]
+    assert shapes[:5] == [many, many, many, few, many]
+    assert sum(number for _, number in noting.runs) == 41
+
+
+def test_who_has_gone_is_left_out(recommender: Recommender, patients: list[EncodedPatient]) -> None:
+    noting = Told(recommender)
+
+    async def ask() -> None:
+        runs = Runs(32, 0.0)
+        gone = asyncio.create_task(runs.probabilities(noting, [patients[0]] * 3))  # type: ignore[arg-type]
+        stays = asyncio.create_task(runs.probabilities(noting, [patients[0]]))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        gone.cancel()
+        await stays
+        assert runs.waiting == 0
+
+    asyncio.run(ask())
+    assert [number for _, number in noting.runs] == [1]
+
+
+def test_a_failed_run_fails_those_who_asked_and_no_other(
+    recommender: Recommender, patients: list[EncodedPatient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Told(recommender)
+    monkeypatch.setattr(broken, "run", lambda *_: 1 / 0)
+
+    async def ask() -> None:
+        runs = Runs(32, 0.0)
+        fails = runs.probabilities(broken, patients[:4])  # type: ignore[arg-type]
+        works = runs.probabilities(recommender, patients[:4])
+        results = await asyncio.gather(fails, works, return_exceptions=True)
+        assert isinstance(results[0], ZeroDivisionError)
+        assert not isinstance(results[1], BaseException)
+        # And the next is answered.
+        await runs.probabilities(recommender, patients[:1])
+
+    asyncio.run(ask())

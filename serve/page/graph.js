@@ -3,8 +3,8 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const ROW = 26;
-const CHARACTER = 7.2; // px of a letter at the size of the labels, on average
 const NARROW = 520;
+const GAP = 10; // between a node and its label
 
 /**
  * Draws into an element, again whenever its width changes.
@@ -18,6 +18,7 @@ export function draw(container, nodes, pairs, summary) {
     if (container.clientWidth === width || container.clientWidth === 0) return;
     width = container.clientWidth;
     container.replaceChildren(drawn(nodes, pairs, summary, width));
+    fit(container.querySelector("svg"));
   }).observe(container);
 }
 
@@ -64,8 +65,8 @@ function drawn(nodes, pairs, summary, width) {
     const { x, y, side } = places.get(node.key);
     const group = shape("g", { class: node.taken ? "node taken" : "node" });
     group.dataset.key = node.key;
-    const room = Math.floor(((side > 0 ? width - x : x) - 12) / CHARACTER);
-    const label = shape("text", { x: x + 10 * side, y: y + 4.5, "text-anchor": side > 0 ? "start" : "end" }, labelled(node, width, room));
+    const label = shape("text", { x: x + GAP * side, y: y + 4.5, "text-anchor": side > 0 ? "start" : "end" }, labelled(node, width));
+    label.dataset.room = (side > 0 ? width - x : x) - GAP;
     group.append(shape("title", {}, node.name ? `${node.code} ${node.name}` : node.code));
     group.append(shape("circle", { cx: x, cy: y, r: 6 }), label);
     svg.append(group);
@@ -89,8 +90,18 @@ function bent(a, b, centre) {
   return 0.5 * centre + 0.25 * (a + b);
 }
 
-function labelled(node, width, room) {
-  if (width < NARROW || !node.name) return node.code;
-  const whole = `${node.code} ${node.name}`;
-  return whole.length <= room ? whole : `${whole.slice(0, Math.max(room - 1, node.code.length))}…`;
+function labelled(node, width) {
+  return width < NARROW || !node.name ? node.code : `${node.code} ${node.name}`;
+}
+
+/** Shortens the labels that would leave the drawing; it must be shown, or nothing has a length. */
+function fit(svg) {
+  for (const label of svg.querySelectorAll("text")) {
+    const room = Number(label.dataset.room);
+    let text = label.textContent;
+    for (let length = label.getComputedTextLength(); length > room && text.length > 1; length = label.getComputedTextLength()) {
+      text = text.slice(0, Math.min(text.length - 1, Math.floor((text.length * room) / length)));
+      label.textContent = `${text.trimEnd()}…`;
+    }
+  }
 }

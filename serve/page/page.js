@@ -1,7 +1,7 @@
 // The patient's form: visits, codes, options; asks the endpoint and shows what it answers.
 
 import { answered } from "./answer.js";
-import { KINDS, element, visitName } from "./dom.js";
+import { KINDS, element, percent, visitName } from "./dom.js";
 import { searchField } from "./search.js";
 
 const FIELDS = { diagnosis: "diagnoses", procedure: "procedures", medication: "medications" };
@@ -200,15 +200,32 @@ function changed() {
   if (at("nothing").hidden) at("answer").classList.add("stale");
 }
 
+/** Says which model answers, and what is known of it. */
 async function describe() {
   try {
     const reply = await call("v1/model");
     if (!reply.ok) return;
     const card = await reply.json();
-    at("model").textContent = `${card.name ?? card.model?.name ?? ""} version ${card.version ?? card.model?.version ?? ""}`;
+    at("model").textContent = `${card.name}, version ${card.version}`;
+    at("inputs").hidden = card.inputs === "current";
+    at("about").hidden = false;
+    at("about").lastElementChild.replaceChildren(...about(card));
   } catch {
     // It is said when something is asked.
   }
+}
+
+function about(card) {
+  const sizes = `It knows ${card.num_diagnoses} diagnoses, ${card.num_procedures} procedures, ${card.num_medications} medications and ${card.laboratory_items.length} laboratory items, and recommends from a probability of ${percent(card.threshold)}.`;
+  const measured = card.card?.metrics?.test?.values?.jaccard;
+  const quality = measured === undefined
+    ? "It was not evaluated on test patients."
+    : `On test patients its recommendations and what was prescribed have a mean Jaccard index of ${measured[0].toFixed(3)} (95 % interval ${measured[1].toFixed(3)} to ${measured[2].toFixed(3)}).`;
+  return [
+    element("p", {}, sizes),
+    element("p", {}, quality),
+    element("ul", { class: "plain" }, ...card.limits.map((limit) => element("li", {}, limit))),
+  ];
 }
 
 at("patient").addEventListener("submit", ask);

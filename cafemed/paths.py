@@ -35,9 +35,17 @@ def registry_of(root: Path, name: str, configured: str | None) -> Path | str:
     """The registry of one experiment: `paths.registry`/NAME, a folder or the URL of one."""
     if configured is None:
         return registry_dir(root, name)
-    if "://" in configured:
-        return f"{configured.rstrip('/')}/{name}"
-    return resolve_root(configured) / name
+    found = place(configured)
+    if isinstance(found, str):
+        return f"{found.rstrip('/')}/{name}"
+    return resolve_root(str(found)) / name
+
+
+def place(text: str) -> Path | str:
+    """The folder that a text names, or the URL that it is; `file://` names a folder."""
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text if "://" in text else Path(text)
 
 
 def cache_dir() -> Path:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from cafemed import bundle_files
+from cafemed import bundle_files, paths
 from cafemed.errors import ArtifactError
 from cafemed.registry_folder import VERSION_DIGITS, FolderStore
 
@@ -94,7 +94,7 @@ class Move:
 
 def location(text: str) -> Location:
     """The folder or URL that a text names."""
-    return text if "://" in text else Path(text)
+    return paths.place(text)
 
 
 def store(registry: Location) -> Store:
@@ -103,12 +103,13 @@ def store(registry: Location) -> Store:
     Raises:
         ArtifactError: for a URL of a store that is unknown, or whose package is not installed.
     """
-    if isinstance(registry, Path):
-        return FolderStore(registry)
+    place = paths.place(registry) if isinstance(registry, str) else registry
+    if isinstance(place, Path):
+        return FolderStore(place)
     # Here, because most registries are folders, and this takes a while to import.
     from cafemed.registry_objects import ObjectStore
 
-    return ObjectStore(registry)
+    return ObjectStore(place)
 
 
 def publish(registry: Location, bundle_folder: Path, produced_by: Mapping[str, Any]) -> int:

@@ -33,3 +33,25 @@ def test_experiments_and_registries_lie_below_the_root():
 def test_the_configuration_lies_in_the_project():
     assert (paths.CONF_DIR / "base.yaml").is_file()
     assert (paths.PROJECT_DIR / "pyproject.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"),
+    [
+        (None, Path("/r/registry/a")),
+        ("/shared/models", Path("/shared/models/a")),
+        ("file:///shared/models", Path("/shared/models/a")),
+        ("s3://bucket/models", "s3://bucket/models/a"),
+        ("s3://bucket/models/", "s3://bucket/models/a"),
+        ("models", Path.home() / "models" / "a"),
+    ],
+)
+def test_a_registry_is_a_folder_or_a_url(configured: str | None, expected: Path | str):
+    assert paths.registry_of(Path("/r"), "a", configured) == expected
+
+
+def test_the_cache_is_in_the_home_unless_it_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CAFEMED_CACHE", raising=False)
+    assert paths.cache_dir() == Path.home() / ".cache" / "cafemed"
+    monkeypatch.setenv("CAFEMED_CACHE", "/big/disk")
+    assert paths.cache_dir() == Path("/big/disk")

@@ -26,6 +26,10 @@ the same Jaccard for every trial, which is checked. `trials_per_hour_ratio` is t
 of data=synthetic_demo (benchmarks/sweeps/race.py); `wins_of_10` counts the seeds where TPE with
 ASHA found a better validation Jaccard.
 
+`ddp workers=2`: one fit of the default model, dropout 0, by two workers (`search.num_workers=2`)
+and by `training.fit` alone, in turn. `efficiency` is the median epoch alone over twice that of the
+two, which share every batch of 32 patients.
+
 With --quick: the small cohort, four short trials, one seed; the figures mean little.
 """
 
@@ -50,7 +54,7 @@ os.environ["PYTHONPATH"] = str(PROJECT)  # for Ray's and joblib's
 
 import models  # noqa: E402
 from benchmarks.recommenders import cohorts  # noqa: E402
-from benchmarks.sweeps import measured, plain, race  # noqa: E402
+from benchmarks.sweeps import measured, plain, race, together  # noqa: E402
 from benchmarks.sweeps.measured import Sweep  # noqa: E402
 from benchmarks.sweeps.plain import Fixed, Study  # noqa: E402
 from cafemed import cluster, experiment, training  # noqa: E402
@@ -58,7 +62,7 @@ from cafemed.experiment import Experiment  # noqa: E402
 from cafemed.sweep_plan import SweepPlan  # noqa: E402
 
 SLOTS = 2
-CASES = ("sweep", "optuna_joblib", "tpe_asha_vs_random")
+CASES = ("sweep", "optuna_joblib", "ddp", "tpe_asha_vs_random")
 #: case, metric, value, unit
 Row = tuple[str, str, float, str]
 
@@ -71,6 +75,8 @@ class Size(NamedTuple):
         trials: of a sweep.
         trial_s: training time of each, about.
         rounds: what runs in turn.
+        epochs: of a fit by workers, and of one alone.
+        fits: of either.
         searches: seeds of the race.
         search_s: seconds of a search.
     """
@@ -79,12 +85,14 @@ class Size(NamedTuple):
     trials: int
     trial_s: float
     rounds: str
+    epochs: int
+    fits: int
     searches: int
     search_s: float
 
 
-FULL = Size("synthetic", 32, 14.0, "sweep plain plain sweep", 10, 60.0)
-QUICK = Size("synthetic_demo", 4, 2.0, "sweep plain", 1, 9.0)
+FULL = Size("synthetic", 32, 14.0, "sweep plain plain sweep", 8, 3, 10, 60.0)
+QUICK = Size("synthetic_demo", 4, 2.0, "sweep plain", 4, 1, 1, 9.0)
 
 
 def versions() -> str:
@@ -171,6 +179,7 @@ def measure_sweeps(given: Experiment, size: Size, seed: int, compared: bool) -> 
     """The cases `sweep` and, if `compared`, `optuna_joblib`."""
     epochs = epochs_of(given, size.trial_s)
     plan = sweep_plan(size.trials, epochs, seed)
+    data = measured.data_of(plan, given)
     sweeps: list[Sweep] = []
     studies: list[Study] = []
     began = time.perf_counter()
@@ -178,15 +187,25 @@ def measure_sweeps(given: Experiment, size: Size, seed: int, compared: bool) -> 
         yield "ray", "start_s", time.perf_counter() - began, "s"
         for name in size.rounds.split():
             if name == "sweep":
-                sweeps.append(measured.run(plan, given, SLOTS))
+                sweeps.append(measured.run(plan, data, SLOTS))
             elif compared:
                 fixed = [Fixed(trial.parameters, trial.seed) for trial in sweeps[0].trials]
-                data = measured.data_of(plan, given)
                 studies.append(plain.run(fixed, plan.space, data, SLOTS))
-        single = measured.run(sweep_plan(size.trials // 2, epochs, seed), given, 1)
+        single = measured.run(sweep_plan(size.trials // 2, epochs, seed), data, 1)
     yield from sweep_rows(sweeps, single)
     if compared:
         yield from plain_rows(studies, sweeps)
+
+
+def measure_workers(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
+    """The case `ddp`."""
+    plan = sweep_plan(1, size.epochs, seed)
+    with cluster.ray_cluster(SLOTS):
+        pair = together.compare(measured.data_of(plan, given), SLOTS, size.fits)
+    case = f"ddp workers={SLOTS}"
+    yield case, "epoch_s_alone", pair.alone_s, "s"
+    yield case, "epoch_s", pair.together_s, "s"
+    yield case, "efficiency", pair.alone_s / (SLOTS * pair.together_s), "1"
 
 
 def measure_searches(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
@@ -205,9 +224,12 @@ def measure_searches(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
 
 def measure(size: Size, work: Path, seed: int, chosen: list[str]) -> Iterator[Row]:
     """All rows of the chosen cases."""
-    if {"sweep", "optuna_joblib"} & set(chosen):
+    if {"sweep", "optuna_joblib", "ddp"} & set(chosen):
         given = experiment.load_inputs(cohorts.prepare(work, size.data, seed))
+    if {"sweep", "optuna_joblib"} & set(chosen):
         yield from measure_sweeps(given, size, seed, "optuna_joblib" in chosen)
+    if "ddp" in chosen:
+        yield from measure_workers(given, size, seed)
     if "tpe_asha_vs_random" in chosen:
         small = experiment.load_inputs(cohorts.prepare(work, QUICK.data, seed))
         yield from measure_searches(small, size, seed)

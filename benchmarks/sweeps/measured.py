@@ -21,6 +21,7 @@ from cafemed.experiment import Experiment
 from cafemed.ledger import Header, Ledger
 from cafemed.sweep import TrialRecord
 from cafemed.sweep_plan import SweepPlan
+from cafemed.training import Builder
 from cafemed.trials import TrialData
 
 
@@ -57,16 +58,10 @@ def plan_of(*overrides: str) -> SweepPlan:
     return sweep_plan.read(dict(values), models.options_class, models.NAMES)  # type: ignore[arg-type]
 
 
-def data_of(plan: SweepPlan, given: Experiment, notes: Path | None = None) -> TrialData:
-    """What the trials share.
-
-    Args:
-        plan: see SweepPlan.
-        given: cohort and graph.
-        notes: each trial leaves a file there, see `noting_build`; None: it does not.
-    """
+def data_of(plan: SweepPlan, given: Experiment) -> TrialData:
+    """What the trials of a sweep over a cohort share."""
     return TrialData(
-        build=models.build if notes is None else functools.partial(noting_build, notes),
+        build=models.build,
         model_name=plan.model_name,
         models=plan.models,
         inputs=given.inputs,
@@ -78,10 +73,15 @@ def data_of(plan: SweepPlan, given: Experiment, notes: Path | None = None) -> Tr
 
 
 def noting_build(
-    notes: Path, name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int
+    notes: Path,
+    build: Builder,
+    name: str,
+    inputs: ModelInputs,
+    options: Mapping[str, Any],
+    seed: int,
 ) -> nn.Module:
-    """`models.build`; when the model's first batch comes, time and process go to NOTES/SEED."""
-    model = models.build(name, inputs, options, seed)
+    """What `build` gives; when its first batch comes, time and process go to NOTES/SEED."""
+    model = build(name, inputs, options, seed)
 
     def note(*_: Any) -> None:
         handle.remove()
@@ -91,19 +91,20 @@ def noting_build(
     return model
 
 
-def run(plan: SweepPlan, given: Experiment, slots: int) -> Sweep:
+def run(plan: SweepPlan, data: TrialData, slots: int) -> Sweep:
     """Runs a sweep in a new folder, on the Ray that this process is connected to.
 
     Args:
         plan: see SweepPlan; `slots` trials at the same time, whatever it says.
-        given: cohort and graph.
+        data: see TrialData.
         slots: at least 1.
     """
-    plan = dataclasses.replace(plan, search=dataclasses.replace(plan.search, max_concurrent=slots))
-    peaks: dict[str, float] = {}
+    search = dataclasses.replace(plan.search, max_concurrent=slots)
+    plan, peaks = dataclasses.replace(plan, search=search), dict[str, float]()
     with tempfile.TemporaryDirectory() as name:
         notes = Path(name) / "notes"
         notes.mkdir()
+        noting = functools.partial(noting_build, notes, data.build)
 
         def ended(trial: TrialRecord) -> None:
             if (note := notes / str(trial.seed)).exists():
@@ -114,7 +115,7 @@ def run(plan: SweepPlan, given: Experiment, slots: int) -> Sweep:
         ledger = Ledger(Path(name) / "trials")
         ledger.open(Header("", {}, plan.settings(), {}))
         conductor = Conductor(plan, ledger, (), ended)
-        tuning.run(conductor, data_of(plan, given, notes))
+        tuning.run(conductor, dataclasses.replace(data, build=noting))
         wall_s = time.perf_counter() - from_s
         trials = conductor.result().trials
         first_lines = {t.seed: t.started.timestamp() for t in trials if t.started is not None}

@@ -27,6 +27,8 @@ TENSORBOARD = "tensorboard"
 _TICK_S = 1.0
 #: Seconds before a tracker that did not answer is asked again: the first wait, and the longest.
 _RETRY_S = (2.0, 60.0)
+#: Seconds that a single trial's requests may take, with all that the client tries.
+_LAST_S = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,7 @@ class Background:
         self._send, self._where = send, where
         self._latest: dict[int, Progress] = {}
         self._lock, self._wake = threading.Lock(), threading.Event()
-        self._closing = False
+        self._closing = self._given_up = False
         self._away = 0
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
         self._thread.start()
@@ -178,10 +180,15 @@ class Background:
         self._wake.set()
 
     def close(self, timeout_s: float) -> bool:
-        """Sends what is left, for so long at most; says whether the thread ended."""
+        """Sends what is left, for so long at most, and ends the thread; says whether it ended.
+
+        What is being sent then is waited for: who sends the rest must not meet it half-sent.
+        """
         self._closing = True
         self._wake.set()
         self._thread.join(timeout_s)
+        self._given_up = True
+        self._thread.join(_LAST_S)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -203,7 +210,7 @@ class Background:
         """Says whether all was sent."""
         with self._lock:
             waiting, self._latest = self._latest, {}
-        while waiting:
+        while waiting and not self._given_up:
             number = next(iter(waiting))
             try:
                 self._send(waiting[number])

@@ -23,7 +23,7 @@ from cafemed import artifacts, paths, sweep, tracking
 from cafemed.conductor import Conductor
 from cafemed.errors import TrackingError
 from cafemed.invocation import Invocation
-from cafemed.ledger import Ledger
+from cafemed.ledger import Entry, Ledger
 from cafemed.mlflow_client import Client
 from cafemed.sweep_tracking import SweepTracking, runs_in, send_evaluation
 
@@ -153,6 +153,7 @@ class Sweeper:
             tracked.keep(self.ledger, partial)
             report |= sweep.summary(result, 1.0)
         (self.folder / "sweep" / "report.html").write_text("<p>report</p>")
+        self.ledger.remove()
         tracked.finish(self.folder / "sweep", 7)
         return conductor
 
@@ -212,7 +213,10 @@ def test_a_sweep_on_a_server(
 
     one.tracked().finish(one.folder / "sweep", 7)  # run again, there is nothing to send
     assert capfd.readouterr() == ("", "")
-    more = one.run(sweeps.plan_of(num_samples=10))  # it has no history to go on from here
+    for trial in conductor.ended:  # asked for more, it goes on from what is in its folder
+        again = Entry(trial.number, trial.parameters, trial.seed, trial.status, 1, trial, clock=1.0)
+        one.ledger.write(again)
+    more = one.run(sweeps.plan_of(num_samples=10))
     assert len(more.ended) == 10
     check(server, "cafemed/whole", more)
 

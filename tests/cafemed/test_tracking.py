@@ -69,6 +69,15 @@ def test_every_trial_has_its_epochs_once_whatever_is_interrupted(
         assert tags.count("_hparams_/session_end_info") == 1
 
 
+def test_a_sweep_that_goes_on_tells_of_the_trials_before_too(sweeps: Any, tmp_path: Path):
+    plan = sweeps.plan_of(num_samples=2)
+    follow(sweeps, tmp_path, plan, {"tensorboard": False})
+    follow(sweeps, tmp_path, sweeps.plan_of(num_samples=3), {})
+    folder = tmp_path / "experiments" / "x" / "tensorboard" / "sweep"
+    assert {path.name[-1] for path in folder.iterdir()} == {"0", "1", "2"}
+    assert steps(folder / "trial-00000")[:2] == [1, 2]
+
+
 def test_a_new_sweep_takes_the_old_ones_place_and_can_be_without(sweeps: Any, tmp_path: Path):
     place = tmp_path / "experiments" / "x" / "tensorboard" / "sweep"
     follow(sweeps, tmp_path, sweeps.plan_of(num_samples=3), {})
@@ -167,15 +176,20 @@ def test_what_the_server_refuses_keeps_nothing_else_back(
 
 
 def test_nobody_waits_for_a_slow_server():
-    held = threading.Event()
-    background = Background(lambda _: held.wait(5) and None, "http://x")
+    held, sent = threading.Event(), list[int]()
+
+    def send(trial: Progress) -> None:
+        held.wait(5)
+        sent.append(trial.number)
+
+    background = Background(send, "http://x")
     began = time.monotonic()
     for epochs in range(1000):
-        background.tell(progress(0, epochs))
+        background.tell(progress(epochs % 2, epochs))
     assert time.monotonic() - began < 0.5
-    assert not background.close(0.05)
-    held.set()
-    assert background.close(5)
+    threading.Timer(0.3, held.set).start()
+    assert background.close(0.05)  # not before what is being sent is sent, and nothing after it
+    assert sent == [0]
 
 
 def test_the_end_sends_what_is_left(server: Server):

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ import pytest
 import uvicorn
 
 from cafemed.bundle import Bundle
+from serve import keys
+from serve.access import Access
 from serve.api import create_api
 from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
@@ -197,6 +200,7 @@ def test_from_search_to_explanation_with_the_keyboard_alone(page: Any, site: Sit
     tab_to(page, "e.tagName === 'SUMMARY' && e.closest('.medications') !== null")
     page.press(ENTER)
     assert page.run("return document.activeElement.parentElement.open") is True
+    assert page.run("return document.documentElement.scrollWidth <= innerWidth")
     reasons = answer["medications"][0]["explanation"]
     shown = [one for way in ("raised", "lowered") for one in reasons[way]]
     shown = [one for one in shown if abs(one["change"]) >= 0.001]
@@ -411,6 +415,30 @@ def test_the_key_is_sent_and_stored_nowhere(page: Any, site: Site) -> None:
     kept = "return [localStorage.length, sessionStorage.length, document.cookie, location.search]"
     assert page.run(kept) == [0, 0, "", ""]
     assert not any("a-secret" in path for path, _, _ in site.asked)
+
+
+def test_a_server_with_keys_is_used_with_one(page: Any, site: Site, tmp_path: Path) -> None:
+    key = keys.create(tmp_path / "keys.json", "browser", per_minute=600)
+    access = Access(keys.Keys(tmp_path / "keys.json"))
+    site.app = create_api(Direct(site.recommender), access=access)
+    page.post("refresh")
+    tab_to(page, "e.getAttribute('role') === 'combobox'")
+    page.press("401")
+    assert page.comes_to("return document.getElementById('problem').hidden", False)
+    assert page.run("return document.activeElement.value") == "401"  # typing may go on
+    assert page.run("return document.getElementById('access').open")
+    tab_to(page, "e.id === 'ask'")
+    page.press(ENTER)
+    assert page.comes_to("return document.activeElement.id", "key")
+    page.press(f"{key}{TAB}")
+    assert page.comes_to(
+        "return document.getElementById('model').textContent", "cafemed, version 3"
+    )
+    page.run("document.querySelector('[role=combobox]').focus()")
+    page.run("document.activeElement.value = ''")
+    fill(page)
+    ask(page)
+    assert page.run("return document.getElementById('problem').hidden")
 
 
 def test_a_server_that_is_gone_is_said(page: Any, site: Site) -> None:

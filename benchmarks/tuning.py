@@ -13,10 +13,11 @@ search.sampler=random search.scheduler=none` draws, on two slots, by `tuning.run
 `overhead` is the wall time over the trials' own training time divided by the slots, less 1; a
 trial's training time is the sum of its epochs' in the sweep's history, so that starts, checkpoints,
 reports and the slot that is empty at the end all count as overhead. `start_s_per_trial` is from a
-trial's first line, imports done, to the first batch that enters its model. `peak_mb_per_trial` is
-the largest resident memory of a process that runs trials, torch and the shared cohort included.
-`scaling_efficiency` is the trials an hour of two slots over twice those of one (half as many
-trials, so that it takes as long).
+trial's first line, imports done, to the first batch that enters its model, `checkpoint_s_per_epoch`
+what is left of a trial's time: checkpoints and reports. `first_line_s` is from the sweep's start to
+the first trial's first line. `peak_mb_per_trial` is the largest resident memory of a process that
+runs trials, torch and the shared cohort included. `scaling_efficiency` is the trials an hour of two
+slots over twice those of one (half as many trials, so that it takes as long).
 
 `optuna_joblib`: the same parameters and seeds by plain Optuna in two processes of joblib's, without
 checkpoints (benchmarks/sweeps/plain.py), in turn with the sweep: one, other, other, one. Both give
@@ -28,12 +29,13 @@ ASHA found a better validation Jaccard.
 
 `ddp workers=2`: one fit of the default model, dropout 0, by two workers (`search.num_workers=2`)
 and by `training.fit` alone, in turn. `efficiency` is the median epoch alone over twice that of the
-two, which share every batch of 32 patients.
+two, which share every batch of 32 patients, and in the case `ddp workers=2 batch=128` of 128.
 
 With --quick: the small cohort, four short trials, one seed; the figures mean little.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -149,6 +151,10 @@ def sweep_rows(sweeps: list[Sweep], single: Sweep) -> Iterator[Row]:
     yield case, "training_s_longest", max(training_s), "s"
     per_hour = 3600 * len(training_s) / walls
     yield case, "trials_per_hour", per_hour, "1/h"
+    trials = [trial for s in sweeps for trial in s.trials]
+    beside = sum(trial.seconds for trial in trials) - sum(training_s) - sum(starts)
+    epochs = sum(len(trial.history) for trial in trials)
+    yield case, "checkpoint_s_per_epoch", beside / epochs, "s"
     alone = 3600 * len(single.trials) / single.wall_s
     yield case, "trials_per_hour_one_slot", alone, "1/h"
     yield case, "overhead_one_slot", single.wall_s / sum(single.training_s) - 1, "1"
@@ -200,12 +206,17 @@ def measure_sweeps(given: Experiment, size: Size, seed: int, compared: bool) -> 
 def measure_workers(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
     """The case `ddp`."""
     plan = sweep_plan(1, size.epochs, seed)
+    data = measured.data_of(plan, given)
+    large = dataclasses.replace(data, config=dataclasses.replace(data.config, batch_size=128))
+    cases = {f"ddp workers={SLOTS}": data}
+    if size.trials > QUICK.trials:
+        cases[f"ddp workers={SLOTS} batch=128"] = large
     with cluster.ray_cluster(SLOTS):
-        pair = together.compare(measured.data_of(plan, given), SLOTS, size.fits)
-    case = f"ddp workers={SLOTS}"
-    yield case, "epoch_s_alone", pair.alone_s, "s"
-    yield case, "epoch_s", pair.together_s, "s"
-    yield case, "efficiency", pair.alone_s / (SLOTS * pair.together_s), "1"
+        for case, chosen in cases.items():
+            pair = together.compare(chosen, SLOTS, size.fits)
+            yield case, "epoch_s_alone", pair.alone_s, "s"
+            yield case, "epoch_s", pair.together_s, "s"
+            yield case, "efficiency", pair.alone_s / (SLOTS * pair.together_s), "1"
 
 
 def measure_searches(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
@@ -243,6 +254,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four short trials, one seed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--seed", type=int, default=0, help="of cohort and sweeps; first of ten")
+    parser.add_argument("--data", help="another population for the sweeps, as synthetic_mimic3")
     parser.add_argument("--trial-s", type=float, help="training time of a trial (14)")
     parser.add_argument("--work", type=Path, help="keep the cohorts in this folder")
     parser.add_argument("--only", action="append", choices=CASES, help="this case; repeatable")
@@ -252,6 +264,8 @@ def main() -> None:
     size = QUICK if given.quick else FULL
     if given.trial_s is not None:
         size = size._replace(trial_s=given.trial_s)
+    if given.data is not None:
+        size = size._replace(data=given.data)
     origin = {"date": datetime.date.today().isoformat(), "versions": versions(), "load": load}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -59,6 +59,7 @@ def test_overhead_is_what_is_beside_the_trials_own_training(program):
     assert found["peak_mb_per_trial"] == 600
     assert found["training_s_shortest"] == found["training_s_longest"] == pytest.approx(5)
     assert found["trials_per_hour"] == pytest.approx(3600 * 8 / 23)
+    assert found["checkpoint_s_per_epoch"] == pytest.approx((9 - 5 - 0.6) / 2)
     assert found["overhead_one_slot"] == pytest.approx(0.15)
     assert found["scaling_efficiency"] == pytest.approx(1)
 

@@ -2,6 +2,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cafemed.bundle import Preprocessing
 from serve.encoding import AllergyError, EncodedPatient, Encoder, UnknownSystemError
@@ -64,6 +66,22 @@ def test_taken_is_the_visit_before_where_the_current_one_lists_nothing() -> None
 def test_taken_is_nothing_where_all_that_is_listed_is_unknown() -> None:
     current = {**HISTORY[1], "medications": codes("atc:Z99Z")}
     assert encode(HISTORY[0], current).taken == ()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["icd9", "ICD9", " icd9 ", "icd10"]),
+    st.text("0I14289eE. ", min_size=1, max_size=7)
+    | st.sampled_from(["428.0", "42.80", "4.2.8.0", "i1.0", "280", "10", "42", "4280 ", "E84.9"]),
+)
+def test_a_code_is_found_as_if_it_were_normalised_first(system: str, written: str) -> None:
+    if not written.strip(". "):
+        return
+    name = f"{system.strip().lower()}:{written.strip().replace('.', '').upper()}"
+    encoded = encode({"diagnoses": [{"system": system, "code": written}]})
+    known = VOCABULARIES["diagnosis"]
+    assert encoded.known[0] == (((known.index(name),) if name in known else ()),)
+    assert [one.code for one in encoded.unknown] == ([] if name in known else [name])
 
 
 def test_a_code_counts_once_a_visit() -> None:

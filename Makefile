@@ -35,7 +35,7 @@ demo: $(STAMP) ## the whole pipeline at small size, ending with one answered req
 	  $(if $(ROOT),"data.root=$(abspath $(ROOT))") $(if $(DRUGS),"data.drugs=$(abspath $(DRUGS))") $(SETTINGS)
 
 test: $(STAMP) ## the default tests, under ten minutes
-	@$(BIN)/python -m pytest -q -rs --durations=10
+	@$(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## tests that kill processes, submit jobs or open a browser, under forty minutes
 	@$(BIN)/python -m pytest -q -rs --durations=10 -m slow

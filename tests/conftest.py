@@ -50,7 +50,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     which every test had passed once ended with a segmentation fault there.
     """
     status = config.stash.get(_STATUS, None)
-    if status is not None:
+    if status is not None and not hasattr(config, "workerinput"):  # of xdist
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -99,7 +99,7 @@ def test_a_missing_or_doubled_file_is_refused(tmp_path):
         (b"visit,code\n7,secret\xff\xfe\n", "t.csv", "expected UTF-8 text"),
         (b"\xff\xfe\n", "t.csv", "expected UTF-8 text"),
         ("visit,code\n7,secret\n", "t.csv.gz", "cannot be read"),
-        (gzip.compress(b"visit,code\n7,secret\n" * 99)[:-20], "t.csv.gz", "truncated"),
+        (gzip.compress(b"visit,code\n7,secret\n" * 99, mtime=0)[:-20], "t.csv.gz", "truncated"),
         ("visit,code\n7,secret\n", "t.parquet", "not a readable Parquet file"),
     ],
 )

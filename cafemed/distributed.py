@@ -25,7 +25,7 @@ from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cafemed import checkpoints, placement, process_group, training
+from cafemed import checkpoints, cluster, console, placement, process_group, training
 from cafemed.batches import ModelInputs, VisitArrays
 from cafemed.errors import TrainingError, UserError
 from cafemed.placement import Workers as Workers
@@ -33,6 +33,8 @@ from cafemed.training import Builder, EpochReport, FitConfig, FitResult
 
 #: Seconds between two looks at whether the workers ended; Ray Train's own are 2 s apart.
 _LOOK_S = 0.2
+#: How often the workers of a single fit are started again; a sweep has a setting for its own.
+_MAX_FAILURES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,55 @@ def fit(
     return result
 
 
+def fit_alone(
+    data: FitData,
+    model_name: str,
+    model_options: Mapping[str, Any],
+    config: FitConfig,
+    num_workers: int,
+    device: str,
+    on_epoch: Callable[[EpochReport], bool | None] | None = None,
+    checkpoint_dir: Path | None = None,
+) -> FitResult:
+    """Trains one model as `fit` does, on the cluster at `RAY_ADDRESS` or a Ray of its own.
+
+    Args:
+        data: see FitData.
+        model_name: see `training.fit`.
+        model_options: see `training.fit`.
+        config: see FitConfig; a worker has a CPU for each of `num_threads`.
+        num_workers: at least 2.
+        device: what each worker trains on: "cuda", "cpu", or "auto": a GPU, if there is one for
+            each.
+        on_epoch: see `training.fit`.
+        checkpoint_dir: see `training.fit`.
+
+    Raises:
+        ConfigError: if a local Ray has no room for the workers.
+        UserError, OSError: what `training.fit` raises.
+    """
+    keys = {"num": "num_workers", "CPU": "train.num_threads", "GPU": "device"}
+    cpus = float(config.num_threads)
+    wanted = 0.0 if device == "cpu" else 1.0
+    with cluster.ray_cluster(num_workers * cpus, wanted) as where:
+        workers = Workers(num_workers, cpus, wanted)
+        if device == "auto" and placement.room(workers) == 0:
+            workers = Workers(num_workers, cpus)
+        console.say("ray", f"{where}; {num_workers} workers on {'cuda' if workers.gpus else 'cpu'}")
+        placement.require_room(workers, keys)
+        with console.silenced("ray", "ray.train"):
+            return fit(
+                ray.put(data),
+                model_name,
+                model_options,
+                config,
+                workers,
+                on_epoch,
+                checkpoint_dir,
+                max_failures=_MAX_FAILURES,
+            )
+
+
 def _devices(workers: Workers) -> torch.device:
     """What the workers train on; GPUs of clusters under test are numbers, and torch has no NCCL."""
     there = workers.gpus > 0 and torch.distributed.is_nccl_available()
@@ -162,10 +213,17 @@ class _Running:
         if not failures:
             return self._error or TrainingError("the workers ended without a result")
         # One that died makes the others fail, who lose the connection to it.
-        causes = [getattr(cause, "_base_exc", cause) for _, cause in sorted(failures.items())]
+        causes = [_unwrapped(cause) for _, cause in sorted(failures.items())]
         lost = [cause for cause in causes if isinstance(cause, ray.exceptions.RayError)]
         cause: Exception = (lost or causes)[0]
         return cause
+
+
+def _unwrapped(cause: Exception) -> Exception:
+    """What a worker raised, or how it was lost, without Ray Train's wrapping."""
+    for name in ("_base_exc", "health_check_failure"):
+        cause = getattr(cause, name, cause)
+    return cause
 
 
 def _follow(

@@ -6,9 +6,9 @@ Files: `model.safetensors` (weights of the best epoch), `config.json` (model and
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import safetensors.torch
@@ -16,15 +16,88 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import artifacts, calibration, metrics
-from cafemed.batches import VisitArrays
+from cafemed import artifacts, calibration, metrics, training
+from cafemed.batches import ModelInputs, VisitArrays
 from cafemed.calibration import Decision, Predictions
 from cafemed.cohort import Split
-from cafemed.training import FitResult
+from cafemed.config import Range
+from cafemed.training import Builder, EpochReport, FitConfig, FitResult
 
 STAGE = "fit"
 
 _MEASURED: tuple[Split, ...] = ("validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """How many processes train.
+
+    Attributes:
+        num_workers: 1 trains in the job's own process; more, see cafemed/distributed.py.
+    """
+
+    num_workers: Annotated[int, Range(1)] = 1
+
+    def here(self, device: str) -> str:
+        """Where the job's own process computes; workers may have their GPUs elsewhere."""
+        return "auto" if self.num_workers > 1 and device == "cuda" else device
+
+    def settings(self) -> dict[str, int]:
+        """What decides the result besides the configuration of one process."""
+        return {"num_workers": self.num_workers} if self.num_workers > 1 else {}
+
+    def describe(self, device: torch.device) -> str:
+        """Where the model is trained, in a few words."""
+        return f"on {device}" if self.num_workers == 1 else f"by {self.num_workers} workers"
+
+
+def train(
+    build: Builder,
+    model_name: str,
+    model_options: Mapping[str, Any],
+    inputs: ModelInputs,
+    arrays: VisitArrays,
+    patients: Mapping[Split, NDArray[np.int64]],
+    config: FitConfig,
+    on_epoch: Callable[[EpochReport], bool | None],
+    checkpoint_dir: Path,
+    device: torch.device | str,
+    num_workers: int,
+) -> FitResult:
+    """Trains in this process (`training.fit`), or by several workers on Ray.
+
+    Args:
+        build: see `training.fit`, as for all that is not named here.
+        model_name: see there.
+        model_options: see there.
+        inputs: see there.
+        arrays: see there.
+        patients: of "train" and "validation".
+        config: see there.
+        on_epoch: see there.
+        checkpoint_dir: see there.
+        device: see there; of workers, see `distributed.fit_alone`.
+        num_workers: how many processes train.
+
+    Raises:
+        UserError: see `training.fit` and `distributed.fit_alone`.
+    """
+    split = patients["train"], patients["validation"]
+    if num_workers == 1:
+        return training.fit(
+            *(build, model_name, model_options, inputs, arrays, *split, config),
+            on_epoch=on_epoch,
+            checkpoint_dir=checkpoint_dir,
+            device=device,
+        )
+    from cafemed import distributed  # Ray takes a second to import
+
+    return distributed.fit_alone(
+        distributed.FitData(build, inputs, arrays, *split),
+        *(model_name, model_options, config, num_workers, str(device)),
+        on_epoch=on_epoch,
+        checkpoint_dir=checkpoint_dir,
+    )
 
 
 def write(

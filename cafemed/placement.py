@@ -82,7 +82,7 @@ def require_room(workers: Workers, keys: Mapping[str, str]) -> None:
     """
     wanted = {"CPU": (keys["CPU"], workers.cpus), "GPU": (keys["GPU"], workers.gpus)}
     if workers.memory_gb is not None:
-        wanted["memory"] = (keys["memory"], workers.memory_gb * _BYTES_PER_GB)
+        wanted["memory"] = (keys["memory"], workers.memory_gb)
     cluster.require_resources("a worker", wanted)
     if workers.groups_on(_nodes()) > 0:
         return

@@ -4,12 +4,14 @@
     python jobs/train.py
     python jobs/train.py train.learning_rate=0.002 train.epochs=20
     python jobs/train.py model=cafemed model.use_charm=false name=ablation
+    python jobs/train.py num_workers=2
     ray job submit --working-dir . -- python jobs/train.py
 
 Reads ROOT/experiments/NAME/cohort and /graph (of prepare.py and discover.py) and writes
 ROOT/experiments/NAME/fit. Run again after an interruption, with the same configuration, it goes on
 from the last whole epoch and ends with the same weights. A run whose inputs and configuration are
-unchanged is skipped. `tensorboard --logdir ROOT/experiments/NAME/tensorboard` follows it.
+unchanged is skipped. `tensorboard --logdir ROOT/experiments/NAME/tensorboard` follows it. Several
+workers train on the cluster at RAY_ADDRESS, or on a Ray that is started for them.
 """
 
 import shutil
@@ -21,12 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from cafemed import artifacts, config, console, invocation, paths
 
+SECTIONS = ("model", "train", "calibration", "device", "num_workers", "tensorboard")
+
 
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="train")
 def main(cfg: DictConfig) -> None:
     """Runs the stage."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
-    with invocation.job(values, ("model", "train", "calibration", "device", "tensorboard")) as told:
+    with invocation.job(values, SECTIONS) as told:
         run(told.experiment, values)
 
 
@@ -42,11 +46,13 @@ def run(folder: Path, values: dict[str, Any]) -> None:
     models.check_options(name, options)
     fit_config = config.from_mapping(training.FitConfig, values["train"], "train")
     calibrated = config.from_mapping(CalibrationConfig, values["calibration"], "calibration")
-    device = training.choose_device(values["device"])
+    together = config.from_mapping(fits.Together, {"num_workers": values["num_workers"]}, "")
+    device = training.choose_device(together.here(values["device"]))
     events = config.checked(bool, values["tensorboard"], "tensorboard")
     settings = {
         "model": {"name": name, "options": options},
         **{section: values[section] for section in ("train", "calibration")},
+        **together.settings(),
     }
 
     # 1) Skip what is done.
@@ -65,7 +71,7 @@ def run(folder: Path, values: dict[str, Any]) -> None:
     patients = {split: given.cohort.patients_of(split) for split in SPLITS}
     console.say(
         "train",
-        f"{name} on {device}: {len(patients['train'])} training and "
+        f"{name} {together.describe(device)}: {len(patients['train'])} training and "
         f"{len(patients['validation'])} validation patients",
     )
     told = tracking.FitEvents(folder, checkpoint, settings) if events else None
@@ -75,18 +81,18 @@ def run(folder: Path, values: dict[str, Any]) -> None:
         if told is not None:
             told.follow(report)
 
-    result = training.fit(
+    result = fits.train(
         models.build,
         name,
         options,
         given.inputs,
         given.arrays,
-        patients["train"],
-        patients["validation"],
+        patients,
         fit_config,
         on_epoch=after_epoch,
         checkpoint_dir=checkpoint,
-        device=device,
+        device=device if together.num_workers == 1 else values["device"],
+        num_workers=together.num_workers,
     )
 
     # 3) Calibrate and measure the best epoch, write, report.

@@ -5,6 +5,7 @@ checksum (tensorflow/core/lib/io/record_writer.h); only the protocol buffers are
 tensorboardX, whose writer starts a thread a file and cannot go on with one.
 """
 
+import os
 import socket
 import struct
 import time
@@ -118,9 +119,10 @@ class EventFile:
 
         A process that dies may leave half a record, or epochs after the checkpoint from which the
         run goes on. A file with such an end is written anew under another name, which a
-        TensorBoard that runs takes for a restart of the run.
+        TensorBoard that runs takes for a restart of the run; the old one stays, empty, as
+        TensorBoard (2.21) does not get past one that is gone.
         """
-        found = sorted(self.folder.glob(_PATTERN))
+        found = [path for path in sorted(self.folder.glob(_PATTERN)) if path.stat().st_size]
         events, whole = _read_all(found)
         ended = any(value.tag == _END for event in events for value in event.summary.value)
         steps = [event.step for event in events if _is_epoch(event)]
@@ -143,7 +145,8 @@ class EventFile:
     def _begin(self, before: Sequence[Path], kept: Sequence[Event]) -> None:
         """Begins a file with these events, in place of those before."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        latest = max((int(path.name.split(".")[3]) for path in before), default=0)
+        names = [path.name for path in self.folder.glob(_PATTERN)]
+        latest = max((int(name.split(".")[3]) for name in names), default=0)
         stamp = max(int(time.time()), latest + 1)
         path = self.folder / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}"
         first = [Event(wall_time=time.time(), file_version=_VERSION)]
@@ -154,7 +157,7 @@ class EventFile:
         partial.write_bytes(b"".join(_record(event) for event in (*first, *kept)))
         partial.replace(path)
         for old in before:
-            old.unlink(missing_ok=True)
+            os.truncate(old, 0)
         self._path, self._epochs, self._ended = path, len(kept), False
 
     def _append(self, events: Sequence[Event]) -> None:

@@ -17,6 +17,7 @@ The artifact: stage "retrained", `bundle/` and `history.json`.
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,17 +31,20 @@ from cafemed import (
     artifacts,
     bundle,
     checkpoints,
+    cluster,
     console,
+    distributed,
     experiment,
     findings,
     promotion,
     reference,
     sweep,
     training,
+    tuning,
 )
 from cafemed.bundle import Bundle
 from cafemed.reference import Reference
-from cafemed.sweep_plan import SweepPlan
+from cafemed.sweep_plan import SearchConfig, SweepPlan
 from cafemed.training import Builder, FitConfig
 
 if TYPE_CHECKING:
@@ -212,21 +216,55 @@ def _train(
     build: Builder,
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Weights after the last epoch, and all epochs; the checkpoint holds both."""
-    patients, seen = _patients(given), given.cohort.patients_of("validation")
-    cuda = plan.search.gpus > 0 and torch.cuda.is_available()
-    training.fit(
+    # Some validation patients have to be given; nothing is chosen on them.
+    data = distributed.FitData(
         build,
-        served.model_name,
-        served.model_options,
         given.inputs,
         given.arrays,
-        patients,
-        seen,  # some have to be given; nothing is chosen on them
-        config,
-        checkpoint_dir=checkpoint,
-        device="cuda" if cuda else "cpu",
+        _patients(given),
+        given.cohort.patients_of("validation"),
     )
+    what = (served.model_name, served.model_options)
+    if plan.search.num_workers > 1 or os.environ.get("RAY_ADDRESS"):
+        _train_on_ray(data, what, config, checkpoint, plan.search)
+    else:
+        cuda = plan.search.gpus > 0 and torch.cuda.is_available()
+        training.fit(
+            build,
+            *what,
+            data.inputs,
+            data.arrays,
+            data.train_patients,
+            data.validation_patients,
+            config,
+            checkpoint_dir=checkpoint,
+            device="cuda" if cuda else "cpu",
+        )
     found = checkpoints.load(checkpoint, None)
     assert found is not None
     assert found.epoch == config.epochs
     return found.weights, found.history
+
+
+def _train_on_ray(
+    data: distributed.FitData,
+    what: tuple[str, Mapping[str, Any]],
+    config: FitConfig,
+    checkpoint: Path,
+    search: SearchConfig,
+) -> None:
+    """Trains with what a trial reserves, where the sweep's trials were."""
+    import ray
+
+    with cluster.ray_cluster(search.num_workers * search.cpus, search.gpus) as where:
+        console.say("ray", where)
+        tuning.require_resources(search)
+        with console.silenced("ray", "ray.train"):
+            distributed.fit(
+                ray.put(data),
+                *what,
+                config,
+                search.workers,
+                checkpoint_dir=checkpoint,
+                max_failures=search.max_failures,
+            )

@@ -38,7 +38,7 @@ def follow(sweeps: Any, root: Path, plan: Any, values: dict[str, Any], tick: Any
 
 
 def steps(folder: Path) -> list[int]:
-    (path,) = folder.iterdir()
+    (path,) = [path for path in folder.iterdir() if path.stat().st_size]
     tags = [(e.step, v.tag) for e in read(path) for v in e.summary.value]
     return [step for step, tag in tags if tag == "validation/jaccard"]
 
@@ -64,7 +64,7 @@ def test_every_trial_has_its_epochs_once_whatever_is_interrupted(
     for trial in conductor.ended:
         place = folder / f"trial-{trial.number:05d}"
         assert steps(place) == list(range(1, len(trial.history) + 1))
-        (path,) = place.iterdir()
+        (path,) = [path for path in place.iterdir() if path.stat().st_size]
         tags = [value.tag for event in read(path) for value in event.summary.value]
         assert tags.count("_hparams_/session_end_info") == 1
 

@@ -141,7 +141,8 @@ def test_a_run_writes_its_artifact_and_a_second_one_is_skipped(root, experiment)
 
 
 def event_steps(experiment):
-    (path,) = (experiment / "tensorboard" / "fit").iterdir()
+    files = (experiment / "tensorboard" / "fit").iterdir()
+    (path,) = [path for path in files if path.stat().st_size]
     found = [(event.step, value.tag) for event in read(path) for value in event.summary.value]
     assert [tag for _, tag in found].count("_hparams_/session_end_info") == 1
     return [step for step, tag in found if tag == "validation/jaccard"]

@@ -188,6 +188,7 @@ def application(registry_dir: registry.Location, config: ServeConfig) -> Applica
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.target_ongoing_requests,
+            "look_back_period_s": config.look_back_s,
             "upscale_delay_s": config.upscale_delay_s,
             "downscale_delay_s": config.downscale_delay_s,
             "downscale_to_zero_delay_s": config.downscale_to_zero_delay_s,

@@ -226,7 +226,7 @@ class Observed:
             await self._app(scope, receive, watch)
         finally:
             path = scope["path"] if scope["path"] in _KNOWN else _NO_ROUTE
-            route = getattr(scope.get("route"), "path", path)
+            route = str(getattr(scope.get("route"), "path", path))
             took_s = time.perf_counter() - started
             self._observer.answered(scope["method"], route, status, took_s, record)
         if record.after is not None:

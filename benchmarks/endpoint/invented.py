@@ -4,6 +4,7 @@ The model's weights are drawn, not learned: what an answer costs does not depend
 those of benchmarks/epochs/data.py.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from cafemed.codes import KINDS, node_name
 from cafemed.graphs import CausalGraph, EffectTable
 from cafemed.reference import Reference, make_self_check, score_histogram
 from cafemed.scaling import Scaling
+from serve.recommender import Recommender
+from serve.schema import RecommendRequest
 
 SHAPE = data.SHAPES["mimic3 light"]
 MODEL = "cafemed"
-#: Shift of the last layer's outputs that makes about as many recommendations as a visit has
-#: medications; a model with drawn weights would recommend half of them.
+#: The threshold is such that as many medications are recommended as a visit has; a model with drawn
+#: weights would otherwise recommend half of them.
 _RECOMMENDED_SHARE = SHAPE.codes[2] / SHAPE.sizes[2]
+_NUM_TRIED = 64
 _GRAPH_EDGES = 3000
 
 
@@ -61,7 +65,7 @@ def make_bundle(seed: int) -> Bundle:
     model = models.build(MODEL, model_inputs(vocabularies, effects, ddi, {}), {}, seed=seed).eval()
     check = make_self_check(model, graph, vocabularies, Scaling())
     scores = 1 / (1 + np.exp(-check.logits))
-    return Bundle(
+    bundle = Bundle(
         model_name=MODEL,
         model_options={},
         weights=model.state_dict(),
@@ -69,13 +73,18 @@ def make_bundle(seed: int) -> Bundle:
         graph=graph,
         effects=effects,
         ddi=ddi,
-        preprocessing=Preprocessing(
-            threshold=float(np.quantile(scores[-1], 1 - _RECOMMENDED_SHARE))
-        ),
+        preprocessing=Preprocessing(),
         reference=Reference(score_histogram(scores), check),
         metrics={},
         sources={"cohort": "0" * 64},
     )
+    recommender = Recommender(bundle, 0)
+    request = RecommendRequest.model_validate(
+        {"patients": [one for body in bodies(_NUM_TRIED, seed) for one in body["patients"]]}
+    )
+    tried = recommender.probabilities(recommender.encode(request))
+    threshold = float(np.quantile(tried, 1 - _RECOMMENDED_SHARE))
+    return dataclasses.replace(bundle, preprocessing=Preprocessing(threshold=threshold))
 
 
 def write_registry(folder: Path, seed: int) -> Path:

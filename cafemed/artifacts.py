@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 #: Stages whose format has changed; those before it can still be read (bundle_formats.py).
 FORMAT_VERSIONS = {"bundle": 2}
 _CHUNK_BYTES = 1 << 20
+_MAX_MANIFEST_BYTES = 64 << 20
 
 #: Stage → what mends it, for messages.
 _REMEDIES = {
@@ -162,12 +163,16 @@ def read_manifest(folder: Path, stage: str) -> Manifest:
         raise ArtifactError(
             f"{path}: expected the manifest of a {stage}, found no file; {_remedy(stage)}"
         )
+    if path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise ArtifactError(
+            f"{path}: larger than {_MAX_MANIFEST_BYTES >> 20} MiB; {_remedy(stage)}"
+        )
     try:
         content = json.loads(path.read_text())
         # First, because a newer manifest may have keys that this program does not know.
         _require_known_format(path, stage, content["format_version"])
         manifest = Manifest(**content)
-    except (ValueError, TypeError, KeyError) as err:
+    except (ValueError, TypeError, KeyError, RecursionError) as err:
         raise ArtifactError(
             f"{path}: not a manifest ({type(err).__name__}); {_remedy(stage)}"
         ) from err

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cafemed import artifacts, bundle_files, bundle_formats, reference
+from cafemed import artifacts, bundle_files, bundle_formats, reference, untrusted
 from cafemed.batches import ModelInputs, model_inputs
 from cafemed.codes import KINDS, LABORATORY, node_name
 from cafemed.cohort import read_ddi, read_molecules, read_vocabulary, write_ddi
@@ -41,6 +40,13 @@ from cafemed.reference import Reference
 from cafemed.scaling import Scaling
 
 _MAX_HEADER_BYTES = 1 << 20  # a tensor's entry takes about 100 bytes
+#: Codes of a kind. Interactions are a matrix over the medications.
+_MAX_CODES = 200_000
+_MAX_MEDICATIONS = 10_000
+#: A whole number among a model's options that is never too large.
+_MODEST = 1024
+_MAX_REASON = 200
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +213,12 @@ def _read(folder: Path, manifest: artifacts.Manifest) -> Bundle:
     vocabularies = read_vocabulary(folder / "vocabulary.json")
     _require_vocabularies(vocabularies)
     checked = reference.from_json(bundle_files.read_json(folder / "reference.json"), vocabularies)
+    weights = _read_weights(folder / "model.safetensors")
+    _require_modest(model["options"], weights)
     return Bundle(
         model_name=model["name"],
         model_options=model["options"],
-        weights=_read_weights(folder / "model.safetensors"),
+        weights=weights,
         vocabularies=vocabularies,
         graph=read_graph(folder / "graph.parquet"),
         effects=read_effects(folder / "effects.npz"),
@@ -229,6 +237,9 @@ def _require_vocabularies(vocabularies: Mapping[str, tuple[str, ...]]) -> None:
     for kind, codes in vocabularies.items():
         if not all(isinstance(c, str) for c in codes) or len(set(codes)) < len(codes):
             raise ArtifactError(f"vocabulary.json: {kind}: expected distinct codes")
+        most = _MAX_MEDICATIONS if kind == "medication" else _MAX_CODES
+        if len(codes) > most:
+            raise ArtifactError(f"vocabulary.json: {kind}: expected at most {most} codes")
     if not vocabularies["medication"]:  # there may be cohorts without procedures
         raise ArtifactError("vocabulary.json: medication: expected at least one code")
 
@@ -269,7 +280,7 @@ def _read_preprocessing(path: Path) -> Preprocessing:
 def _read_ddi(path: Path, medications: tuple[str, ...]) -> NDArray[np.bool_]:
     try:
         return read_ddi(path, medications)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as err:
+    except untrusted.STRANGE as err:
         raise ArtifactError(f"{path.name}: not a table of pairs ({type(err).__name__})") from err
 
 
@@ -283,9 +294,28 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise ArtifactError(f"{path.name}: not a safetensors file (no header of a plausible size)")
     try:
         weights: dict[str, torch.Tensor] = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, KeyError, ValueError) as err:
-        raise ArtifactError(f"{path.name}: not a safetensors file ({err})") from err
+    except (safetensors.SafetensorError, *untrusted.STRANGE) as err:
+        reason = str(err).splitlines()[0][:_MAX_REASON] if str(err) else type(err).__name__
+        raise ArtifactError(f"{path.name}: not a safetensors file ({reason})") from err
+    strange = next(
+        (w for w in weights.values() if w.dtype not in (*_FLOATS, torch.int64, torch.bool)), None
+    )
+    if strange is not None:
+        raise ArtifactError(f"{path.name}: expected floating-point weights, got {strange.dtype}")
     return weights
+
+
+def _require_modest(options: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuses options that ask for a model much larger than its weights, before it is built.
+
+    A layer of width d has d² weights or more.
+    """
+    most = max(_MODEST, math.isqrt(sum(tensor.numel() for tensor in weights.values())))
+    for name, value in options.items():
+        if isinstance(value, (int, float)) and not abs(value) <= most:
+            raise ArtifactError(
+                f"config.json: options.{name[:_MAX_REASON]}: expected at most {most}"
+            )
 
 
 def _located(folder: Path, message: str) -> str:

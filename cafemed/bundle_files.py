@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cafemed import artifacts
+from cafemed import artifacts, untrusted
 from cafemed.errors import ArtifactError
 
 STAGE = "bundle"
@@ -28,13 +28,21 @@ FILES = (
 _LATER_THAN_1 = {"molecules.json", "names.json"}
 
 _MAX_JSON_BYTES = 64 << 20
+#: Largest size by the ending of a file's name: anything may lie in a registry, and is hashed.
+_MAX_BYTES = {
+    ".safetensors": 2 << 30,
+    ".json": _MAX_JSON_BYTES,
+    ".parquet": untrusted.MAX_TABLE_BYTES,
+    ".npz": untrusted.MAX_ARRAY_BYTES,
+}
 
 
 def verify(folder: Path) -> artifacts.Manifest:
     """Compares a bundle folder's files with its manifest, without reading their content.
 
     Raises:
-        ArtifactError: for a missing or unknown file, a link, or a size or SHA-256 that differs.
+        ArtifactError: for a missing or unknown file, a link, a size over the limit, or a size or
+            SHA-256 that differs.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: expected a bundle folder, found none")
@@ -42,6 +50,7 @@ def verify(folder: Path) -> artifacts.Manifest:
     for path in sorted(folder.iterdir()):
         if path.name not in wanted or path.is_symlink() or not path.is_file():
             raise ArtifactError(f"{path}: not a file of a bundle; remove it or publish anew")
+        untrusted.require_size(path, _MAX_BYTES[path.suffix])
     manifest = artifacts.read_manifest(folder, STAGE)
     _require_manifest(folder / artifacts.MANIFEST, manifest)
     return artifacts.verify(folder, STAGE)

@@ -17,14 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cafemed import artifacts, bundle_files
+from cafemed import artifacts, bundle_files, untrusted
 from cafemed.codes import LABORATORY
 from cafemed.errors import ArtifactError
-from cafemed.graphs import DAMAGED
-
-#: What the steps raise on content that is not of the format it claims.
-_STRANGE = (*DAMAGED, TypeError, AttributeError)
-
 
 #: Of the direct path, while it was a constant.
 _OLD_PACE = 5.0
@@ -53,7 +48,7 @@ def current(folder: Path, version: int) -> Iterator[Path]:
             for file, convert in _STEPS[step].items():
                 try:
                     convert(copy / file)
-                except _STRANGE as err:
+                except untrusted.STRANGE as err:
                     raise ArtifactError(
                         f"{file}: not of format {step} ({type(err).__name__})"
                     ) from err
@@ -76,7 +71,7 @@ def _with_direct_path(path: Path) -> None:
 
 def _with_ranges(path: Path) -> None:
     """As `EffectTable.known`: every effect is supported, and its range is itself."""
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+    with untrusted.open_arrays(path) as content:
         arrays = dict(content)
     effect = arrays["effect"]
     absent = {

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cafemed import artifacts
+from cafemed import artifacts, untrusted
 from cafemed.codes import KINDS, LABORATORY, CodeLists
 from cafemed.errors import ArtifactError
 from cafemed.laboratory import Laboratory
@@ -242,7 +242,7 @@ def read_vocabulary(path: Path) -> dict[str, tuple[str, ...]]:
     try:
         content = json.loads(path.read_text())
         return {kind: tuple(content[kind]) for kind in kinds}
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise ArtifactError(f"{path}: expected a list of codes for each of {kinds}") from err
 
 
@@ -274,6 +274,12 @@ def _read_lists(table: pa.Table, name: str) -> CodeLists:
     )
 
 
+#: Characters of a code in a message.
+_MAX_SHOWN = 100
+#: Of a table of pairs, rows that are always read.
+_MIN_ROWS = 1000
+
+
 def write_ddi(ddi: NDArray[np.bool_], medications: tuple[str, ...], path: Path) -> None:
     """Writes the interacting pairs as two columns of medication codes, each pair once."""
     a, b = np.nonzero(np.triu(ddi, 1))
@@ -288,12 +294,18 @@ def read_ddi(path: Path, medications: tuple[str, ...]) -> NDArray[np.bool_]:
     Raises:
         ArtifactError: if a pair names a medication that the vocabulary does not have.
     """
-    table = pq.read_table(path)
     index = {code: i for i, code in enumerate(medications)}
+    table = untrusted.read_table(path, max_rows=max(len(index) ** 2, _MIN_ROWS))
     ddi = np.zeros((len(index), len(index)), np.bool_)
-    for a, b in zip(table["a"].to_pylist(), table["b"].to_pylist(), strict=True):
-        if a not in index or b not in index:
-            unknown = b if a in index else a
-            raise ArtifactError(f"{path}: {unknown} is not in the medication vocabulary")
-        ddi[index[a], index[b]] = ddi[index[b], index[a]] = True
+
+    def ends(name: str) -> NDArray[np.int64]:
+        names, rows = untrusted.labels(table[name])
+        unknown = next((n for n in names if n not in index), None)
+        if unknown is not None:
+            shown = unknown[:_MAX_SHOWN]
+            raise ArtifactError(f"{path}: {shown} is not in the medication vocabulary")
+        return np.array([index[n] for n in names], np.int64)[rows]
+
+    a, b = ends("a"), ends("b")
+    ddi[a, b] = ddi[b, a] = True
     return ddi

@@ -5,8 +5,6 @@
 
 import dataclasses
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from statistics import NormalDist
 
@@ -16,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import sparse
 
+from cafemed import untrusted
 from cafemed.codes import CodeLists
 from cafemed.errors import ArtifactError
 
@@ -214,19 +213,24 @@ def read_graph(path: Path) -> CausalGraph:
         ArtifactError: if it is not such a file.
     """
     try:
-        table = pq.read_table(path)
+        table = untrusted.read_table(path)
         nodes = tuple(json.loads(table.schema.metadata[b"nodes"]))
         index = {name: i for i, name in enumerate(nodes)}
+
+        def ends(name: str) -> NDArray[np.int32]:
+            names, rows = untrusted.labels(table[name])
+            return np.array([index[n] for n in names], np.int32)[rows]
+
         return CausalGraph(
             nodes=nodes,
-            source=np.array([index[n] for n in table["source"].to_pylist()], np.int32),
-            target=np.array([index[n] for n in table["target"].to_pylist()], np.int32),
+            source=ends("source"),
+            target=ends("target"),
             directed=np.array(table["directed"].to_numpy(), np.bool_),
             stability=np.array(table["stability"].to_numpy(), np.float32),
             support=np.array(table["support"].to_numpy(), np.int64),
             strength=_strength(table),
         )
-    except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as err:
+    except untrusted.STRANGE as err:
         raise ArtifactError(f"{path}: not a causal graph ({type(err).__name__})") from err
 
 
@@ -260,10 +264,6 @@ def write_effects(effects: EffectTable, path: Path) -> None:
     )
 
 
-#: What numpy and zipfile raise on a file that is damaged in one place or another.
-DAMAGED = (OSError, KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-
-
 def read_effects(path: Path) -> EffectTable:
     """Reads `effects.npz`.
 
@@ -271,7 +271,7 @@ def read_effects(path: Path) -> EffectTable:
         ArtifactError: if it is not such a file, or one that an earlier version wrote.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        with untrusted.open_arrays(path) as content:
             lacking = [name for name in _EFFECT_ARRAYS if name not in content]
             if lacking and "effect" in content:
                 raise ArtifactError(
@@ -284,7 +284,7 @@ def read_effects(path: Path) -> EffectTable:
             arrays = {
                 name: content[name].astype(dtype) for name, (dtype, _) in _EFFECT_ARRAYS.items()
             }
-    except DAMAGED as err:
+    except untrusted.STRANGE as err:
         raise ArtifactError(f"{path}: not an effect table ({type(err).__name__})") from err
     shape = (len(codes), len(medications))
     for name, (_, of_pairs) in _EFFECT_ARRAYS.items():

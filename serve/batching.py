@@ -30,8 +30,8 @@ from serve.schema import MAX_CODES
 
 #: Smallest of the shapes' positions; the next ones double. A hospital patient with two visits of
 #: fifteen codes takes 64.
-_MIN_POSITIONS = 32
-_MIN_VISITS = 2
+MIN_POSITIONS = 32
+MIN_VISITS = 2
 #: Positions of one run: the more, the better it fills the processor and the longer one waits.
 _RUN_POSITIONS = 512
 _ALL_KINDS = tuple(range(len(KINDS)))
@@ -91,11 +91,11 @@ def kinds_of(vocabularies: Mapping[str, tuple[str, ...]]) -> tuple[int, ...]:
 
 def shape_of(patient: EncodedPatient, kinds: tuple[int, ...] = _ALL_KINDS) -> Shape:
     """The shape for a patient: the smallest that has room for it and its fillers."""
-    visits = _MIN_VISITS
+    visits = MIN_VISITS
     while visits < patient.num_visits:
         visits *= 2
     for power in itertools.count():
-        shape = Shape(visits, _MIN_POSITIONS << power, kinds)
+        shape = Shape(visits, MIN_POSITIONS << power, kinds)
         if _has_room(patient, shape):
             return shape
     raise AssertionError("unreachable")

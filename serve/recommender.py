@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 import models
 from cafemed import bundle as bundles
-from cafemed.batches import input_adjacencies
+from cafemed.batches import Batch, input_adjacencies
 from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE, LIMITS
 from serve.answering import Answerer, Explains
@@ -161,21 +161,29 @@ class Recommender:
             patients: 1 to shape.patients, all of this shape.
             shape: see `shape`.
         """
-        last = torch.tensor([patient.num_visits - 1 for patient in patients])
+        bundle = self.bundle
+        batch = batch_of(
+            patients,
+            shape,
+            bundle.graph,
+            bundle.vocabularies,
+            bundle.preprocessing.scaling,
+            self._adjacencies,
+        )
+        return self.score(batch, torch.tensor([patient.num_visits - 1 for patient in patients]))
+
+    def score(self, batch: Batch, last: torch.Tensor) -> NDArray[np.float32]:
+        """One run of the model on tensors of a fixed shape, float32 (n, N_m).
+
+        Args:
+            batch: on the CPU; its first n patients are asked about.
+            last: int64 (n,), the step of each one's current visit.
+        """
         with torch.inference_mode():
-            bundle = self.bundle
-            batch = batch_of(
-                patients,
-                shape,
-                bundle.graph,
-                bundle.vocabularies,
-                bundle.preprocessing.scaling,
-                self._adjacencies,
-            )
             if self._device.type != "cpu":
                 batch = batch.to(self._device)
             logits = self._model(batch).cpu()
-            logits = logits[torch.arange(len(patients)), last]
+            logits = logits[torch.arange(len(last)), last]
             logits = logits / self.bundle.preprocessing.temperature
             # Row by row: the last few elements of a tensor, which fill no vector register, are
             # computed by another exp.

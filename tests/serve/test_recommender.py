@@ -195,7 +195,7 @@ def test_what_comes_after_the_current_visit_cannot_matter(
 ) -> None:
     patients = recommender.encode(some_patients(served, 10))
     before = recommender.probabilities(patients)
-    monkeypatch.setattr(batching, "_MIN_POSITIONS", 256)  # more and longer fillers
+    monkeypatch.setattr(batching, "MIN_POSITIONS", 256)  # more and longer fillers
     np.testing.assert_allclose(recommender.probabilities(patients), before, atol=1e-6)
 
 

@@ -25,6 +25,7 @@ export function answered(answer, asked, response) {
   const graph = element("div", { class: "graph" });
   const parts = [
     element("p", { class: "summary" }, summary(answer)),
+    answer.medications.length === 0 ? null : element("h3", {}, "Medications"),
     medications(answer, asked, graph),
     ...interactions(answer, names, graph),
     ...listed("Left out", answer.left_out, (one) => [titled(keyOf(one), one.name), ` ${percent(one.probability)}: ${WHY[one.reason](one)}`]),

@@ -58,7 +58,7 @@ function visitFields(codes, v) {
     drawChips(chips, codes, name, search.input);
     say(`Added ${code.kind} ${code.system}:${code.code}`);
     if (code.kind === "laboratory") chips.querySelector(".laboratory:last-child input").focus();
-  });
+  }, say);
   drawChips(chips, codes, name, search.input);
   const fields = element(
     "fieldset", { class: "visit" },
@@ -66,7 +66,7 @@ function visitFields(codes, v) {
     search.field,
     v === 0 ? element("p", { class: "faint" }, "Medications of the current visit are those taken already: they are checked for interactions.") : null,
     chips,
-    v === 0 ? null : element("button", { type: "button", class: "quiet", "aria-label": `Remove the visit: ${name}`, onclick: () => removeVisit(v) }, "Remove this visit"),
+    v === 0 ? null : element("button", { type: "button", class: "quiet", "aria-label": `Remove this visit, ${name}`, onclick: () => removeVisit(v) }, "Remove this visit"),
   );
   return { fields, input: search.input };
 }

@@ -5,6 +5,7 @@ import { element } from "./dom.js";
 
 const LIMIT = 30;
 const WAIT_MS = 150;
+const NONE = "No such code. A code the model does not know can be given as icd9:428.0";
 const SYSTEM_OF = { atc: ["medication"], lab: ["laboratory"] };
 
 let made = 0;
@@ -14,8 +15,9 @@ let made = 0;
  * @param label what it is for, to be read out
  * @param ask (query, kind) => Promise of [{kind, system, code, name}]; kind may be ""
  * @param add called with the code that was picked
+ * @param say reads a sentence out
  */
-export function searchField(label, ask, add) {
+export function searchField(label, ask, add, say) {
   made += 1;
   const id = `search-${made}`;
   const state = { options: [], active: -1, asked: 0, timer: 0 };
@@ -70,7 +72,8 @@ export function searchField(label, ask, add) {
       element("span", { class: "code" }, `${code.system}:${code.code}`),
       element("span", { class: "name" }, code.typed ? "as typed; the model may not know it" : code.name ?? ""),
     )));
-    if (options.length === 0) list.append(element("li", { class: "none" }, "No such code. A code the model does not know can be given as icd9:428.0"));
+    if (options.length === 0) list.append(element("li", { class: "none", role: "option", "aria-disabled": "true", "aria-selected": "false" }, NONE));
+    say(options.length === 0 ? NONE : options.length === 1 ? "1 code found" : `${options.length} codes found`);
     list.hidden = false;
     input.setAttribute("aria-expanded", "true");
     if (options.length > 0) activate(0);

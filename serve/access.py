@@ -13,7 +13,9 @@ import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from cafemed import paths
@@ -112,6 +114,24 @@ def require_guarded(host: str, config: AccessConfig) -> None:
         raise KeysError(
             f"{config.keys_file}: no API keys; make one: python jobs/keys.py create=NAME"
         )
+
+
+def document_keys(api: FastAPI) -> None:
+    """Adds to the OpenAPI document how a key is sent, on the routes that may need one."""
+    write = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = write()
+        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["bearer"] = {"type": "http", "scheme": "bearer"}
+        schemes["header"] = {"type": "apiKey", "in": "header", "name": "X-API-Key"}
+        for path, operations in document["paths"].items():
+            for operation in operations.values() if path not in OPEN_PATHS else ():
+                # {}: none, where the endpoint serves its own machine alone.
+                operation["security"] = [{"bearer": []}, {"header": []}, {}]
+        return document
+
+    api.openapi = openapi  # type: ignore[method-assign]
 
 
 def is_loopback(host: str) -> bool:

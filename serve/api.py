@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 
 from cafemed.card import INTENDED_USE
-from serve.access import Access, Gate
+from serve.access import Access, Gate, document_keys
 from serve.admission import Admission, Admitted
 from serve.answers import CodesFound, Health, Kind, ModelCard, Ready, RecommendResponse
 from serve.asgi import Message
@@ -23,7 +23,7 @@ from serve.hardening import Hardened
 from serve.limits import BodyLimit, StrictRoute, UnreadableError
 from serve.observing import Observed, Observer
 from serve.pages import add_page
-from serve.problems import failed, problem, request_id
+from serve.problems import documented, failed, problem, request_id
 from serve.replying import Service, encoded, replied
 from serve.schema import (
     MAX_BODY_BYTES,
@@ -31,7 +31,6 @@ from serve.schema import (
     MAX_MESSAGES,
     MAX_QUERY_LENGTH,
     FieldProblem,
-    Problem,
     RecommendRequest,
     field_path,
 )
@@ -48,16 +47,10 @@ _CORS: dict[str, Any] = {
     "expose_headers": ["Retry-After"],
 }
 
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE.value: {"model": Problem},
-    HTTPStatus.UNPROCESSABLE_ENTITY.value: {"model": Problem},
-    HTTPStatus.INTERNAL_SERVER_ERROR.value: {"model": Problem},
-    HTTPStatus.SERVICE_UNAVAILABLE.value: {"model": Problem},
-}
-
-_INVALID_QUERY: dict[int | str, dict[str, Any]] = {
-    HTTPStatus.UNPROCESSABLE_ENTITY.value: {"model": Problem},
-}
+#: Whatever the route: a key, how often, from where, how long the headers, and faults.
+_ANYWHERE = documented(400, 401, 403, 413, 429, 431, 500)
+_PROBLEMS = _ANYWHERE | documented(408, 415, 422, 503)
+_INVALID_QUERY = _ANYWHERE | documented(422)
 _QUERY = (
     "the beginning of a code, with its system or without, dots and case not mattering; or words, "
     "each of which begins a word of the name"
@@ -85,6 +78,7 @@ def create_api(
         title="CafeMed", version="1", description=INTENDED_USE, docs_url=None, redoc_url=None
     )
     api.router.route_class = StrictRoute
+    document_keys(api)
     # What is added later is further out.
     if admission is not None:
         refuse = functools.partial(_refuse_busy, observer)
@@ -125,7 +119,7 @@ def create_api(
         """Searches the codes that the model knows."""
         return CodesFound(codes=service.recommender.vocabulary.search(query, kind, limit))
 
-    @api.get("/v1/model")
+    @api.get("/v1/model", responses=_ANYWHERE)
     async def model() -> ModelCard:
         """Describes the model that answers."""
         return service.recommender.card

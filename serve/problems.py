@@ -4,6 +4,7 @@ import logging
 import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from typing import Any
 
 from fastapi.responses import JSONResponse
 
@@ -24,6 +25,13 @@ def problem(
     """The answer to a request that is refused."""
     answer = Problem(message=message, problems=list(problems), request_id=request_id(scope))
     return JSONResponse(answer.model_dump(), status, dict(headers or {}))
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """These answers as FastAPI documents them."""
+    return {
+        status: {"model": Problem, "description": HTTPStatus(status).phrase} for status in statuses
+    }
 
 
 def failed(scope: Message, err: Exception) -> JSONResponse:

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cafemed.bundle import Bundle
@@ -120,7 +120,8 @@ def test_model_card_health_and_documentation(client: Client) -> None:
     assert "laboratory" in schemas["UnknownCode"]["properties"]["kind"]["enum"]
     paths = documented["paths"]
     assert {"/v1/recommend", "/v1/codes", "/v1/model", "/healthz", "/readyz"} <= set(paths)
-    assert set(paths["/v1/recommend"]["post"]["responses"]) == {"200", "413", "422", "500", "503"}
+    statuses = ["200", "400", "401", "403", "408", "413", "415", "422", "429", "431", "500", "503"]
+    assert sorted(paths["/v1/recommend"]["post"]["responses"]) == statuses
 
 
 @pytest.mark.parametrize(
@@ -343,46 +344,105 @@ def test_probabilities_survive_json_to_the_bit(
     np.testing.assert_array_equal(sent, np.sort(row[row >= 0.5])[::-1])
 
 
-CODES = st.lists(
-    st.fixed_dictionaries(
-        {
-            "system": st.sampled_from(["icd9", "ICD10", " atc", "x", ""]),
-            "code": st.text(max_size=70) | st.sampled_from(["401.0", "i10", "A01BC02", "."]),
-        },
-        optional={"odd": st.none()},
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
     ),
-    max_size=6,
+    max_leaves=4,
 )
-VISITS = st.lists(
-    st.fixed_dictionaries(
-        {}, optional={"diagnoses": CODES, "procedures": CODES, "medications": CODES}
-    ),
-    max_size=5,
+
+
+def mostly(*usual: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.one_of(*usual, *usual, *usual, ANYTHING)
+
+
+KNOWN = [
+    ("icd9", "401.0"),
+    ("ICD9 ", "4011"),
+    ("icd10", "i10"),
+    (" atc", "A01BC02"),
+    ("icd9", "99.1"),
+]
+CODE = st.sampled_from(KNOWN).map(lambda c: {"system": c[0], "code": c[1]}) | st.fixed_dictionaries(
+    {"system": mostly(st.sampled_from(["icd9", "x", ""])), "code": mostly(st.text(max_size=70))},
+    optional={"odd": ANYTHING},
 )
-PATIENTS = st.lists(
-    st.fixed_dictionaries(
-        {"visits": VISITS},
-        optional={
-            "age": st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-            "sex": st.sampled_from(["female", "male", "unknown", "F", None]),
-        },
-    ),
-    max_size=4,
+CODES = mostly(st.lists(CODE, max_size=6))
+LABORATORY = st.fixed_dictionaries(
+    {"item": mostly(st.sampled_from(["50801", "x"])), "value": mostly(st.floats(-1e13, 1e13))}
 )
+VISIT = st.fixed_dictionaries(
+    {},
+    optional={
+        "diagnoses": CODES,
+        "procedures": CODES,
+        "medications": CODES,
+        "laboratory": mostly(st.lists(LABORATORY, max_size=3)),
+        "odd": ANYTHING,
+    },
+)
+PATIENT = st.fixed_dictionaries(
+    {"visits": mostly(st.lists(mostly(VISIT), max_size=4))},
+    optional={
+        "age": mostly(st.floats(-10, 140), st.integers(-10, 140)),
+        "sex": mostly(st.sampled_from(["female", "male", "unknown"])),
+        "allergies": mostly(
+            st.lists(mostly(st.sampled_from(["A01", "C", "", " a01b. "])), max_size=3)
+        ),
+        "odd": ANYTHING,
+    },
+)
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_ddi_rate": mostly(st.floats(-0.1, 1.1)),
+        "top_k": mostly(st.integers(-1, 5)),
+        "explain": mostly(st.booleans()),
+        "odd": ANYTHING,
+    },
+)
+BODY = st.fixed_dictionaries(
+    {"patients": mostly(st.lists(mostly(PATIENT), max_size=3))},
+    optional={"options": mostly(OPTIONS), "odd": ANYTHING},
+)
+MANY = [{"system": "icd9", "code": "401.0"}] * 10_000
 
 
 @settings(
-    max_examples=100,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(PATIENTS | st.none() | st.integers())
-def test_odd_requests_get_an_answer_or_a_field(client: Client, patients: Any) -> None:
-    got = client.post("/v1/recommend", json={"patients": patients})
+@given(mostly(BODY))
+@example({"patients": [{"visits": [{"diagnoses": MANY}]}]})
+@example({"patients": [{"visits": [{}] * 10_000}]})
+@example({"patients": [{"visits": [{"diagnoses": MANY[:2]}], "allergies": ["A"] * 10_000}]})
+@example({"patients": [{"visits": [{}], "age": float("nan")}], "options": {"top_k": 10**400}})
+@example({"patients": [{"visits": [{}]}] * 10_000, "options": {"max_ddi_rate": float("inf")}})
+def test_odd_requests_get_an_answer_or_a_field(client: Client, sent: Any) -> None:
+    """Never a 5xx, whatever is sent; what is refused is named, and quoted nowhere."""
+    content = json.dumps(sent).encode()
+    got = client.post(
+        "/v1/recommend", content=content, headers={"Content-Type": "application/json"}
+    )
     if got.status_code == 200:
+        assert len(got.json()["recommendations"]) == len(sent["patients"])
         for recommendation in got.json()["recommendations"]:
             assert all(0.5 <= m["probability"] <= 1 for m in recommendation["medications"])
     else:
-        assert got.status_code == 422
-        assert all(problem["field"].startswith("patients") for problem in got.json()["problems"])
+        assert got.status_code == 422, got.text
+        problems = got.json()["problems"]
+        assert problems
+        assert all(problem["field"] and problem["message"] for problem in problems)
+        known = ("patients", "options", "body")
+        names = (*known, *sent) if isinstance(sent, dict) else known
+        for problem in problems:
+            assert problem["field"].startswith(tuple(name[:200] for name in names))
+    assert len(got.content) < 1_000_000

@@ -12,7 +12,7 @@ those kinds alone whose vocabulary is not empty: the others have no code to fill
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,8 +28,7 @@ from cafemed.scaling import Scaling
 from serve.encoding import EncodedPatient
 from serve.schema import MAX_CODES
 
-#: Smallest of the shapes' positions; the next ones double. A hospital patient with two visits of
-#: fifteen codes takes 64.
+#: Smallest of the shapes' positions. A hospital patient with two visits of fifteen codes takes 48.
 MIN_POSITIONS = 32
 MIN_VISITS = 2
 #: Positions of one run: the more, the better it fills the processor and the longer one waits.
@@ -55,12 +54,13 @@ class Shape:
     def codes(self) -> int:
         """Codes of every patient, fillers included.
 
-        Halfway between the fewest and the most that visits with codes can have, (K + 1) / 2 a
-        position of K kinds. With a single kind, all positions but those of `visits` empty visits.
+        Three eighths of the way from the fewest to the most that visits with codes can have, one to
+        K a position of K kinds: what hospital patients have, so that most find room where their
+        positions do. With a single kind, all positions but those of `visits` empty visits.
         """
         if len(self.kinds) == 1:
             return self.positions - self.visits
-        return self.positions * (len(self.kinds) + 1) // 2
+        return self.positions * (3 * len(self.kinds) + 5) // 8
 
     @property
     def patients(self) -> int:
@@ -94,11 +94,18 @@ def shape_of(patient: EncodedPatient, kinds: tuple[int, ...] = _ALL_KINDS) -> Sh
     visits = MIN_VISITS
     while visits < patient.num_visits:
         visits *= 2
-    for power in itertools.count():
-        shape = Shape(visits, MIN_POSITIONS << power, kinds)
+    for positions in position_sizes():
+        shape = Shape(visits, positions, kinds)
         if _has_room(patient, shape):
             return shape
     raise AssertionError("unreachable")
+
+
+def position_sizes() -> Iterator[int]:
+    """The positions that shapes have, ascending: two to each doubling."""
+    for power in itertools.count():
+        yield MIN_POSITIONS << power
+        yield 3 * MIN_POSITIONS // 2 << power
 
 
 def fillers_of(patient: EncodedPatient, shape: Shape) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from cafemed.batches import Batch, VisitArrays, input_adjacencies, visit_arrays
 from cafemed.codes import CodeLists
 from cafemed.graphs import ORPHAN
 from cafemed.laboratory import Laboratory
-from serve.batching import MIN_POSITIONS, MIN_VISITS, Shape, kinds_of
+from serve.batching import MIN_VISITS, Shape, kinds_of, position_sizes
 from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
 
@@ -170,8 +170,9 @@ def _by_shape(
     visits = np.maximum(MIN_VISITS, 1 << np.ceil(np.log2(lengths)).astype(np.int64))
     used, codes = _used(arrays)
     waiting = np.arange(len(lengths))
-    positions = MIN_POSITIONS
-    while len(waiting):
+    for positions in position_sizes():
+        if not len(waiting):
+            return
         has_room = np.zeros(len(waiting), np.bool_)
         for most in np.unique(visits[waiting]).tolist():
             shape = Shape(most, positions, kinds)
@@ -183,7 +184,6 @@ def _by_shape(
             if fits.any():
                 yield shape, p[fits]
         waiting = waiting[~has_room]
-        positions *= 2
 
 
 def _used(arrays: VisitArrays) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -41,7 +41,7 @@ def test_fillers_complete_visits_codes_and_positions_of_the_shape() -> None:
         fillers = fillers_of(patient(sizes), shape)
         whole = np.concatenate([np.array(sizes), fillers])
         assert len(whole) == shape.steps
-        assert whole.sum() == 2 * shape.positions
+        assert whole.sum() == 7 * shape.positions // 4
         assert whole.max(1).clip(min=1).sum() == shape.positions
         assert fillers.min() >= 0
         assert fillers.max() <= shape.width
@@ -71,10 +71,11 @@ def test_usual_patients_share_few_shapes_without_much_filling() -> None:
     shapes = [shape_of(each) for each in usual]
     assert [(shape.visits, shape.positions) for shape in shapes] == [
         (2, 32),
-        (2, 64),
+        (2, 32),
         (4, 64),
         (8, 128),
     ]
+    assert shape_of(patient([(12, 4, 0), (16, 4, 18)])).positions == 48
 
 
 def test_a_run_holds_fewer_patients_the_longer_they_are() -> None:
@@ -109,7 +110,7 @@ def test_a_batch_has_the_same_numbers_whoever_is_in_it(served: Bundle) -> None:
         assert made.codes.shape == (shape.patients * shape.steps, 3, shape.width)
         assert made.lengths.tolist() == [shape.steps] * shape.patients
         counts = made.counts.view(shape.patients, shape.steps, 3)
-        assert counts.sum((1, 2)).tolist() == [2 * shape.positions] * shape.patients
+        assert counts.sum((1, 2)).tolist() == [7 * shape.positions // 4] * shape.patients
         assert counts.amax(2).clamp(min=1).sum(1).tolist() == [shape.positions] * shape.patients
 
 

@@ -55,7 +55,7 @@ lock: ## write requirements.lock anew from pyproject.toml, in a fresh environmen
 
 # The pins are complete, so pip looks for nothing else: xges would refuse newer numpy and numba.
 BENCH := .bench
-bench-env: $(patsubst platform/bench-env/%.txt,$(BENCH)/%/.installed,$(wildcard platform/bench-env/*.txt)) ## other packages that benchmarks/discovery.py compares with, each in an environment of its own
+bench-env: $(patsubst platform/bench-env/%.txt,$(BENCH)/%/.installed,$(wildcard platform/bench-env/*.txt)) ## other packages that benchmarks and tests run beside ours, each in an environment of its own
 
 $(BENCH)/%/.installed: platform/bench-env/%.txt | $(STAMP)
 	@echo "installing $* into $(BENCH)/$*"

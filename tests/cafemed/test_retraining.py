@@ -14,6 +14,7 @@ from cafemed import (
     artifacts,
     bundle,
     card_text,
+    cluster,
     findings,
     fits,
     promotion,
@@ -274,3 +275,19 @@ def test_the_model_card_says_how_it_was_retrained():
     rows = card_text.facts({**card, "training": {**training_of, "retrained": text}})
     assert ["retrained", "7 epochs on 1,234 training and validation patients"] in rows
     assert "retrained" not in dict(card_text.facts({**card, "training": training_of}))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray Train
+def test_on_ray_it_is_trained_as_without(
+    experiment: Path,
+    plan: SweepPlan,
+    retrained: bundle.Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    with cluster.ray_cluster(2.0):
+        monkeypatch.setenv("RAY_ADDRESS", "the one that this process is connected to")
+        retraining.run(experiment, plan, models.build, True)
+    again = bundle.load(experiment / "retrained" / "bundle")
+    assert same(again.weights, retrained.weights)
+    assert again.metrics == retrained.metrics

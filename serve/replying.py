@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from serve.answers import Recommendation, RecommendResponse
 from serve.encoding import EncodedPatient, UnknownCodesError
+from serve.explanation import Plan
 from serve.observing import Observer
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
@@ -71,7 +72,9 @@ async def replied(
         observer: is told what is recommended.
     """
     explainer, options = recommender.explainer, request.options
-    plans = [explainer.plan(p) for p in patients] if options.explain else []
+    plans: list[Plan] = []
+    if options.explain:
+        plans = await asyncio.to_thread(lambda: [explainer.plan(p) for p in patients])
     everyone = [*patients, *(one for plan in plans for one in plan.reduced)]
     scores = await service.probabilities(recommender, everyone)
     rows = scores[: len(patients)]

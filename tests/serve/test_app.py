@@ -114,7 +114,9 @@ def test_bad_requests_are_refused_and_codes_never_logged(url: str, ray_folder: P
     answer = httpx.post(f"{url}/v1/recommend", json=unknown)
     assert answer.status_code == 422
     assert answer.json()["problems"][0]["field"] == "patients[0].visits[0].diagnoses[0].system"
-    answer = httpx.post(f"{url}/v1/recommend", content=f'{{"{MARKER}": [{MARKER}'.encode())
+    broken = f'{{"{MARKER}": [{MARKER}'.encode()
+    json_type = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{url}/v1/recommend", content=broken, headers=json_type)
     assert answer.status_code == 422
     logs = [path for path in ray_folder.rglob("*") if path.is_file()]
     texts = [path.read_text(errors="replace") for path in logs]

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
-from torch.nn.functional import pad
 
-from cafemed.batches import Batch, collate, visit_arrays
-from cafemed.codes import KINDS, CodeLists
-from cafemed.graphs import CausalGraph
-from cafemed.laboratory import Laboratory
+from cafemed.batches import Batch
+from cafemed.codes import KINDS
+from cafemed.graphs import CAUSE, EFFECT, MIDDLE, ORPHAN
 from cafemed.scaling import Scaling
 from serve.encoding import EncodedPatient
 from serve.schema import MAX_CODES
@@ -34,6 +32,9 @@ MIN_VISITS = 2
 #: Positions of one run: the more, the better it fills the processor and the longer one waits.
 _RUN_POSITIONS = 512
 _ALL_KINDS = tuple(range(len(KINDS)))
+#: [has incoming edges][has outgoing edges].
+_CLASSES = ((ORPHAN, CAUSE), (EFFECT, MIDDLE))
+_NOTHING: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -132,55 +133,98 @@ def fillers_of(patient: EncodedPatient, shape: Shape) -> NDArray[np.int64]:
     return np.concatenate([nothing, wide, ones])
 
 
+@dataclasses.dataclass(frozen=True)
+class Edges:
+    """Directed edges among the codes of a kind: index → the indices that it leads to, or that lead
+    to it; codes without any are left out.
+    """
+
+    out: Mapping[int, frozenset[int]]
+    into: Mapping[int, frozenset[int]]
+
+    @classmethod
+    def of(cls, adjacency: sparse.csr_array) -> "Edges":
+        """Those of an adjacency matrix (`batches.input_adjacencies`)."""
+        pair: list[dict[int, frozenset[int]]] = []
+        for matrix in (adjacency, adjacency.T.tocsr()):
+            ends = np.split(matrix.indices, matrix.indptr[1:-1])
+            pair.append({i: frozenset(to.tolist()) for i, to in enumerate(ends) if len(to)})
+        return cls(*pair)
+
+    def classes(self, codes: Sequence[int]) -> list[int]:
+        """Classes of a visit's codes in the graph of these codes alone, as `node_classes`."""
+        found = []
+        for code in codes:
+            incoming = not self.into.get(code, _NOTHING).isdisjoint(codes)
+            outgoing = not self.out.get(code, _NOTHING).isdisjoint(codes)
+            found.append(_CLASSES[incoming][outgoing])
+        return found
+
+
 def batch_of(
     patients: Sequence[EncodedPatient],
     shape: Shape,
-    graph: CausalGraph,
     vocabularies: Mapping[str, tuple[str, ...]],
     scaling: Scaling,
-    adjacencies: Sequence[sparse.csr_array],
+    edges: Sequence[Edges],
 ) -> Batch:
-    """Makes the tensors of one run.
+    """Makes the tensors of one run; what `batches.visit_arrays` and `collate` would, with fillers.
 
     Args:
         patients: 1 to shape.patients, all of this shape.
         shape: see Shape.
-        graph: of the bundle.
         vocabularies: of the bundle.
         scaling: of the bundle.
-        adjacencies: of the graph (`batches.input_adjacencies`).
+        edges: of the bundle's graph, one a kind.
 
     Returns:
         a batch of exactly shape.patients patients with shape.steps visits each; the given ones
         come first. Its laboratory arrays are as wide as there are items.
     """
-    repeated = [*patients, *[patients[0]] * (shape.patients - len(patients))]
-    arrays = visit_arrays(
-        _lists(repeated, shape),
-        None,
-        np.arange(shape.patients + 1, dtype=np.int64) * shape.steps,
-        graph,
-        vocabularies,
-        np.array([patient.sex for patient in repeated], np.int8),
-        np.repeat(np.array([patient.age for patient in repeated], np.float32), shape.steps),
-        scaling,
-        _laboratory(repeated, shape),
-        adjacencies,
-    )
-    batch = collate(arrays, np.arange(shape.patients))
-    counts = batch.counts.view(shape.patients, shape.steps, 3)
-    for p, patient in enumerate(repeated):
-        counts[p, patient.num_visits :] = torch.from_numpy(fillers_of(patient, shape))
-    # A batch is as wide as its longest list; what the fillers' counts now cover is padding, which
-    # holds valid indices.
-    missing = (0, shape.width - batch.codes.shape[2])
-    unmeasured = (0, scaling.num_items - batch.laboratory_items.shape[1])
-    return dataclasses.replace(
-        batch,
-        codes=pad(batch.codes, missing),
-        classes=pad(batch.classes, missing),
-        laboratory_items=pad(batch.laboratory_items, unmeasured),
-        laboratory_values=pad(batch.laboratory_values, unmeasured, value=math.nan),
+    visits = (shape.patients, shape.steps)
+    codes = np.zeros((*visits, 3, shape.width), np.int64)
+    classes = np.full((*visits, 3, shape.width), ORPHAN, np.int64)
+    counts = np.zeros((*visits, 3), np.int64)
+    items = np.zeros((*visits, scaling.num_items), np.int64)
+    values = np.full((*visits, scaling.num_items), np.nan, np.float32)
+    num_values = np.zeros(visits, np.int64)
+    for p, patient in enumerate(patients):
+        for k, lists in enumerate(patient.known):
+            for t, ids in enumerate(lists):
+                if ids:
+                    codes[p, t, k, : len(ids)] = ids
+                    classes[p, t, k, : len(ids)] = edges[k].classes(ids)
+                    counts[p, t, k] = len(ids)
+        counts[p, patient.num_visits :] = fillers_of(patient, shape)
+        for t, measured in enumerate(patient.laboratory):
+            if measured:
+                own = np.array([item for item, _ in measured])
+                items[p, t, : len(own)] = own
+                given = np.array([value for _, value in measured], np.float32)
+                values[p, t, : len(own)] = scaling.values(own, given)
+                num_values[p, t] = len(own)
+    for array in (codes, classes, counts, items, values, num_values):
+        array[len(patients) :] = array[0]
+    ages = scaling.ages(np.array([patient.age for patient in patients], np.float32))
+    sexes = np.array([patient.sex for patient in patients], np.int64)
+    of = np.zeros(shape.patients, np.int64)  # the patient that each is, the first again at the end
+    of[: len(patients)] = np.arange(len(patients))
+    rows = shape.patients * shape.steps
+    num_diagnoses, num_procedures, num_medications = (len(vocabularies[kind]) for kind in KINDS)
+    return Batch(
+        codes=torch.from_numpy(codes.reshape(rows, 3, -1)),
+        counts=torch.from_numpy(counts.reshape(rows, 3)),
+        classes=torch.from_numpy(classes.reshape(rows, 3, -1)),
+        lengths=torch.full((shape.patients,), shape.steps),
+        targets=torch.zeros(rows, num_medications),
+        sex=torch.from_numpy(sexes[of]),
+        age=torch.from_numpy(np.repeat(ages[of], shape.steps)),
+        laboratory_items=torch.from_numpy(items.reshape(rows, -1)),
+        laboratory_values=torch.from_numpy(values.reshape(rows, -1)),
+        laboratory_counts=torch.from_numpy(num_values.reshape(rows)),
+        slots=torch.arange(rows),
+        num_steps=shape.steps,
+        sizes=(num_diagnoses, num_procedures, num_medications),
     )
 
 
@@ -219,27 +263,3 @@ def _sizes(patient: EncodedPatient) -> NDArray[np.int64]:
 def _split(total: int, parts: int) -> NDArray[np.int64]:
     """Splits a number as evenly as can be, int64 (parts,)."""
     return total // parts + (np.arange(parts) < total % parts).astype(np.int64)
-
-
-def _lists(
-    patients: Sequence[EncodedPatient], shape: Shape
-) -> tuple[CodeLists, CodeLists, CodeLists]:
-    """What is known at each visit, with none for the fillers."""
-    lists: list[list[Sequence[int]]] = [[], [], []]
-    for patient in patients:
-        for k in range(3):
-            lists[k].extend(patient.known[k])
-            lists[k].extend([()] * (shape.steps - patient.num_visits))
-    diagnoses, procedures, medications = map(CodeLists.of, lists)
-    return diagnoses, procedures, medications
-
-
-def _laboratory(patients: Sequence[EncodedPatient], shape: Shape) -> Laboratory:
-    """What is measured at each visit, with nothing for the fillers."""
-    visits: list[tuple[tuple[int, float], ...]] = []
-    for patient in patients:
-        visits.extend(patient.laboratory)
-        visits.extend([()] * (shape.steps - patient.num_visits))
-    items = CodeLists.of([[item for item, _ in measured] for measured in visits])
-    values = [value for measured in visits for _, value in measured]
-    return Laboratory(items, np.array(values, np.float32))

@@ -20,7 +20,7 @@ from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE, LIMITS
 from serve.answering import Answerer, Explains
 from serve.answers import ModelCard, ModelName, Recommendation
-from serve.batching import Shape, batch_of, kinds_of, shape_of
+from serve.batching import Edges, Shape, batch_of, kinds_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.explanation import Explainer
 from serve.schema import Options, RecommendRequest
@@ -54,7 +54,8 @@ class Recommender:
         if self._device.type != "cpu":
             self._model.to(self._device)
             bundles.self_check(bundle, self._model)
-        self._adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
+        adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
+        self._edges = [Edges.of(adjacency) for adjacency in adjacencies]
         self._kinds = kinds_of(bundle.vocabularies)
         self._medications = bundle.vocabularies["medication"]
         self.names = bundle.names
@@ -165,10 +166,9 @@ class Recommender:
         batch = batch_of(
             patients,
             shape,
-            bundle.graph,
             bundle.vocabularies,
             bundle.preprocessing.scaling,
-            self._adjacencies,
+            self._edges,
         )
         return self.score(batch, torch.tensor([patient.num_visits - 1 for patient in patients]))
 

@@ -5,11 +5,14 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 
-from cafemed.batches import Batch, input_adjacencies
+from cafemed.batches import Batch, collate, input_adjacencies, visit_arrays
 from cafemed.bundle import Bundle
+from cafemed.codes import KINDS, CodeLists
+from cafemed.graphs import node_classes
 from cafemed.scaling import Scaling
-from serve.batching import batch_of, fillers_of, shape_of
+from serve.batching import Edges, batch_of, fillers_of, shape_of
 from serve.encoding import EncodedPatient
 
 
@@ -85,15 +88,14 @@ def test_a_run_holds_fewer_patients_the_longer_they_are() -> None:
 
 def batch(bundle: Bundle, *visits: list[tuple[int, int, int]]) -> Batch:
     patients = [patient(sizes) for sizes in visits]
-    adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
+    edges = [Edges.of(a) for a in input_adjacencies(bundle.graph, bundle.vocabularies)]
     shape = shape_of(patients[0])
     return batch_of(
         patients,
         shape,
-        bundle.graph,
         bundle.vocabularies,
         bundle.preprocessing.scaling,
-        adjacencies,
+        edges,
     )
 
 
@@ -134,8 +136,8 @@ def test_a_run_has_the_scaled_ages_and_laboratory_values_at_one_width(served: Bu
         measured([((2, -3.0),), ((0, 1e9), (1, 6.0), (2, 1.0))], math.nan),
     ]
     shape = shape_of(patients[0])
-    adjacencies = input_adjacencies(served.graph, served.vocabularies)
-    made = batch_of(patients, shape, served.graph, served.vocabularies, scaling, adjacencies)
+    edges = [Edges.of(a) for a in input_adjacencies(served.graph, served.vocabularies)]
+    made = batch_of(patients, shape, served.vocabularies, scaling, edges)
     steps = shape.steps
     assert made.laboratory_items.shape == (shape.patients * steps, 4)
     expected = {0: {1: 1.0, 0: 1.0}, 1: {}, steps: {2: -4.0}, steps + 1: {0: 10.0, 1: -2.0, 2: 0.0}}
@@ -150,7 +152,64 @@ def test_a_run_has_the_scaled_ages_and_laboratory_values_at_one_width(served: Bu
     assert made.age[:steps].tolist() == [1.0] * steps
     assert torch.isnan(made.age[steps : 2 * steps]).all()
     # A patient alone gets the same rows as beside another.
-    alone = batch_of(patients[:1], shape, served.graph, served.vocabularies, scaling, adjacencies)
+    alone = batch_of(patients[:1], shape, served.vocabularies, scaling, edges)
     for name in ("laboratory_items", "laboratory_values", "laboratory_counts", "age"):
         ours, theirs = getattr(alone, name)[:steps], getattr(made, name)[:steps]
         assert torch.equal(torch.nan_to_num(ours), torch.nan_to_num(theirs))
+
+
+def test_classes_are_those_of_the_graph_of_a_visits_codes_alone() -> None:
+    """Against the sparse products that training uses."""
+    rng = np.random.default_rng(5)
+    size = 60
+    pairs = np.array([(i, j) for i in range(size) for j in range(size) if i < j])
+    chosen = pairs[rng.random(len(pairs)) < 0.05]
+    adjacency = sparse.csr_array(
+        (np.ones(len(chosen), np.float32), (chosen[:, 0], chosen[:, 1])), shape=(size, size)
+    )
+    visits = [rng.permutation(size)[: rng.integers(0, 25)].tolist() for _ in range(40)]
+    edges = Edges.of(adjacency)
+    mine = [c for visit in visits for c in edges.classes(visit)]
+    assert mine == node_classes(CodeLists.of(visits), adjacency).tolist()
+    assert set(mine) == {0, 1, 2, 3}
+
+
+def test_a_batch_is_what_training_would_be_given(served: Bundle) -> None:
+    """Fillers apart, the arrays are those of cafemed.batches for the same visits."""
+    vocabularies = served.vocabularies
+    rng = np.random.default_rng(2)
+    patients = []
+    for i in range(3):
+        known = tuple(
+            tuple(
+                tuple(rng.permutation(len(vocabularies[kind]))[: rng.integers(0, 5)].tolist())
+                for _ in range(2)
+            )
+            for kind in KINDS
+        )
+        patients.append(EncodedPatient(known, (), i, 60.0 + i, laboratory=((), ()), unknown=()))
+    adjacencies = input_adjacencies(served.graph, vocabularies)
+    [shape] = {shape_of(one) for one in patients}
+    edges = [Edges.of(adjacency) for adjacency in adjacencies]
+    made = batch_of(patients, shape, vocabularies, served.preprocessing.scaling, edges)
+    diagnoses, procedures, medications = (
+        CodeLists.of([ids for one in patients for ids in one.known[k]]) for k in range(3)
+    )
+    arrays = visit_arrays(
+        (diagnoses, procedures, medications),
+        None,
+        np.arange(4) * 2,
+        served.graph,
+        vocabularies,
+        np.array([one.sex for one in patients], np.int8),
+        np.repeat(np.array([one.age for one in patients], np.float32), 2),
+        served.preprocessing.scaling,
+    )
+    expected = collate(arrays, np.arange(3))
+    rows = [p * shape.steps + t for p in range(3) for t in range(2)]
+    width = expected.codes.shape[2]
+    assert torch.equal(made.codes[rows][:, :, :width], expected.codes)
+    assert torch.equal(made.classes[rows][:, :, :width], expected.classes)
+    assert torch.equal(made.counts[rows], expected.counts)
+    assert torch.equal(made.age[rows], expected.age)
+    assert made.sex[:3].tolist() == expected.sex.tolist()

@@ -14,7 +14,7 @@ from cafemed.bundle import Bundle
 from cafemed.codes import CodeLists
 from cafemed.laboratory import Laboratory
 from serve import bulk
-from serve.batching import batch_of, kinds_of, shape_of
+from serve.batching import Edges, batch_of, kinds_of, shape_of
 from serve.bulk import Patients, Scorer
 from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
@@ -128,10 +128,9 @@ def test_shapes_and_tensors_are_those_of_the_endpoint(served: Bundle, seed: int,
         expected = batch_of(
             one_by_one[: shape.patients],
             shape,
-            served.graph,
             served.vocabularies,
             served.preprocessing.scaling,
-            adjacencies,
+            [Edges.of(adjacency) for adjacency in adjacencies],
         )
         repeated = np.concatenate([run, np.repeat(run[:1], shape.patients - len(run))])
         batch = bulk._batch(arrays, shape, repeated, served.preprocessing.scaling.num_items)

@@ -52,7 +52,7 @@ class ServeConfig:
         min_replicas: replicas that always run; 0: none while nobody asks.
         max_replicas: replicas under load.
         target_ongoing_requests: requests a replica is meant to work on; more adds replicas.
-        look_back_s: time that the requests are averaged over.
+        look_back_s: time that the requests are averaged over; Ray counts them every ten seconds.
         upscale_delay_s: how long there have to be more before replicas are added.
         downscale_delay_s: how long there have to be fewer before replicas are taken away.
         downscale_to_zero_delay_s: the same for the last replica.
@@ -83,7 +83,7 @@ class ServeConfig:
     min_replicas: Annotated[int, Range(0)] = 1
     max_replicas: Annotated[int, Range(1)] = 2
     target_ongoing_requests: Annotated[float, Range(0, open_low=True)] = 16.0
-    look_back_s: Annotated[float, Range(0, open_low=True)] = 30.0
+    look_back_s: Annotated[float, Range(10, open_low=True)] = 30.0
     upscale_delay_s: Annotated[float, Range(0)] = 10.0
     downscale_delay_s: Annotated[float, Range(0)] = 300.0
     downscale_to_zero_delay_s: Annotated[float, Range(0)] = 600.0

@@ -28,6 +28,8 @@ from serve.answers import (
 from serve.encoding import EncodedPatient
 from serve.schema import Options
 
+#: Share of the threshold that a near miss has at least.
+NEAR = 0.5
 #: Probabilities this close to 0 or 1 are taken for it: single precision's step below 1.
 _STEP = 2.0**-24
 
@@ -101,7 +103,8 @@ class Answerer:
         chosen, codes = outcome.chosen, self._codes
         taken = set(patient.taken).difference(chosen)
         pairs = self._pairs(chosen)
-        near = (m for m in order[number:] if m not in refused)
+        lowest = self._threshold * NEAR
+        near = (m for m in order[number:] if values[m] >= lowest and m not in refused)
         return Recommendation(
             medications=[
                 Medication(

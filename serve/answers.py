@@ -201,8 +201,8 @@ class Recommendation:
     near_misses: Annotated[
         list[NearMiss],
         Field(
-            description=f"at most {MAX_NEAR_MISSES} below the threshold, the most probable "
-            "first; none that falls under an allergy"
+            description=f"at most {MAX_NEAR_MISSES} below the threshold and above half of it, the "
+            "most probable first; none that falls under an allergy"
         ),
     ]
     unknown_codes: Annotated[

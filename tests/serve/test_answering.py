@@ -179,12 +179,16 @@ def test_near_misses_are_the_next_below_the_threshold(
     served: Bundle, recommender: Recommender
 ) -> None:
     names = served.vocabularies["medication"]
-    row = np.linspace(0.9, 0.1, len(names), dtype=np.float32)
+    row = np.linspace(0.7, 0.26, len(names), dtype=np.float32)
     got = answer(recommender, row)
     number = len(got.medications)
+    assert number == 6
     assert codes(got.near_misses) == list(names[number : number + MAX_NEAR_MISSES])
     assert [one.probability for one in got.near_misses] == row[number:][:MAX_NEAR_MISSES].tolist()
     assert answer(recommender, np.ones_like(row)).near_misses == []
+    # What has less than half of the threshold is not near.
+    row[number + 2 :] -= 0.2
+    assert codes(answer(recommender, row).near_misses) == list(names[number : number + 2])
 
 
 def test_medications_have_the_names_that_the_user_gave(

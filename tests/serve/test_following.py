@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -62,6 +63,58 @@ def test_a_broken_version_never_replaces_one_that_works(
     registry.rollback(registry_dir)
     assert not model.refresh()
     assert model.recommender.name.version == 1
+
+
+def other_weights(bundle: Bundle, change: float) -> Bundle:
+    """The bundle with one changed weight, whole by its checksums."""
+    weights = {name: tensor.clone() for name, tensor in bundle.weights.items()}
+    next(iter(weights.values())).view(-1)[0] = change
+    return dataclasses.replace(bundle, weights=weights)
+
+
+def test_weights_that_are_not_those_that_were_evaluated_never_answer(
+    registry_dir: Path,
+    other: Bundle,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = FollowingModel(registry_dir, "production")
+    bundles.write(tmp_path / "c", other_weights(other, 1000.0))
+    registry.promote(registry_dir, registry.publish(registry_dir, tmp_path / "c", {}))
+    assert not model.refresh()
+    assert (model.recommender.name.version, model.refused) == (1, 3)
+    assert "self_check" in caplog.text
+    registry.promote(registry_dir, 2)
+    assert model.refresh()
+    assert (model.recommender.name.version, model.refused) == (2, None)
+
+
+def test_what_no_one_thought_of_is_refused_too(
+    registry_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FollowingModel(registry_dir, "production")
+    registry.promote(registry_dir, 2)
+    monkeypatch.setattr(model, "_load", lambda _: {}["MARKER4711"])
+    assert not model.refresh()
+    assert (model.recommender.name.version, model.refused) == (1, 2)
+    assert "staying with version 1: KeyError" in caplog.text
+    assert "MARKER4711" not in caplog.text
+
+
+def test_storage_that_fails_once_is_asked_again(
+    registry_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FollowingModel(registry_dir, "production")
+    registry.promote(registry_dir, 2)
+
+    def fail(_: int) -> None:
+        raise OSError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_load", fail)
+        assert not model.refresh()
+    assert model.refresh()
+    assert model.recommender.name.version == 2
 
 
 def test_a_registry_out_of_reach_changes_nothing(

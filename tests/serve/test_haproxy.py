@@ -14,6 +14,7 @@ from serve.settings import HttpConfig
 SCRIPT = paths.PROJECT_DIR / "platform" / "haproxy" / "haproxy"
 FRONT = "frontend http_frontend\n    bind *:8000\n"
 PAGES = "frontend prometheus\n    bind :9101\n    mode http\n"
+GLOBAL = "global\n    log 127.0.0.1:514 local0 info\n    maxconn 4096\ndefaults\n    log global\n"
 STATS = "listen stats\n  bind *:8404\n  stats enable\n"
 
 
@@ -46,6 +47,19 @@ def test_pages_of_figures_are_bound_to_the_loopback_and_the_endpoint_as_told(
     )
 
 
+def test_no_path_is_logged_unless_a_log_is_named(tmp_path: Path, started: dict[str, str]) -> None:
+    config = (
+        GLOBAL + PAGES + FRONT + "    log /m.sock len 8192 format rfc5424 local1 debug\n" + STATS
+    )
+    logs = [line.strip() for line in start(config, tmp_path, started).stdout.splitlines()]
+    assert [line for line in logs if line.startswith("log ")] == [
+        "log global",
+        "log /m.sock len 8192 format rfc5424 local1 debug",
+    ]
+    named = start(config, tmp_path, started | {"RAY_SERVE_HAPROXY_LOG_TARGET": "127.0.0.1:514"})
+    assert "log 127.0.0.1:514 local0 info" in named.stdout
+
+
 def test_they_are_open_where_that_is_asked(tmp_path: Path, started: dict[str, str]) -> None:
     done = start(
         PAGES + FRONT + STATS, tmp_path, started | {"CAFEMED_HAPROXY_STATS_HOST": "0.0.0.0"}
@@ -75,6 +89,7 @@ def test_rays_own_template_is_understood(tmp_path: Path, started: dict[str, str]
     binds = [line.strip() for line in done.stdout.splitlines() if line.strip().startswith("bind ")]
     assert "bind 127.0.0.1:9101" in binds
     assert "bind 127.0.0.1:8404" in binds
+    assert "local0 info" not in done.stdout
 
 
 def test_the_environment_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:

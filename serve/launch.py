@@ -69,7 +69,9 @@ def deploy(application: Any, name: str, http: HttpConfig) -> str:
     try:
         with console.waiting("starting the endpoint"):
             options = {"host": http.host, "port": http.port, **tls.http_options(http)}
-            serve.start(proxy_location="EveryNode", http_options=options)
+            # Nor do Ray's own processes log requests: a path may hold what was searched for.
+            logs = {"encoding": "JSON", "enable_access_log": False}
+            serve.start(proxy_location="EveryNode", http_options=options, logging_config=logs)
             serve.run(application, name=name, route_prefix="/")
     except RuntimeError as err:
         reason = _said_by_a_replica(name) or str(err).strip().splitlines()[-1]

@@ -118,6 +118,8 @@ def test_bad_requests_are_refused_and_codes_never_logged(url: str, ray_folder: P
     json_type = {"Content-Type": "application/json"}
     answer = httpx.post(f"{url}/v1/recommend", content=broken, headers=json_type)
     assert answer.status_code == 422
+    assert httpx.get(f"{url}/v1/codes?query={MARKER}").json() == {"codes": []}
+    assert httpx.get(f"{url}/{MARKER}").status_code == 404
     logs = [path for path in ray_folder.rglob("*") if path.is_file()]
     texts = [path.read_text(errors="replace") for path in logs]
     assert any("POST /v1/recommend" in text for text in texts)  # they are the logs

@@ -257,7 +257,7 @@ def test_every_metric_is_on_the_nodes_port_and_nothing_of_a_patient_anywhere(
 ) -> None:
     """With a shadow, whose answers change nothing; metrics and all logs are looked through."""
     running = start(
-        "haproxy", shadow=2, shadow_share=1.0, shadow_num_cpus=0.1, drift_patients=10, num_cpus=0.5
+        "default", shadow=2, shadow_share=1.0, shadow_num_cpus=0.1, drift_patients=10, num_cpus=0.5
     )
     body = example_request(served)
     marked = json.loads(json.dumps(body))
@@ -275,6 +275,9 @@ def test_every_metric_is_on_the_nodes_port_and_nothing_of_a_patient_anywhere(
     assert ask({"patients": [{"visits": [{"diagnoses": [{"code": MARKER}]}]}]}).status_code == 422
     unfit = {"patients": [{"visits": [{"diagnoses": [{"system": MARKER, "code": MARKER}]}]}]}
     assert ask(unfit).status_code == 422
+
+    assert httpx.get(f"{running.url}/v1/codes?query={MARKER}").json() == {"codes": []}
+    assert httpx.get(f"{running.url}/{MARKER}").status_code == 404
 
     def complete() -> str:
         page = running.scrape()

@@ -98,8 +98,10 @@ def choose(
         max_steps: of the search.
         max_seconds: of the search, processor time.
     """
-    if not weights:
-        return Choice((), optimal=True)
+    number = len(weights)
+    pairs = sum(others.bit_count() for others in conflicts) // 2
+    if number <= max_size and rate(pairs, number) <= max_rate:
+        return Choice(tuple(range(number)), optimal=True)
     order = _by_cliques(weights, conflicts)
     place = {candidate: i for i, candidate in enumerate(order)}
     end = time.thread_time() + max_seconds

@@ -36,7 +36,8 @@ export function visitName(position, number) {
 /** A code with its name, where it has one. */
 export function titled(code, name) {
   return element(
-    "span", { class: "titled" },
+    "span",
+    { class: "titled" },
     element("span", { class: "name" }, name ?? code),
     name === null ? null : element("span", { class: "code" }, code),
   );

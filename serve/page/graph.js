@@ -50,8 +50,15 @@ function shape(tag, attributes, text) {
 function drawn(nodes, pairs, summary, width) {
   const right = Math.ceil(nodes.length / 2);
   const height = (right + 1) * ROW;
-  const places = new Map(nodes.map((node, i) => [node.key, placed(i, nodes.length, width, height)]));
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": summary });
+  const places = new Map(
+    nodes.map((node, i) => [node.key, placed(i, nodes.length, width, height)]),
+  );
+  const svg = shape("svg", {
+    viewBox: `0 0 ${width} ${height}`,
+    height,
+    role: "img",
+    "aria-label": summary,
+  });
   for (const pair of pairs) {
     const [a, b] = [places.get(pair.first), places.get(pair.second)];
     const edge = shape("path", {
@@ -65,7 +72,11 @@ function drawn(nodes, pairs, summary, width) {
     const { x, y, side } = places.get(node.key);
     const group = shape("g", { class: node.taken ? "node taken" : "node" });
     group.dataset.key = node.key;
-    const label = shape("text", { x: x + GAP * side, y: y + 4.5, "text-anchor": side > 0 ? "start" : "end" }, labelled(node, width));
+    const label = shape(
+      "text",
+      { x: x + GAP * side, y: y + 4.5, "text-anchor": side > 0 ? "start" : "end" },
+      labelled(node, width),
+    );
     label.dataset.room = (side > 0 ? width - x : x) - GAP;
     group.append(shape("title", {}, node.name ? `${node.code} ${node.name}` : node.code));
     group.append(shape("circle", { cx: x, cy: y, r: 6 }), label);
@@ -99,7 +110,11 @@ function fit(svg) {
   for (const label of svg.querySelectorAll("text")) {
     const room = Number(label.dataset.room);
     let text = label.textContent;
-    for (let length = label.getComputedTextLength(); length > room && text.length > 1; length = label.getComputedTextLength()) {
+    for (
+      let length = label.getComputedTextLength();
+      length > room && text.length > 1;
+      length = label.getComputedTextLength()
+    ) {
       text = text.slice(0, Math.min(text.length - 1, Math.floor((text.length * room) / length)));
       label.textContent = `${text.trimEnd()}…`;
     }

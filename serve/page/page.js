@@ -5,7 +5,12 @@ import { KINDS, element, percent, visitName } from "./dom.js";
 import { searchField } from "./search.js";
 
 const FIELDS = { diagnosis: "diagnoses", procedure: "procedures", medication: "medications" };
-const TITLES = { diagnosis: "Diagnoses", procedure: "Procedures", medication: "Medications", laboratory: "Laboratory" };
+const TITLES = {
+  diagnosis: "Diagnoses",
+  procedure: "Procedures",
+  medication: "Medications",
+  laboratory: "Laboratory",
+};
 
 const at = (id) => document.getElementById(id);
 /** Visits, the current one first; each a list of codes with their kind. */
@@ -48,25 +53,48 @@ function visitFields(codes, v) {
   const name = visitName(visits.length - 1 - v, visits.length);
   const title = name[0].toUpperCase() + name.slice(1);
   const chips = element("div", { class: "chips" });
-  const search = searchField(`Add a code to the ${name}`, findCodes, (code) => {
-    if (codes.some((one) => same(one, code))) {
-      say(`${code.system}:${code.code} is there already`);
-      return;
-    }
-    codes.push({ ...code, value: "" });
-    changed();
-    drawChips(chips, codes, name, search.input);
-    say(`Added ${code.kind} ${code.system}:${code.code}`);
-    if (code.kind === "laboratory") chips.querySelector(".laboratory:last-child input").focus();
-  }, say);
+  const search = searchField(
+    `Add a code to the ${name}`,
+    findCodes,
+    (code) => {
+      if (codes.some((one) => same(one, code))) {
+        say(`${code.system}:${code.code} is there already`);
+        return;
+      }
+      codes.push({ ...code, value: "" });
+      changed();
+      drawChips(chips, codes, name, search.input);
+      say(`Added ${code.kind} ${code.system}:${code.code}`);
+      if (code.kind === "laboratory") chips.querySelector(".laboratory:last-child input").focus();
+    },
+    say,
+  );
   drawChips(chips, codes, name, search.input);
   const fields = element(
-    "fieldset", { class: "visit" },
+    "fieldset",
+    { class: "visit" },
     element("legend", {}, title),
     search.field,
-    v === 0 ? element("p", { class: "faint" }, "Medications of the current visit are those taken already: they are checked for interactions.") : null,
+    v === 0
+      ? element(
+          "p",
+          { class: "faint" },
+          "Medications of the current visit are those taken already: they are checked for interactions.",
+        )
+      : null,
     chips,
-    v === 0 ? null : element("button", { type: "button", class: "quiet", "aria-label": `Remove this visit, ${name}`, onclick: () => removeVisit(v) }, "Remove this visit"),
+    v === 0
+      ? null
+      : element(
+          "button",
+          {
+            type: "button",
+            class: "quiet",
+            "aria-label": `Remove this visit, ${name}`,
+            onclick: () => removeVisit(v),
+          },
+          "Remove this visit",
+        ),
   );
   return { fields, input: search.input };
 }
@@ -76,29 +104,65 @@ function same(a, b) {
 }
 
 function drawChips(chips, codes, name, input) {
-  chips.replaceChildren(...KINDS.filter((kind) => codes.some((code) => code.kind === kind)).map((kind) => element(
-    "div", {},
-    element("h3", {}, kind === "medication" && name === "current visit" ? "Medications taken already" : TITLES[kind]),
-    element("ul", { class: "codes" }, ...codes.filter((code) => code.kind === kind).map((code) => element(
-      "li", { class: kind },
-      element("span", { class: "titled" }, element("span", { class: "code" }, `${code.system}:${code.code}`), code.name ? element("span", { class: "name" }, code.name) : null),
-      kind === "laboratory" ? valueField(code) : null,
-      element("button", {
-        type: "button", "aria-label": `Remove ${code.system}:${code.code} from the ${name}`,
-        onclick: () => {
-          codes.splice(codes.indexOf(code), 1);
-          changed();
-          drawChips(chips, codes, name, input);
-          say(`Removed ${code.system}:${code.code}`);
-          input.focus();
-        },
-      }, "×"),
-    ))),
-  )));
+  chips.replaceChildren(
+    ...KINDS.filter((kind) => codes.some((code) => code.kind === kind)).map((kind) =>
+      element(
+        "div",
+        {},
+        element(
+          "h3",
+          {},
+          kind === "medication" && name === "current visit"
+            ? "Medications taken already"
+            : TITLES[kind],
+        ),
+        element(
+          "ul",
+          { class: "codes" },
+          ...codes
+            .filter((code) => code.kind === kind)
+            .map((code) =>
+              element(
+                "li",
+                { class: kind },
+                element(
+                  "span",
+                  { class: "titled" },
+                  element("span", { class: "code" }, `${code.system}:${code.code}`),
+                  code.name ? element("span", { class: "name" }, code.name) : null,
+                ),
+                kind === "laboratory" ? valueField(code) : null,
+                element(
+                  "button",
+                  {
+                    type: "button",
+                    "aria-label": `Remove ${code.system}:${code.code} from the ${name}`,
+                    onclick: () => {
+                      codes.splice(codes.indexOf(code), 1);
+                      changed();
+                      drawChips(chips, codes, name, input);
+                      say(`Removed ${code.system}:${code.code}`);
+                      input.focus();
+                    },
+                  },
+                  "×",
+                ),
+              ),
+            ),
+        ),
+      ),
+    ),
+  );
 }
 
 function valueField(code) {
-  const input = element("input", { type: "number", step: "any", inputmode: "decimal", "aria-label": `Value of ${code.system}:${code.code}`, placeholder: "value" });
+  const input = element("input", {
+    type: "number",
+    step: "any",
+    inputmode: "decimal",
+    "aria-label": `Value of ${code.system}:${code.code}`,
+    placeholder: "value",
+  });
   input.value = code.value;
   input.addEventListener("input", () => {
     code.value = input.value;
@@ -117,14 +181,27 @@ function removeVisit(v) {
 /** The request's body. */
 function request() {
   const sent = visits.toReversed().map((codes) => ({
-    ...Object.fromEntries(Object.entries(FIELDS).map(([kind, field]) => [field, codes.filter((code) => code.kind === kind).map(({ system, code }) => ({ system, code }))])),
-    laboratory: codes.filter((code) => code.kind === "laboratory").map(({ code, value }) => ({ item: code, value: number(value) })),
+    ...Object.fromEntries(
+      Object.entries(FIELDS).map(([kind, field]) => [
+        field,
+        codes.filter((code) => code.kind === kind).map(({ system, code }) => ({ system, code })),
+      ]),
+    ),
+    laboratory: codes
+      .filter((code) => code.kind === "laboratory")
+      .map(({ code, value }) => ({ item: code, value: number(value) })),
   }));
-  const allergies = at("allergies").value.split(/[\s,;]+/).filter((text) => text !== "");
+  const allergies = at("allergies")
+    .value.split(/[\s,;]+/)
+    .filter((text) => text !== "");
   const limit = number(at("max-ddi").value);
   return {
     patients: [{ sex: at("sex").value, age: number(at("age").value), allergies, visits: sent }],
-    options: { max_ddi_rate: limit === null ? null : limit / 100, top_k: number(at("top-k").value), explain: at("explain").checked },
+    options: {
+      max_ddi_rate: limit === null ? null : limit / 100,
+      top_k: number(at("top-k").value),
+      explain: at("explain").checked,
+    },
   };
 }
 
@@ -141,9 +218,19 @@ async function ask(event) {
   at("ask").setAttribute("aria-busy", "true");
   say("Asking");
   const body = request();
-  const names = new Map(visits.flat().filter((code) => code.kind === "medication").map((code) => [`${code.system}:${code.code}`, code.name]));
+  const names = new Map(
+    visits
+      .flat()
+      .filter((code) => code.kind === "medication")
+      .map((code) => [`${code.system}:${code.code}`, code.name]),
+  );
   try {
-    const reply = await call("v1/recommend", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal: mine.signal });
+    const reply = await call("v1/recommend", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(body),
+      signal: mine.signal,
+    });
     if (reply.ok) show(await reply.json(), { names, number: body.patients[0].visits.length });
     else await refused(reply);
   } catch (error) {
@@ -168,7 +255,11 @@ async function refused(reply, moves = true) {
   const wait = reply.headers.get("Retry-After");
   if (reply.status === 401 || reply.status === 403) {
     at("access").open = true;
-    problem(`${body.message ?? "This server asks for an API key"}: enter the key under “API key”.`, [], false);
+    problem(
+      `${body.message ?? "This server asks for an API key"}: enter the key under “API key”.`,
+      [],
+      false,
+    );
     if (moves) at("key").focus();
   } else if (wait !== null) {
     problem(`The server has too much to do. Ask again in ${wait} s.`, [], moves);
@@ -181,18 +272,25 @@ function problem(message, fields = [], moves = true) {
   const box = at("problem");
   box.replaceChildren(
     element("p", {}, message),
-    element("ul", {}, ...fields.map((one) => element("li", {}, element("strong", {}, `${plainField(one.field)}: `), one.message))),
+    element(
+      "ul",
+      {},
+      ...fields.map((one) =>
+        element("li", {}, element("strong", {}, `${plainField(one.field)}: `), one.message),
+      ),
+    ),
   );
   box.hidden = false;
   say(moves ? "" : message);
   if (moves) box.focus();
 }
 
-/** "patients[0].visits[1].diagnoses[0].code" → "current visit, diagnoses[0].code (…)". */
+/** "patients[0].visits[1].diagnoses[0].code" → "current visit, diagnoses[0].code". */
 function plainField(field) {
   const visit = /^patients\[0\]\.visits\[(\d+)\]\.?(.*)$/.exec(field);
-  if (visit !== null) return [visitName(Number(visit[1]), visits.length), visit[2]].filter(Boolean).join(", ");
-  return field.replace(/^patients\[0\]\./, "");
+  if (visit !== null)
+    return [visitName(Number(visit[1]), visits.length), visit[2]].filter(Boolean).join(", ");
+  return field === "patients[0]" ? "this patient" : field.replace(/^patients\[0\]\./, "");
 }
 
 /** What is shown was for the patient as it was before. */
@@ -218,9 +316,10 @@ async function describe() {
 function about(card) {
   const sizes = `It knows ${card.num_diagnoses} diagnoses, ${card.num_procedures} procedures, ${card.num_medications} medications and ${card.laboratory_items.length} laboratory items, and recommends from a probability of ${percent(card.threshold)}.`;
   const measured = card.card?.metrics?.test?.values?.jaccard;
-  const quality = measured === undefined
-    ? "It was not evaluated on test patients."
-    : `On test patients its recommendations and what was prescribed have a mean Jaccard index of ${measured[0].toFixed(3)} (95 % interval ${measured[1].toFixed(3)} to ${measured[2].toFixed(3)}).`;
+  const quality =
+    measured === undefined
+      ? "It was not evaluated on test patients."
+      : `On test patients its recommendations and what was prescribed have a mean Jaccard index of ${measured[0].toFixed(3)} (95 % interval ${measured[1].toFixed(3)} to ${measured[2].toFixed(3)}).`;
   return [
     element("p", {}, sizes),
     element("p", {}, quality),

@@ -22,15 +22,32 @@ export function searchField(label, ask, add, say) {
   const id = `search-${made}`;
   const state = { options: [], active: -1, asked: 0, timer: 0 };
   const kind = element(
-    "select", { "aria-label": `${label}: kind` },
-    ...[["", "all kinds"], ["diagnosis", "diagnoses"], ["procedure", "procedures"],
-      ["medication", "medications"], ["laboratory", "laboratory"]].map(
-      ([value, text]) => element("option", { value }, text)),
+    "select",
+    { "aria-label": `${label}: kind` },
+    ...[
+      ["", "all kinds"],
+      ["diagnosis", "diagnoses"],
+      ["procedure", "procedures"],
+      ["medication", "medications"],
+      ["laboratory", "laboratory"],
+    ].map(([value, text]) => element("option", { value }, text)),
   );
-  const list = element("ul", { id: `${id}-list`, role: "listbox", "aria-label": `${label}: codes found`, hidden: "" });
+  const list = element("ul", {
+    id: `${id}-list`,
+    role: "listbox",
+    "aria-label": `${label}: codes found`,
+    hidden: "",
+  });
   const input = element("input", {
-    id, role: "combobox", "aria-label": label, "aria-autocomplete": "list", "aria-expanded": "false",
-    "aria-controls": list.id, spellcheck: "false", autocomplete: "off", enterkeyhint: "done",
+    id,
+    role: "combobox",
+    "aria-label": label,
+    "aria-autocomplete": "list",
+    "aria-expanded": "false",
+    "aria-controls": list.id,
+    spellcheck: "false",
+    autocomplete: "off",
+    enterkeyhint: "done",
     placeholder: "Search a code or name",
   });
 
@@ -46,7 +63,9 @@ export function searchField(label, ask, add, say) {
 
   function activate(position) {
     state.active = position;
-    [...list.children].forEach((option, i) => option.setAttribute("aria-selected", String(i === position)));
+    [...list.children].forEach((option, i) =>
+      option.setAttribute("aria-selected", String(i === position)),
+    );
     input.setAttribute("aria-activedescendant", `${id}-${position}`);
     list.children[position].scrollIntoView({ block: "nearest" });
   }
@@ -60,20 +79,43 @@ export function searchField(label, ask, add, say) {
 
   function show(options) {
     state.options = options;
-    list.replaceChildren(...options.map((code, i) => element(
-      "li",
-      {
-        id: `${id}-${i}`, role: "option", "aria-selected": "false",
-        // Before the field loses the focus, which closes the list.
-        onpointerdown: (event) => event.preventDefault(),
-        onclick: () => pick(i),
-      },
-      element("span", { class: `kind ${code.kind}` }, code.kind),
-      element("span", { class: "code" }, `${code.system}:${code.code}`),
-      element("span", { class: "name" }, code.typed ? "as typed; the model may not know it" : code.name ?? ""),
-    )));
-    if (options.length === 0) list.append(element("li", { class: "none", role: "option", "aria-disabled": "true", "aria-selected": "false" }, NONE));
-    say(options.length === 0 ? NONE : options.length === 1 ? "1 code found" : `${options.length} codes found`);
+    list.replaceChildren(
+      ...options.map((code, i) =>
+        element(
+          "li",
+          {
+            id: `${id}-${i}`,
+            role: "option",
+            "aria-selected": "false",
+            // Before the field loses the focus, which closes the list.
+            onpointerdown: (event) => event.preventDefault(),
+            onclick: () => pick(i),
+          },
+          element("span", { class: `kind ${code.kind}` }, code.kind),
+          element("span", { class: "code" }, `${code.system}:${code.code}`),
+          element(
+            "span",
+            { class: "name" },
+            code.typed ? "as typed; the model may not know it" : (code.name ?? ""),
+          ),
+        ),
+      ),
+    );
+    if (options.length === 0)
+      list.append(
+        element(
+          "li",
+          { class: "none", role: "option", "aria-disabled": "true", "aria-selected": "false" },
+          NONE,
+        ),
+      );
+    say(
+      options.length === 0
+        ? NONE
+        : options.length === 1
+          ? "1 code found"
+          : `${options.length} codes found`,
+    );
     list.hidden = false;
     input.setAttribute("aria-expanded", "true");
     if (options.length > 0) activate(0);
@@ -90,7 +132,10 @@ export function searchField(label, ask, add, say) {
     const found = await ask(query, kind.value, LIMIT);
     if (mine !== state.asked) return undefined; // something else was typed since
     const written = new Set(found.map((code) => `${code.kind} ${code.system}:${code.code}`));
-    return show([...found, ...typed.filter((code) => !written.has(`${code.kind} ${code.system}:${code.code}`))]);
+    return show([
+      ...found,
+      ...typed.filter((code) => !written.has(`${code.kind} ${code.system}:${code.code}`)),
+    ]);
   }
 
   function soon() {
@@ -118,7 +163,12 @@ export function searchField(label, ask, add, say) {
   input.addEventListener("keydown", press);
   input.addEventListener("blur", close);
   kind.addEventListener("change", () => input.value && look());
-  const field = element("div", { class: "search" }, kind, element("div", { class: "under" }, input, list));
+  const field = element(
+    "div",
+    { class: "search" },
+    kind,
+    element("div", { class: "under" }, input, list),
+  );
   return { field, input };
 }
 
@@ -129,5 +179,11 @@ function asTyped(query, kind) {
   const system = parts[1].toLowerCase();
   const code = parts[2].trim().replaceAll(".", "").toUpperCase();
   const kinds = SYSTEM_OF[system] ?? ["diagnosis", "procedure"];
-  return (kind === "" ? kinds : [kind]).map((one) => ({ kind: one, system, code, name: null, typed: true }));
+  return (kind === "" ? kinds : [kind]).map((one) => ({
+    kind: one,
+    system,
+    code,
+    name: null,
+    typed: true,
+  }));
 }

@@ -164,7 +164,7 @@ def test_from_search_to_explanation_with_the_keyboard_alone(page: Any, site: Sit
     tab_to(page, "e.getAttribute('role') === 'combobox'")
     search(page, "401")
     options = "return document.querySelectorAll('[role=option]').length"
-    assert page.comes_to(options, 10)  # type: ignore[arg-type]
+    assert page.comes_to(options, 10)
     active = (
         "const e = document.activeElement; const o = document.getElementById("
         "e.getAttribute('aria-activedescendant')); return o.getAttribute('aria-selected') + ' ' + "
@@ -367,6 +367,20 @@ def test_a_refused_request_names_the_fields(page: Any, site: Site) -> None:
     assert any(one.startswith("age: ") and "130" in one for one in told)
     assert any(one.startswith("allergies") and "ATC" in one for one in told)
     assert site.bodies()[0]["patients"][0]["allergies"] == ["J01C", "nuts"]
+
+
+def test_a_patient_who_is_mostly_unknown_is_refused_in_words(page: Any) -> None:
+    tab_to(page, "e.getAttribute('role') === 'combobox'")
+    search(page, "icd9:V99.9")
+    assert page.comes_to("return document.querySelectorAll('[role=option]').length", 2)
+    page.press(ENTER)
+    tab_to(page, "e.id === 'ask'")
+    page.press(ENTER)
+    assert page.comes_to("return document.getElementById('problem').hidden", False)
+    [told] = text(page, "#problem li")
+    assert told.startswith("this patient: ")
+    assert "known" in told
+    assert page.run("return document.getElementById('answer').children.length") == 3  # as before
 
 
 def test_options_and_what_is_left_out(page: Any, site: Site) -> None:

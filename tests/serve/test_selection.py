@@ -80,7 +80,7 @@ def test_no_other_choice_of_fifteen_is_better(density: float, max_rate: float) -
 
 
 def test_a_hospital_patient_gets_the_best_choice() -> None:
-    # Up to forty candidates, of whose pairs 8 % interact, as in the published tables.
+    # Up to forty candidates, of whose pairs 8 % interact, as papers report of MIMIC-III.
     for number, seed in itertools.product((20, 30, 40), range(5)):
         weights, conflicts = problem(number, 0.08, seed)
         assert selection.choose(weights, conflicts, 0.03, number, max_seconds=9).optimal

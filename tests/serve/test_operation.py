@@ -80,16 +80,16 @@ def start(root: Path, other: Bundle, tmp_path: Path) -> Iterator[Start]:
             return Running(url, own, folder)
 
         yield run
-    left = [process for process in psutil.process_iter(["name"]) if is_ours(process, folder)]
+    left = [process for process in psutil.process_iter(["name"]) if str(folder) in command(process)]
     assert left == []
     shutil.rmtree(folder)
 
 
-def is_ours(process: psutil.Process, folder: Path) -> bool:
+def command(process: psutil.Process) -> str:
     try:
-        return any(str(folder) in part for part in process.cmdline())
-    except psutil.Error:
-        return False
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
 
 
 async def load(
@@ -323,7 +323,7 @@ def test_replicas_go_to_none_and_come_back(start: Start, served: Bundle) -> None
 
     def replicas() -> int:
         below = psutil.Process().children(recursive=True)
-        return sum("ServeReplica" in " ".join(process.cmdline()) for process in below)
+        return sum("ServeReplica" in command(process) for process in below)
 
     def ask() -> int:
         body = example_request(served)

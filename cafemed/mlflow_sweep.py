@@ -246,7 +246,7 @@ class SweepRuns:
 
     def _resources(self) -> dict[str, Any]:
         search = self._about.settings["search"]
-        return {name: search[name] for name in ("cpus", "gpus", "memory_gb")}
+        return {name: search[name] for name in ("num_workers", "cpus", "gpus", "memory_gb")}
 
     def _upload(self, run: str, paths: Sequence[Path], folder: str | None = None) -> None:
         for path in paths:

@@ -173,7 +173,7 @@ def check(server: Server, experiment: str, conductor: Conductor) -> dict[str, An
         expected = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[trial.status]
         assert (run["info"]["status"], tags["status"]) == (expected, trial.status)
         assert params["seed"] == str(trial.seed)
-        assert params["cpus"] == "1.0"
+        assert (params["num_workers"], params["cpus"]) == ("1", "1.0")
         for name, value in trial.parameters.items():
             assert params[name] == str(value)
         for key in ("jaccard", "ddi_rate"):

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from cafemed import paths
 from cafemed.assessment import EvaluationConfig
 from cafemed.calibration import CalibrationConfig
+from cafemed.tracking import TrackingConfig
 from causal.discovery import CausalConfig
 
 JOBS = sorted(path.stem for path in (paths.PROJECT_DIR / "jobs").glob("*.py"))
@@ -52,12 +53,20 @@ def test_group_file_composes_in_the_pipeline(group: str, option: str):
         ("evaluate", "evaluation", EvaluationConfig),
         ("train", "calibration", CalibrationConfig),
         ("tune", "calibration", CalibrationConfig),
+        ("tune", "tracking", TrackingConfig),
     ],
 )
 def test_yaml_spells_the_defaults_out(job: str, section: str, settings: type):
     with initialize_config_dir(version_base="1.3", config_dir=str(paths.CONF_DIR)):
         written = OmegaConf.to_container(compose(config_name=job))[section]
     assert written == dataclasses.asdict(settings())
+
+
+def test_mlflow_has_the_same_defaults():
+    with initialize_config_dir(version_base="1.3", config_dir=str(paths.CONF_DIR)):
+        composed = compose(config_name="tune", overrides=["tracking=mlflow"])
+        written = OmegaConf.to_container(composed)["tracking"]
+    assert written == dataclasses.asdict(TrackingConfig("mlflow"))
 
 
 @pytest.mark.parametrize("job", JOBS)

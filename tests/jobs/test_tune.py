@@ -105,6 +105,8 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     made_by = registry.versions(home)[0].record["produced_by"]
     assert made_by["sweep"] == manifest.fingerprint
     assert not (experiment / "trials").exists()
+    events = (experiment / "tensorboard" / "sweep").glob("trial-*/events.out.tfevents.*")
+    assert {path.parent.name for path in events} == {"trial-00000", "trial-00001"}
 
     status, out, _ = run(root, "tune", *FEW)
     assert status == 0
@@ -236,6 +238,38 @@ def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
     assert not list(experiment.glob(".sweep*"))
     assert_nothing_runs_in(root / "tmp")
     shutil.rmtree(experiment / "trials", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_the_best_trial_is_trained_anew_and_that_model_is_what_is_evaluated(root: Path):
+    source, folder = (paths.experiment_dir(root, name) for name in ("small", "again"))
+    for stage in ("cohort", "graph"):
+        shutil.copytree(source / stage, folder / stage)
+    options = ["name=again", *FEW[1:]]
+    status, _, err = run(root, "tune", *options)
+    assert (status, err) == (0, "")
+    status, out, err = run(root, "tune", *options, "retrain=true")
+    assert (status, err) == (0, "")
+    assert "unchanged, skipped" in out  # the sweep
+    assert "version 0002 is candidate and production" in out
+    made = artifacts.verify(folder / "retrained", "retrained")
+    best = json.loads((folder / "sweep" / "best.json").read_text())
+    assert (made.report["trial"], made.report["epochs"]) == (best["trial"], best["epoch"])
+    assert "trained anew" in (folder / "sweep" / "report.html").read_text()
+    status, _, err = run(root, "evaluate", "name=again")
+    assert (status, err) == (0, "")
+    card = json.loads((folder / "evaluation" / "model_card.json").read_text())
+    assert card["training"]["retrained"] == made.report
+    assert any("on the validation patients, too" in limit for limit in card["limits"])
+    trial = bundle.load(folder / "sweep" / "bundle").metrics["validation"]["jaccard"]
+    assert card["metrics"]["validation"]["values"]["jaccard"][0] == trial
+    assert (folder / "sweep" / "test.json").exists()
+    status, out, err = run(root, "tune", *options, "retrain=true")
+    assert (status, err) == (0, "")
+    assert out.count("unchanged, skipped") == 2
+    status, out, _ = run(root, "tune", *options)
+    assert "version 0001 is" not in out  # it was production; nobody asked for it again
+    assert "trained anew" not in (folder / "sweep" / "report.html").read_text()
 
 
 ONE_BY_ONE = [

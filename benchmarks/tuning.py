@@ -22,6 +22,7 @@ slots over twice those of one (half as many trials, so that it takes as long).
 `optuna_joblib`: the same parameters and seeds by plain Optuna in two processes of joblib's, without
 checkpoints (benchmarks/sweeps/plain.py), in turn with the sweep: one, other, other, one. Both give
 the same Jaccard for every trial, which is checked. `trials_per_hour_ratio` is the sweep's over it.
+Ray would run its workers at a niceness of 15; here they have that of joblib's.
 
 `tpe_asha_vs_random`: for each of ten seeds 60 seconds of either search on two slots, on the cohort
 of data=synthetic_demo (benchmarks/sweeps/race.py); `wins_of_10` counts the seeds where TPE with
@@ -53,6 +54,8 @@ sys.path.insert(0, str(PROJECT))
 for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_variable] = "1"  # before numpy is loaded, here and in all processes
 os.environ["PYTHONPATH"] = str(PROJECT)  # for Ray's and joblib's
+# That of joblib's processes; Ray's own, 15, yields to whatever else runs.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import models  # noqa: E402
 from benchmarks.recommenders import cohorts  # noqa: E402

@@ -7,6 +7,7 @@ other site that a browser shows could otherwise ask under a name that leads here
 
 import asyncio
 import dataclasses
+import functools
 import ipaddress
 import math
 import re
@@ -134,6 +135,7 @@ def document_keys(api: FastAPI) -> None:
     api.openapi = openapi  # type: ignore[method-assign]
 
 
+@functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Says whether a host's name or address is this machine's loopback."""
     name = host.lower().removesuffix(".").strip("[]")

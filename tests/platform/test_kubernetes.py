@@ -192,6 +192,9 @@ def test_the_service_serves_what_the_projects_own_serve_file_does():
     service = yaml.safe_load(read("rayservice")["spec"]["serveConfigV2"])
     own = yaml.safe_load((paths.PROJECT_DIR / "serve/config.yaml").read_text())
     ServeDeploySchema(**service)
+    [application] = own["applications"]
+    assert application["args"]["serve"].pop("access") == {"auth": "none"}
+    application["args"]["serve"]["access"] = {"auth": "keys"}  # it listens beyond the loopback
     assert service["applications"] == own["applications"]
     assert service["proxy_location"] == own["proxy_location"]
     assert service["http_options"] == {**own["http_options"], "host": "0.0.0.0"}

@@ -29,7 +29,10 @@ async def _ready() -> dict[str, str]:
 
 
 @serve.deployment(
-    name="Noop", max_ongoing_requests=512, logging_config={"enable_access_log": False}
+    name="Noop",
+    max_ongoing_requests=512,
+    ray_actor_options={"num_cpus": 0.3},
+    logging_config={"enable_access_log": False},
 )
 @serve.ingress(_noop)
 class Noop:

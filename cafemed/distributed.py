@@ -292,7 +292,8 @@ def _work(told: Mapping[str, Any]) -> None:
     """What each worker does; Ray Train calls this when all of them are joined."""
     data, relay, (name, options) = ray.get(told["data"]), told["relay"], told["model"]
     first = train.get_context().get_world_rank() == 0
-    device = get_device() if told["gpus"] > 0 else torch.device("cpu")
+    has_gpu = told["gpus"] > 0 and torch.cuda.is_available()
+    device = get_device() if has_gpu else torch.device("cpu")
     # Ray Train put the worker in a folder of Ray's session: nothing is left when Ray ends.
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:
         folder = Path(place)

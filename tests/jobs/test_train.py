@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
@@ -238,3 +239,67 @@ def test_another_model_is_trained_by_its_name(root, experiment):
     written = json.loads((experiment / "fit" / "config.json").read_text())
     assert written["model"]["name"] == "causalmed"
     assert not (experiment / "tensorboard").exists()
+
+
+WORKERS = [*TRAIN, "model.dropout=0", "device=cpu"]
+
+
+def losses(experiment):
+    written = json.loads((experiment / "fit" / "history.json").read_text())
+    return [epoch["losses"] | epoch["metrics"] for epoch in written]
+
+
+@pytest.mark.slow
+def test_two_workers_give_the_losses_of_one_process(root, experiment):
+    one = run(root, "train", *WORKERS)
+    assert one.returncode == 0, one.stderr
+    expected = losses(experiment)
+    two = run(root, "train", *WORKERS, "num_workers=2")
+    assert two.returncode == 0, two.stderr
+    assert two.stderr == ""
+    assert "cafemed by 2 workers" in two.stdout
+    assert "a local Ray: 2 CPUs; 2 workers on cpu" in two.stdout
+    assert not list((experiment / "checkpoints").iterdir())
+    for got, wanted in zip(losses(experiment), expected, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-5)
+    again = run(root, "train", *WORKERS, "num_workers=2")
+    assert "unchanged, skipped" in again.stdout
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_workers_too(root, experiment):
+    process = subprocess.Popen(
+        command("train", *WORKERS, "num_workers=2", "train.epochs=5000", "train.patience=5000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(root),
+    )
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert any("RayTrainWorker" in " ".join(p.cmdline()) for p in started)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == "interrupted; nothing half-written was left\n"
+    _, left = psutil.wait_procs(started, timeout=20)
+    assert not left
+    # The epochs so far are kept, and nothing else beside them.
+    (folder,) = (experiment / "checkpoints").iterdir()
+    assert {path.name[:6] for path in folder.iterdir()} == {"checkp", "state-"}
+
+
+@pytest.mark.slow
+def test_more_workers_than_the_machine_has_cpus_are_refused(root):
+    result = run(root, "train", *WORKERS, "num_workers=1000", "train.epochs=4")
+    assert result.returncode == 2
+    assert "error: num_workers: there is no room for 1000 workers of 1 CPUs" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_number_of_workers_that_is_none_is_refused(root):
+    result = run(root, "train", *TRAIN, "num_workers=0")
+    assert result.returncode == 2
+    assert result.stderr == "error: num_workers: expected a value in [1, inf], got 0\n"

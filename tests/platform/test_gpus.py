@@ -1,30 +1,50 @@
 """What GPUs are needed for, on a Ray of this machine or, with RAY_ADDRESS, on a cluster's.
 
-`pytest -m gpu` asks for two real GPUs or more. The same with gloo on CPUs, among the slow tests,
-shows that the test itself works.
+`pytest -m gpu` asks for two real GPUs or more. The same on two nodes whose GPUs are numbers, with
+gloo, is among the slow tests and shows that the test itself works.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-import torch.distributed
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cafemed import cluster, paths
+import models
+from cafemed import cluster, distributed, paths, training
+from cafemed.distributed import FitData, Workers
+from cafemed.training import FitConfig, FitResult
 
 SMALL = [
     "data=synthetic_demo",
     "data.generator.num_patients=60",
     "data.generator.num_visits=140",
 ]
+OPTIONS = {"dimension": 16, "dropout": 0.0}
+CONFIG = FitConfig(epochs=3, batch_size=13, learning_rate=0.005)
+
+
+@pytest.fixture
+def data() -> FitData:
+    """The patients of the tests of sweeps."""
+    path = paths.PROJECT_DIR / "tests" / "cafemed" / "sweeps.py"
+    spec = importlib.util.spec_from_file_location("sweeps", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sweeps"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    given: Any = module.invented_experiment()
+    patients = (given.cohort.patients_of(split) for split in ("train", "validation"))
+    return FitData(models.build, given.inputs, given.arrays, *patients)
 
 
 @pytest.fixture
@@ -37,64 +57,45 @@ def gpus() -> Iterator[int]:
         yield count
 
 
-def averaged_gradients(backend: str, size: int, resources: dict[str, float]) -> list[float]:
-    """One process a rank; rank r's gradient is r + 1, and each gives what DDP made of it."""
-
-    def member(rank: int, host: str, port: int) -> float:
-        import datetime
-
-        import torch
-        from torch import distributed
-
-        limit = datetime.timedelta(seconds=120)
-        store = distributed.TCPStore(host, port, is_master=False, timeout=limit)
-        distributed.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=limit
-        )
-        device = "cuda" if backend == "nccl" else "cpu"
-        model = torch.nn.Linear(1, 1, bias=False).to(device)
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        parallel(torch.full((1, 1), rank + 1.0, device=device)).sum().backward()
-        distributed.destroy_process_group()
-        assert model.weight.grad is not None
-        return float(model.weight.grad)
-
-    host = ray.util.get_node_ip_address()
-    store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-    group = ray.util.placement_group([resources] * size, strategy="SPREAD")
-    try:
-        assert group.wait(60), f"no place for {size} times {resources}"
-        task = ray.remote(member)
-        asked = [
-            task.options(
-                num_cpus=resources["CPU"],
-                num_gpus=resources.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, i),
-            ).remote(i, host, store.port)
-            for i in range(size)
-        ]
-        found: list[float] = ray.get(asked, timeout=240)
-    finally:
-        ray.util.remove_placement_group(group)
-    return found
+def check(data: FitData, num_workers: int, tolerance: float) -> FitResult:
+    """Trains with a GPU for each worker and, the same, in one process."""
+    alone = training.fit(
+        *(data.build, "cafemed", OPTIONS, data.inputs, data.arrays),
+        *(data.train_patients, data.validation_patients, CONFIG),
+    )
+    workers = Workers(num_workers, 1.0, gpus=1.0)
+    together = distributed.fit(ray.put(data), "cafemed", OPTIONS, CONFIG, workers)
+    for got, wanted in zip(together.history, alone.history, strict=True):
+        assert got.losses == pytest.approx(wanted.losses, rel=tolerance)
+    return together
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")  # of Ray's and torch's own
-def test_gradients_are_averaged_between_processes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with cluster.ray_cluster(2):
-        assert averaged_gradients("gloo", 2, {"CPU": 1}) == [1.5, 1.5]
+def test_workers_on_two_nodes_train_as_one_process(data: FitData, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    from ray.cluster_utils import Cluster
+
+    # A worker's GPU is on a node of its own.
+    size = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args=size)
+    try:
+        nodes.add_node(**size)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)
+        with cluster.ray_cluster(2) as where:
+            assert where.endswith("2 CPUs, 2 GPUs")
+            check(data, 2, 1e-5)
+    finally:
+        nodes.shutdown()
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")  # of Ray's and torch's own
-def test_gradients_are_averaged_between_all_gpus(gpus: int):
-    expected = (gpus + 1) / 2
-    found = averaged_gradients("nccl", gpus, {"CPU": 1, "GPU": 1})
-    assert found == pytest.approx([expected] * gpus)
+def test_workers_on_all_gpus_train_as_one_process(data: FitData, gpus: int):
+    """Through NCCL; a GPU adds up in another order than this process's CPU."""
+    check(data, gpus, 1e-3)
 
 
 @pytest.mark.gpu

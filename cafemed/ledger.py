@@ -71,7 +71,8 @@ class Header:
         fingerprint: of inputs and the settings that a sweep keeps.
         inputs: name → fingerprint.
         settings: see SweepPlan.settings.
-        job: how the job was called: "root", "name", "promote", "forced".
+        job: how the job was called: "root", "registry", "name", "promote", "retrain",
+            "tracking", "forced".
     """
 
     fingerprint: str

@@ -28,6 +28,7 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",  # a machine without git is told nothing
 }
 _LOGGERS = ("mlflow", "alembic", "urllib3", "sqlalchemy", "git")
 #: What a server refuses now it refuses later too.

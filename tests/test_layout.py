@@ -105,7 +105,8 @@ def test_lock_file_is_exact_and_satisfies_pyproject():
     assert pins["torch"] == "2.13.0"
     project = project_table()
     extras = project["optional-dependencies"]  # type: ignore[index]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["molecules"]]
+    wanted = [*project["dependencies"], *extras["dev"]]
+    wanted += [*extras["molecules"], *extras["tracking"]]
     for line in wanted:
         requirement = Requirement(line)
         assert pins[canonicalize_name(requirement.name)] in requirement.specifier, line

@@ -48,7 +48,6 @@ START_S = 60
 def _quick_and_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr(tracking, "_RETRY_S", (0.1, 0.2))
-    monkeypatch.setenv("GIT_PYTHON_REFRESH", "quiet")
 
 
 class Server:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +71,22 @@ def is_free() -> bool:
     return ray.available_resources().get("CPU") == 2.0
 
 
-def dying_once(mark: Path, calls: int, victim: Callable[[], int]) -> Any:
-    """A builder whose model, in the second process, kills a process at a given call, once."""
+def deadly(marks: Path, victims: Sequence[Callable[[], int]]) -> Any:
+    """A builder whose model, in the second worker, kills a process in the middle of an epoch.
+
+    One after another, each in an attempt of its own, in its second epoch.
+    """
 
     def build(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
-        model, left = models.build(name, inputs, options, seed), calls
+        model, left = models.build(name, inputs, options, seed), 8  # of five an epoch
 
         def kill(*_: Any) -> None:
             nonlocal left
             left -= 1
-            if left == 0 and torch.distributed.get_rank() == 1 and not mark.exists():
-                mark.touch()
-                os.kill(victim(), signal.SIGKILL)
+            done = len(list(marks.iterdir()))
+            if left == 0 and torch.distributed.get_rank() == 1 and done < len(victims):
+                (marks / str(done)).touch()
+                os.kill(victims[done](), signal.SIGKILL)
 
         model.register_forward_pre_hook(kill)
         return model
@@ -121,8 +125,8 @@ def test_two_workers_train_as_one_process_and_tell_every_epoch(given: Experiment
 @pytest.mark.usefixtures("local_ray")
 def test_a_killed_worker_is_started_again_from_the_last_epoch(given: Experiment, tmp_path: Path):
     whole = fit(given, DROPPING, checkpoint_dir=tmp_path / "whole")
-    # Four batches and one of validation an epoch: in the middle of the second.
-    build = dying_once(tmp_path / "mark", 8, os.getpid)
+    (tmp_path / "marks").mkdir()
+    build = deadly(tmp_path / "marks", [os.getpid])
     told: list[int] = []
     again = fit(
         given,
@@ -132,11 +136,11 @@ def test_a_killed_worker_is_started_again_from_the_last_epoch(given: Experiment,
         checkpoint_dir=tmp_path / "again",
         max_failures=1,
     )
-    assert (tmp_path / "mark").exists()
+    assert len(list((tmp_path / "marks").iterdir())) == 1
     assert told == [1, 2, 3]
     assert [e.losses for e in again.history] == [e.losses for e in whole.history]
     assert same(again.weights, whole.weights)
-    (tmp_path / "mark").unlink()
+    (tmp_path / "marks" / "0").unlink()
     with pytest.raises(ray.exceptions.RayError):
         fit(given, DROPPING, build=build)
 
@@ -205,12 +209,12 @@ def test_a_sweep_of_two_workers_a_trial_survives_lost_workers_and_trials(
     whole = sweep_of(given, tmp_path / "whole", models.build)
     assert {t.status for t in whole.trials} == {"finished", "stopped"}
     assert {t.cpus for t in whole.trials} == {2.0}
-    for kind, victim in (("worker", os.getpid), ("trial", trial_process)):
-        build = dying_once(tmp_path / kind, 8, victim)
-        harmed = sweep_of(given, tmp_path / f"of-{kind}", build)
-        assert (tmp_path / kind).exists()
-        assert sorted(t.attempts for t in harmed.trials) == [1, 1, 2]
-        assert outcome(harmed) == outcome(whole)
+    (tmp_path / "marks").mkdir()
+    build = deadly(tmp_path / "marks", [os.getpid, trial_process])
+    harmed = sweep_of(given, tmp_path, build)
+    assert len(list((tmp_path / "marks").iterdir())) == 2
+    assert sorted(t.attempts for t in harmed.trials) == [1, 1, 3]
+    assert outcome(harmed) == outcome(whole)
 
 
 @pytest.mark.usefixtures("local_ray")

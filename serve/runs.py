@@ -20,7 +20,7 @@ from serve.recommender import Recommender
 _Row = NDArray[np.float32]
 
 #: Runs that a shape may be passed over for fuller ones.
-_MAX_PASSED = 3
+_MAX_PASSED = 1
 #: Positions of a run that is made in the event loop itself, some milliseconds: a thread would
 #: wrestle with the loop for the interpreter at each of the model's hundreds of small steps. Longer
 #: runs get a thread, so that the loop goes on answering.

@@ -215,6 +215,8 @@ def test_from_search_to_explanation_with_the_keyboard_alone(page: Any, site: Sit
 
 
 def test_the_graph_shows_every_interacting_pair(page: Any, site: Site) -> None:
+    tab_to(page, "e.id === 'allergies'")
+    page.press("A01B, C02B")  # taken all the same
     fill(page)
     ask(page)
     [body] = site.bodies()
@@ -223,7 +225,8 @@ def test_the_graph_shows_every_interacting_pair(page: Any, site: Site) -> None:
     pairs |= {
         frozenset((one["recommended"], one["taken"])) for one in answer["interactions_with_taken"]
     }
-    assert len(pairs) > 5
+    assert len(answer["interactions"]) > 5
+    assert answer["interactions_with_taken"]
     drawn = page.run(
         "return [...document.querySelectorAll('.pair')]"
         ".map((e) => [e.dataset.first, e.dataset.second])"

@@ -111,13 +111,14 @@ class Scorer:
             self._adjacencies,
         )
         result = np.empty((len(patients), arrays.targets.shape[1]), np.float32)
-        for shape, members in _by_shape(arrays, self._kinds):
-            self._score(arrays, shape, members, result)
+        table = _Table(arrays, *_used(arrays))
+        for shape, members in _by_shape(table, self._kinds):
+            self._score(table, shape, members, result)
         return result
 
     def _score(
         self,
-        arrays: VisitArrays,
+        table: "_Table",
         shape: Shape,
         members: NDArray[np.int64],
         result: NDArray[np.float32],
@@ -129,22 +130,22 @@ class Scorer:
             if len(members) - start < room:
                 room = shape.patients
             run = members[start : start + room]
-            rows = self._run(arrays, shape, run, room)
+            rows = self._run(table, shape, run, room)
             if room > shape.patients and shape not in self._times:
-                rows = self._checked(arrays, shape, run, rows)
+                rows = self._checked(table, shape, run, rows)
             result[run] = rows
             start += len(run)
 
     def _checked(
         self,
-        arrays: VisitArrays,
+        table: "_Table",
         shape: Shape,
         run: NDArray[np.int64],
         rows: NDArray[np.float32],
     ) -> NDArray[np.float32]:
         """Computes a large run again by runs of the endpoint's size, and keeps what they say."""
         parts = [run[i : i + shape.patients] for i in range(0, len(run), shape.patients)]
-        exact = np.concatenate([self._run(arrays, shape, p, shape.patients) for p in parts])
+        exact = np.concatenate([self._run(table, shape, p, shape.patients) for p in parts])
         same = np.array_equal(exact, rows)
         self._times[shape] = _TIMES if same else 1
         if not same:
@@ -152,23 +153,40 @@ class Scorer:
         return exact
 
     def _run(
-        self, arrays: VisitArrays, shape: Shape, run: NDArray[np.int64], room: int
+        self, table: "_Table", shape: Shape, run: NDArray[np.int64], room: int
     ) -> NDArray[np.float32]:
         """One run of the model, float32 (len(run), N_m)."""
         items = self.recommender.bundle.preprocessing.scaling.num_items
-        lengths = np.diff(arrays.patient_offsets)[run]
+        last = table.lengths[run] - 1
         repeated = np.concatenate([run, np.repeat(run[:1], room - len(run))])
-        batch = _batch(arrays, shape, repeated, items)
-        return self.recommender.score(batch, torch.from_numpy(lengths - 1))
+        batch = _batch(table, shape, repeated, items)
+        return self.recommender.score(batch, torch.from_numpy(last))
 
 
-def _by_shape(
-    arrays: VisitArrays, kinds: tuple[int, ...]
-) -> Iterator[tuple[Shape, NDArray[np.int64]]]:
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """What is worked out once for all runs.
+
+    Attributes:
+        arrays: of the P patients.
+        used: int64 (P,), positions of each.
+        codes: int64 (P,), codes of each.
+    """
+
+    arrays: VisitArrays
+    used: NDArray[np.int64]
+    codes: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Visits of each patient, int64 (P,)."""
+        return np.diff(self.arrays.patient_offsets)
+
+
+def _by_shape(table: _Table, kinds: tuple[int, ...]) -> Iterator[tuple[Shape, NDArray[np.int64]]]:
     """The patients of each shape, in order; as `batching.shape_of` for each of them."""
-    lengths = np.diff(arrays.patient_offsets)
+    lengths = table.lengths
     visits = np.maximum(MIN_VISITS, 1 << np.ceil(np.log2(lengths)).astype(np.int64))
-    used, codes = _used(arrays)
     waiting = np.arange(len(lengths))
     for positions in position_sizes():
         if not len(waiting):
@@ -178,7 +196,7 @@ def _by_shape(
             shape = Shape(most, positions, kinds)
             of_shape = visits[waiting] == most
             p = waiting[of_shape]
-            full, single, _ = _missing(shape, lengths[p], used[p], codes[p])
+            full, single, _ = _missing(shape, lengths[p], table.used[p], table.codes[p])
             fits = np.minimum(full, single) >= shape.num_fillers
             has_room[of_shape] = fits
             if fits.any():
@@ -203,9 +221,9 @@ def _missing(
     return full, positions - full, odd
 
 
-def _batch(arrays: VisitArrays, shape: Shape, run: NDArray[np.int64], num_items: int) -> Batch:
+def _batch(table: _Table, shape: Shape, run: NDArray[np.int64], num_items: int) -> Batch:
     """As `batching.batch_of`, of any number of patients."""
-    lengths = np.diff(arrays.patient_offsets)[run]
+    arrays, lengths = table.arrays, table.lengths[run]
     num_rows = len(run) * shape.steps
     # Where the patients' own visits come from, and where they go.
     number = np.repeat(np.arange(len(run)), lengths)
@@ -218,7 +236,7 @@ def _batch(arrays: VisitArrays, shape: Shape, run: NDArray[np.int64], num_items:
     codes[rows, :, :longest] = arrays.codes[source, :, :longest]
     classes = np.full((num_rows, 3, shape.width), ORPHAN, np.int64)
     classes[rows, :, :longest] = arrays.classes[source, :, :longest]
-    counts = _filled(shape, lengths, *(x[run] for x in _used(arrays)))
+    counts = _filled(shape, lengths, table.used[run], table.codes[run])
     counts.reshape(num_rows, 3)[rows] = arrays.counts[source]
     measured = arrays.laboratory_items.shape[1]
     items = np.zeros((num_rows, num_items), np.int64)

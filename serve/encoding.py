@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
+
+from pydantic import ValidationError
 
 from cafemed.bundle import Preprocessing
 from cafemed.codes import KINDS, LABORATORY
 from cafemed.cohort import SEXES
 from serve.answers import Kind, UnknownCode
-from serve.schema import Code, Patient, RecommendRequest, Visit, field_path
+from serve.schema import Code, LaboratoryValue, Patient, RecommendRequest, Visit, field_path
 
 #: Systems that may be asked for although a model was not trained on them; their codes are
 #: then unknown. Any other system must be one of the model's.
@@ -122,6 +124,24 @@ class Encoder:
         """
         return [self._encode(patient, p) for p, patient in enumerate(request.patients)]
 
+    def index(self, k: int, system: str, code: str) -> int:
+        """The index of a code of the k-th kind; -1 if the vocabulary does not have it.
+
+        Raises:
+            RefusedError: if it is no code, or of an unknown system.
+        """
+        asked = _checked(lambda: Code(system=system, code=code))
+        return self._index[k].get(self._name(k, asked, (_FIELDS[k],)), -1)
+
+    def item(self, name: str) -> int:
+        """The index of a laboratory item; -1 if the vocabulary does not have it.
+
+        Raises:
+            RefusedError: if it is no item's name.
+        """
+        asked = _checked(lambda: LaboratoryValue(item=name, value=0.0))
+        return self._item.get(asked.normalised(), -1)
+
     def _encode(self, patient: Patient, p: int) -> EncodedPatient:
         unknown: list[UnknownCode] = []
         visits = [
@@ -200,6 +220,15 @@ class Encoder:
         if system == "atc" and _KINDS[k] == "medication":
             return f"{system}:{value[: self._atc_characters]}"
         return name
+
+
+def _checked(make: Callable[[], T]) -> T:
+    """Makes what a request would have; RefusedError names the field that is wrong."""
+    try:
+        return make()
+    except ValidationError as err:
+        problem = err.errors()[0]
+        raise RefusedError(field_path(problem["loc"]), problem["msg"]) from err
 
 
 def _shifted(lists: tuple[tuple[T, ...], ...]) -> tuple[tuple[T, ...], ...]:

@@ -113,6 +113,11 @@ class Recommender:
         """
         return self._encoder.encode(request)
 
+    @property
+    def encoder(self) -> Encoder:
+        """Looks up codes as this model's vocabularies write them."""
+        return self._encoder
+
     def probabilities(self, patients: Sequence[EncodedPatient]) -> NDArray[np.float32]:
         """Probability of each medication at every patient's current visit, float32 (n, N_m).
 

@@ -14,6 +14,7 @@ from cafemed.assessment import EvaluationConfig
 from cafemed.calibration import CalibrationConfig
 from cafemed.tracking import TrackingConfig
 from causal.discovery import CausalConfig
+from serve.prediction import PredictConfig
 
 JOBS = sorted(path.stem for path in (paths.PROJECT_DIR / "jobs").glob("*.py"))
 ROOT_FILES = sorted(p.stem for p in paths.CONF_DIR.glob("*.yaml") if p.stem != "base")
@@ -51,6 +52,7 @@ def test_group_file_composes_in_the_pipeline(group: str, option: str):
     [
         ("discover", "causal", CausalConfig),
         ("evaluate", "evaluation", EvaluationConfig),
+        ("predict", "predict", PredictConfig),
         ("train", "calibration", CalibrationConfig),
         ("tune", "calibration", CalibrationConfig),
         ("tune", "tracking", TrackingConfig),

@@ -115,6 +115,12 @@ def served_model(request: pytest.FixtureRequest) -> Bundle:
     return make_bundle(model_name=name, modalities=modalities or None)
 
 
+@pytest.fixture(scope="session")
+def served_reading_all() -> Bundle:
+    """A bundle whose model reads laboratory values, sexes and ages too, in memory."""
+    return make_bundle(model_name="graphdiffmed", modalities="LGY")
+
+
 @pytest.fixture(params=[("procedure",), ("diagnosis",), ("diagnosis", "procedure")], ids="+".join)
 def without(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """Kinds of which a cohort has no codes."""

@@ -120,7 +120,8 @@ def test_shapes_and_tensors_are_those_of_the_endpoint(served: Bundle, seed: int,
         patients.laboratory,
         adjacencies,
     )
-    for shape, members in bulk._by_shape(arrays, scorer._kinds):
+    table = bulk._Table(arrays, *bulk._used(arrays))
+    for shape, members in bulk._by_shape(table, scorer._kinds):
         seen += members.tolist()
         one_by_one: list[EncodedPatient] = [patients[p] for p in members]
         assert {shape_of(patient, kinds) for patient in one_by_one} == {shape}
@@ -133,7 +134,7 @@ def test_shapes_and_tensors_are_those_of_the_endpoint(served: Bundle, seed: int,
             [Edges.of(adjacency) for adjacency in adjacencies],
         )
         repeated = np.concatenate([run, np.repeat(run[:1], shape.patients - len(run))])
-        batch = bulk._batch(arrays, shape, repeated, served.preprocessing.scaling.num_items)
+        batch = bulk._batch(table, shape, repeated, served.preprocessing.scaling.num_items)
         for field in dataclasses.fields(batch):
             got, wanted = getattr(batch, field.name), getattr(expected, field.name)
             if field.name == "classes":  # what lies in the padding means nothing

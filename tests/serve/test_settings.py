@@ -69,3 +69,29 @@ def test_build_refuses_unknown_arguments_and_an_empty_registry(tmp_path: Path) -
         app.build({"name": "tiny", "serve": {"replicas": 1}})
     with pytest.raises(ArtifactError, match="no version is promoted to 'production'"):
         app.build({"name": "tiny", "root": str(tmp_path)})
+
+
+def test_settings_reach_ray(root: Path) -> None:
+    serve_settings = {
+        "num_gpus": 0.25,
+        "num_cpus": 0.5,
+        "min_replicas": 0,
+        "downscale_to_zero_delay_s": 7.0,
+        "look_back_s": 11.0,
+        "shadow": "candidate",
+        "shadow_queue": 3,
+        "drain_s": 4.0,
+    }
+    bound = app.build({"root": str(root), "name": "tiny", "serve": serve_settings})
+    endpoint = bound._bound_deployment
+    assert endpoint.ray_actor_options["num_gpus"] == 0.25
+    assert endpoint.ray_actor_options["num_cpus"] == 0.5
+    scaling = endpoint._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.downscale_to_zero_delay_s) == (0, 7.0)
+    assert scaling.look_back_period_s == 11.0
+    assert endpoint._deployment_config.graceful_shutdown_timeout_s == 4.0
+    assert endpoint._deployment_config.backpressure_config.retry_after_s is not None
+    assert endpoint.max_ongoing_requests > ServeConfig().max_admitted_requests
+    shadow = endpoint.init_args[2]._bound_deployment
+    assert (shadow.name, shadow.max_ongoing_requests) == ("Shadow", 3)
+    assert "num_gpus" not in shadow.ray_actor_options

@@ -41,6 +41,7 @@ class Patients:
         age: float32 (P,), years at the current visit; NaN if unknown.
         laboratory: what may be seen at each of the V visits.
         unknown: int64 (P,), codes and items that the vocabularies do not have.
+        unknown_share: float64 (P,), as EncodedPatient has it.
     """
 
     offsets: NDArray[np.int64]
@@ -49,6 +50,7 @@ class Patients:
     age: NDArray[np.float32]
     laboratory: Laboratory
     unknown: NDArray[np.int64]
+    unknown_share: NDArray[np.float64]
 
     def __len__(self) -> int:
         """P."""
@@ -72,6 +74,7 @@ class Patients:
                 for t, v in zip(visits, values, strict=True)
             ),
             unknown=(),
+            unknown_share=float(self.unknown_share[p]),
         )
 
 

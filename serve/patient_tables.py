@@ -90,6 +90,10 @@ class TableReader:
         fields = dict(zip(visits.type.names, visits.flatten(), strict=True))
         unknown = np.zeros(len(rows), np.int64)
         lists = [self._codes(k, fields.get(name), rows, unknown) for k, name in enumerate(_LISTS)]
+        codes = sum(
+            (_lengths(fields[name]) for name in _LISTS if name in fields), np.zeros_like(unknown)
+        )
+        of_codes, codes = (np.add.reduceat(x, offsets[:-1]) for x in (unknown, codes))
         laboratory = self._laboratory(fields.get("laboratory"), rows, unknown)
         diagnoses, procedures, medications = lists
         if not self._uses_current:
@@ -102,6 +106,7 @@ class TableReader:
             age=self._age(table, first_row),
             laboratory=laboratory,
             unknown=np.add.reduceat(unknown, offsets[:-1]),
+            unknown_share=of_codes / np.maximum(codes, 1),
         )
 
     def _codes(

@@ -24,6 +24,7 @@ from cafemed.errors import ConfigError, DataError, UserError
 from serve.bulk import Patients, Scorer
 from serve.patient_tables import TableReader
 from serve.recommender import Recommender
+from serve.settings import MAX_UNKNOWN_SHARE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class PredictConfig:
         output: absolute path of the Parquet file to write.
         alias: which version of the registry: "production", "candidate" or a number.
         probabilities: also write every medication's probability.
+        max_unknown_share: a patient with a larger share of unknown codes gets no recommendation.
         batch_size: patients in memory at a time, of each process.
         workers: processes; 0: this one alone, without Ray.
         num_cpus: that a worker reserves of Ray.
@@ -45,6 +47,7 @@ class PredictConfig:
     output: str | None = None
     alias: str | int = "production"
     probabilities: bool = False
+    max_unknown_share: Annotated[float, Range(0, 1)] = MAX_UNKNOWN_SHARE
     batch_size: Annotated[int, Range(1, 1_000_000)] = 8192
     workers: Annotated[int, Range(0, 1024)] = 1
     num_cpus: Annotated[float, Range(0, open_low=True)] = 1.0
@@ -144,6 +147,7 @@ class CohortSource:
                         self._laboratory, items=items.take(visits), values=values
                     ),
                     unknown=np.zeros(len(patients), np.int64),
+                    unknown_share=np.zeros(len(patients)),
                 ),
             )
 
@@ -186,8 +190,9 @@ class Predictor:
         self, identifiers: pa.Array, patients: Patients, scores: NDArray[np.float32]
     ) -> pa.Table:
         # As Answerer.answer with no options: what reaches the threshold, the most probable first.
+        refused = patients.unknown_share > self._config.max_unknown_share
         order = np.argsort(-scores, axis=1, kind="stable")
-        number = np.count_nonzero(scores >= self._threshold, axis=1)
+        number = np.where(refused, 0, np.count_nonzero(scores >= self._threshold, axis=1))
         is_chosen = np.arange(scores.shape[1]) < number[:, None]
         chosen = pa.array(order[is_chosen])
         medications = pa.StructArray.from_arrays(
@@ -198,16 +203,18 @@ class Predictor:
             ],
             names=["system", "code", "probability"],
         )
-        offsets = np.concatenate([[0], np.cumsum(number)])
+        offsets = pa.array(np.concatenate([[0], np.cumsum(number)]), pa.int32())
+        rates = self._rates(scores >= self._threshold)
         columns = {
             "patient": identifiers,
-            "medications": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), medications),
-            "ddi_rate": pa.array(self._rates(scores >= self._threshold)),
+            "medications": pa.ListArray.from_arrays(offsets, medications, mask=pa.array(refused)),
+            "ddi_rate": pa.array(rates, mask=refused),
             "unknown_codes": pa.array(patients.unknown, pa.int32()),
         }
         if self._config.probabilities:
-            flat = pa.array(scores.reshape(-1))
-            columns["probabilities"] = pa.FixedSizeListArray.from_arrays(flat, scores.shape[1])
+            columns["probabilities"] = pa.FixedSizeListArray.from_arrays(
+                pa.array(scores.reshape(-1)), scores.shape[1], mask=pa.array(refused)
+            )
         return pa.table(columns)
 
     def _rates(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:

@@ -43,6 +43,7 @@ def draw(bundle: Bundle, number: int, seed: int, most_visits: int = 6) -> Patien
         age=rng.choice([np.nan, 71.0, 30.5], number).astype(np.float32),
         laboratory=Laboratory(measured, rng.normal(80, 30, len(measured.ids)).astype(np.float32)),
         unknown=np.zeros(number, np.int64),
+        unknown_share=np.zeros(number),
     )
 
 
@@ -163,6 +164,7 @@ def test_one_patient_as_the_endpoint_has_it():
         age=np.array([50, np.nan], np.float32),
         laboratory=Laboratory(CodeLists.of([[], [0, 2], []]), np.array([1.5, 2], np.float32)),
         unknown=np.zeros(2, np.int64),
+        unknown_share=np.zeros(2),
     )
     assert len(patients) == 2
     found = patients[1]

@@ -62,6 +62,7 @@ def assert_as_requested(bundle: Bundle, patients: list[dict[str, Any]], inputs: 
     request = RecommendRequest.model_validate({"patients": plain})
     expected = Encoder(bundle.vocabularies, preprocessing).encode(request)
     assert found.unknown.tolist() == [len(patient.unknown) for patient in expected]
+    assert found.unknown_share.tolist() == [patient.unknown_share for patient in expected]
     for p, one in enumerate(expected):
         got: EncodedPatient = found[p]
         assert got.known == one.known

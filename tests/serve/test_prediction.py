@@ -70,6 +70,9 @@ def assert_answered(path: Path, recommender: Recommender, patients: list[dict[st
     assert [row["patient"] for row in rows] == [f"p{i}" for i in range(len(patients))]
     for row, patient in zip(rows, patients, strict=True):
         request = RecommendRequest.model_validate({"patients": [patient]})
+        if recommender.encode(request)[0].unknown_share > 0.5:
+            assert row["medications"] is None
+            continue
         (answer,) = recommender.recommend(request)
         assert row["medications"] == [
             {"system": m.system, "code": m.code, "probability": m.probability}
@@ -132,6 +135,24 @@ def test_what_is_no_table_of_patients_is_refused(recommender: Recommender, tmp_p
     content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
     whole.write_bytes(content)
     refused("damaged after row|row")
+
+
+def test_a_patient_who_is_mostly_unknown_gets_no_recommendation(
+    recommender: Recommender, tmp_path: Path
+):
+    strange = [{"system": "icd9", "code": f"V{i}"} for i in range(3)]
+    known = [{"system": "icd9", "code": f"401{i}"} for i in range(3)]
+    codes = [strange, strange + known, strange + known[:2], []]
+    write(tmp_path / "in.parquet", [{"visits": [{"diagnoses": each}]} for each in codes])
+    prediction.predict(recommender, config(tmp_path, probabilities=True))
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["medications"] is None for row in rows] == [True, False, True, False]
+    assert [row["ddi_rate"] is None for row in rows] == [True, False, True, False]
+    assert [row["probabilities"] is None for row in rows] == [True, False, True, False]
+    assert [row["unknown_codes"] for row in rows] == [3, 3, 3, 0]
+    prediction.predict(recommender, config(tmp_path, max_unknown_share=1.0))
+    rows = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert all(row["medications"] is not None for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Which waiting patients share the next run of the model.
 
 While one run works, others gather; the next is of the shape that fills it most, or of one that has
-been passed over too often. A run costs the same whether it is full or not, so a lone patient is
+been passed over too often. Those who ask take turns in it, so that a lone patient does not wait
+behind somebody's hundreds. A run costs the same whether it is full or not, so a lone patient is
 answered at once, and the busier a replica is the less a patient costs.
 """
 
@@ -27,7 +28,7 @@ _MAX_PASSED = 1
 _MAX_INLINE_POSITIONS = 512
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Ask:
     """Patients that are asked about together.
 
@@ -75,7 +76,7 @@ class Runs:
         self._wait_s = wait_s
         self._on_run = on_run
         # Two recommenders are in use around a change of version; a run is of one of them.
-        self._places: dict[tuple[Recommender, Shape], deque[_Place]] = {}
+        self._places: dict[tuple[Recommender, Shape], dict[_Ask, deque[_Place]]] = {}
         self._passed = 0
         self._working: asyncio.Task[None] | None = None
 
@@ -87,7 +88,8 @@ class Runs:
         ask = _Ask([None] * len(patients), len(patients), loop.create_future())
         for i, patient in enumerate(patients):
             key = (recommender, recommender.shape(patient))
-            self._places.setdefault(key, deque()).append(_Place(patient, ask, i))
+            line = self._places.setdefault(key, {})
+            line.setdefault(ask, deque()).append(_Place(patient, ask, i))
         self.waiting += len(patients)
         if self._working is None:
             self._working = loop.create_task(self._work())
@@ -109,29 +111,32 @@ class Runs:
     def _next(self) -> tuple[Recommender, Shape]:
         """The shape of the next run; the longest waiting one is first in line."""
         oldest = next(iter(self._places))
-        if self._passed >= _MAX_PASSED:
-            chosen = oldest
-        else:
-            chosen = max(
-                self._places, key=lambda key: min(1.0, len(self._places[key]) / self._room(key[1]))
-            )
+        chosen = oldest if self._passed >= _MAX_PASSED else max(self._places, key=self._fullness)
         self._passed = 0 if chosen == oldest else self._passed + 1
         return chosen
+
+    def _fullness(self, key: tuple[Recommender, Shape]) -> float:
+        waiting = sum(len(places) for places in self._places[key].values())
+        return min(1.0, waiting / self._room(key[1]))
 
     def _room(self, shape: Shape) -> int:
         return min(shape.patients, self._max_patients)
 
     def _take(self, key: tuple[Recommender, Shape]) -> list[_Place]:
         """The next members of a run; the shape's other patients go to the end of the line."""
-        queue = self._places.pop(key)
+        line = self._places.pop(key)
         members: list[_Place] = []
-        while queue and len(members) < self._room(key[1]):
-            place = queue.popleft()
+        while line and len(members) < self._room(key[1]):
+            ask, places = next(iter(line.items()))
+            del line[ask]
+            place = places.popleft()
             self.waiting -= 1
-            if not place.ask.done.done():  # else its client has gone, or another run failed
+            if not ask.done.done():  # else its client has gone, or another run failed
                 members.append(place)
-        if queue:
-            self._places[key] = queue
+            if places:
+                line[ask] = places  # behind the others
+        if line:
+            self._places[key] = line
         return members
 
     async def _run(self, recommender: Recommender, shape: Shape, members: list[_Place]) -> None:

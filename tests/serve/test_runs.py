@@ -106,6 +106,25 @@ def test_the_fullest_shape_goes_first_and_no_other_waits_for_ever(
     assert sum(number for _, number in noting.runs) == 41
 
 
+def test_who_asks_about_one_does_not_wait_behind_many(
+    recommender: Recommender, patients: list[EncodedPatient]
+) -> None:
+    told = Told(recommender)
+    runs = Runs(4, 0.0)
+    done: list[int] = []
+
+    async def ask(patients: Sequence[EncodedPatient]) -> None:
+        await runs.probabilities(told, patients)  # type: ignore[arg-type]
+        done.append(len(told.runs))
+
+    async def all_ask() -> None:
+        await asyncio.gather(ask(patients[:1] * 21), ask(patients[:1]), ask(patients[:1]))
+
+    asyncio.run(all_ask())
+    assert [size for _, size in told.runs] == [4, 4, 4, 4, 4, 3]
+    assert done == [1, 1, 6]  # runs made when each was answered: those with one patient first
+
+
 def test_who_has_gone_is_left_out(recommender: Recommender, patients: list[EncodedPatient]) -> None:
     noting = Told(recommender)
 

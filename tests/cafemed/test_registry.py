@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,7 @@ def test_an_unreadable_record_is_named(home: Path, made: Path):
 # Each process publishes and promotes ten times, as fast as it can.
 WORK = """
 import sys
+import time
 from pathlib import Path
 from cafemed import registry
 home, made, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -156,3 +158,48 @@ def test_processes_at_the_same_time_lose_nothing(home: Path, made: Path):
     assert sorted(names) == [f"{i:06d}" for i in range(1, 53)]  # no gap, nothing left over
     for version in published:
         bundle_files.verify(version.folder)
+
+
+# As WORK, but for ever, and says what it has finished.
+ENDLESS = """
+import sys
+import time
+from pathlib import Path
+from cafemed import registry
+home, made = Path(sys.argv[1]), Path(sys.argv[2])
+while True:
+    version = registry.publish(home, made, {})
+    registry.promote(home, version)
+    print(version, flush=True)
+    registry.rollback(home)
+"""
+
+
+@pytest.mark.slow
+def test_killed_processes_leave_a_registry_whole(home: Path, made: Path, tmp_path: Path):
+    for _ in range(2):
+        registry.promote(home, registry.publish(home, made, {}))
+    finished: set[int] = set()
+    for round_ in range(6):
+        command = [sys.executable, "-c", ENDLESS, str(home), str(made)]
+        with (tmp_path / "said").open("w+") as said:
+            workers = [subprocess.Popen(command, stdout=said) for _ in range(4)]
+            time.sleep(1.5 + 0.137 * round_)
+            for worker in workers:
+                worker.kill()
+                worker.wait(30)
+            said.seek(0)
+            finished |= {int(line) for line in said.read().split()}
+        published = registry.versions(home)
+        assert [v.number for v in published] == list(range(1, len(published) + 1))
+        for version in published[-20:]:
+            bundle_files.verify(version.folder)
+        moves = registry.history(home, "production")
+        promoted = [move.version for move in moves if move.action == "promote"]
+        assert finished <= set(promoted) <= {v.number for v in published}
+        assert len(promoted) == len(set(promoted))
+        assert registry.resolve(home, "production").is_dir()
+    assert len(finished) > 20
+    version = registry.publish(home, made, {})
+    registry.promote(home, version)
+    assert registry.resolve_version(home, "production") == version

@@ -1,5 +1,6 @@
 """Batch scoring of files: the endpoint's answers, whole or not at all, for the owner alone."""
 
+import dataclasses
 import json
 import os
 import stat
@@ -11,8 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cafemed import artifacts, cohort
 from cafemed.bundle import Bundle
-from cafemed.errors import ConfigError, DataError
+from cafemed.codes import CodeLists
+from cafemed.errors import ArtifactError, ConfigError, DataError
+from cafemed.laboratory import Laboratory
 from serve import prediction, selection
 from serve.prediction import PredictConfig
 from serve.recommender import Recommender
@@ -224,6 +228,51 @@ def test_the_rate_of_interactions_is_that_of_the_selection(
         for row in chosen
     ]
     assert predictor._rates(chosen).tolist() == expected
+
+
+def make_cohort(bundle: Bundle, patients: list[dict[str, Any]], folder: Path) -> str:
+    """A cohort of the same patients, all of whose codes are known; gives its fingerprint."""
+    visits = [visit for patient in patients for visit in patient["visits"]]
+
+    def lists(kind: str, field: str) -> CodeLists:
+        names = bundle.vocabularies[kind]
+        written = [[f"{c['system']}:{c['code']}" for c in visit[field]] for visit in visits]
+        return CodeLists.of([[names.index(name) for name in names_] for names_ in written])
+
+    medications = lists("medication", "medications")
+    made = cohort.Cohort(
+        patient_offsets=np.concatenate([[0], np.cumsum([len(p["visits"]) for p in patients])]),
+        patient_ids=tuple(f"p{i}" for i in range(len(patients))),
+        visit_ids=tuple(f"v{i}" for i in range(len(visits))),
+        admitted=np.full(len(visits), "2101-01-01T10:00:00", "datetime64[s]"),
+        diagnoses=lists("diagnosis", "diagnoses"),
+        procedures=lists("procedure", "procedures"),
+        medications=medications,
+        targets=medications,
+        vocabularies=bundle.vocabularies,
+        laboratory=Laboratory.none(len(visits)),
+        ddi=bundle.ddi,
+        split=np.zeros(len(patients), np.int8),
+        sex=np.array([cohort.SEXES.index(p["sex"]) for p in patients], np.int8),
+        age=np.array([p["age"] for p in patients for _ in p["visits"]], np.float32),
+    )
+    with artifacts.new_folder(folder, "cohort", {"x": "1"}, {"inputs": "current"}) as (partial, _):
+        cohort.write(made, partial)
+    return artifacts.read_manifest(folder, "cohort").fingerprint
+
+
+def test_a_cohort_is_answered_as_the_requests_of_its_patients(served: Bundle, tmp_path: Path):
+    patients = invent(served, 45, seed=3)
+    for visit in (visit for patient in patients for visit in patient["visits"]):
+        for codes in visit.values():
+            codes[:] = [code for code in codes if code["code"] not in ("V99", "Z99Z")]
+    fingerprint = make_cohort(served, patients, tmp_path / "cohort")
+    recommender = Recommender(dataclasses.replace(served, sources={"cohort": fingerprint}), 1)
+    asked = config(tmp_path, input=str(tmp_path / "cohort"), batch_size=16, probabilities=True)
+    assert prediction.predict(recommender, asked) == 45
+    assert_answered(tmp_path / "out.parquet", recommender, patients)
+    with pytest.raises(ArtifactError, match="made from an input with fingerprint"):
+        prediction.predict(Recommender(served, 1), asked)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
@@ -180,6 +181,18 @@ def test_a_request_wrong_throughout_gets_a_bounded_answer(client: Client) -> Non
     fields = [problem["field"] for problem in got.json()["problems"]]
     assert fields == ["patients[0].age", "x" * 200]  # of a list, the first wrong one
     assert len(got.content) < 10_000
+
+
+def test_a_flood_of_mistakes_is_no_work(client: Client) -> None:
+    """Each list tells of its first wrong entry: all of this body's would take many seconds."""
+    wrong = {"diagnoses": [1] * 128, "medications": [1] * 128, "laboratory": [1] * 128}
+    request = {"patients": [{"visits": [wrong] * 7, "allergies": [1] * 64}] * 256}
+    started = time.process_time()
+    got = client.post("/v1/recommend", json=request)
+    assert time.process_time() - started < 2.0
+    fields = [problem["field"] for problem in got.json()["problems"]]
+    lists = ("visits[0].diagnoses", "visits[0].medications", "visits[0].laboratory", "allergies")
+    assert sorted(fields) == sorted(f"patients[0].{one}[0]" for one in lists)
 
 
 @pytest.mark.parametrize("announced", [True, False])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -19,7 +20,8 @@ import yaml
 
 from cafemed import paths
 from cafemed.bundle import Bundle
-from serve import launch
+from cafemed.client import Client, RefusedError
+from serve import keys, launch
 from serve.example import example_request
 
 BIN = Path(sys.executable).parent
@@ -136,3 +138,57 @@ def test_a_submitted_job_deploys_and_returns(head: Head, served: Bundle) -> None
     time.sleep(3)  # the job's processes are gone; the application is not
     answer = launch.ask(head.url, example_request(served))
     assert answer["model"] == {"name": "cafemed", "version": 1}
+
+
+def test_beyond_the_loopback_nothing_is_deployed_without_keys(
+    head: Head, root: Path, served: Bundle, tmp_path: Path
+) -> None:
+    """After the tests above: Serve is started anew, on every interface."""
+    head.run("serve", "shutdown", "-a", head.address, "-y")
+    content = yaml.safe_load((paths.PROJECT_DIR / "serve" / "config.yaml").read_text())
+    content["http_options"] |= {"host": "0.0.0.0", "port": head.http_port}
+    arguments = content["applications"][0]["args"]
+    arguments["name"] = "tiny"
+    own = tmp_path / "config.yaml"
+
+    def deployed(state: str) -> dict[str, Any]:
+        own.write_text(yaml.safe_dump(content))
+        head.run("serve", "deploy", "-a", head.address, str(own))
+        deadline = time.monotonic() + 90
+        told: dict[str, Any] = {}
+        while told.get("status") != state and time.monotonic() < deadline:
+            time.sleep(0.5)
+            printed = yaml.safe_load(head.run("serve", "status", "-a", head.address))
+            told = printed["applications"].get("cafemed", {})
+        assert told.get("status") == state, told
+        return told
+
+    told = deployed("DEPLOY_FAILED")
+    assert "serve.access.auth: 'none' is only for the loopback" in told["message"]
+    # A job is told the same, whatever it believes of where Serve listens.
+    job = ["python", "jobs/deploy.py", "name=tiny", f"http.port={head.http_port}"]
+    submit = ["ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", *job]
+    refused = subprocess.run(
+        submit,
+        cwd=paths.PROJECT_DIR,
+        env=head.env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert refused.returncode != 0
+    assert "error: serve.access.auth: 'none' is only for the loopback" in refused.stdout
+
+    path = paths.keys_file(root, "tiny")
+    secret = keys.create(path, "ward-3", 600)
+    try:
+        arguments["serve"]["access"] = {"auth": "keys"}
+        deployed("RUNNING")
+        with Client(head.url, secret) as client:
+            answer = client.recommend(example_request(served)["patients"])
+        assert answer["model"] == {"name": "cafemed", "version": 1}
+        with Client(head.url, "other") as client, pytest.raises(RefusedError, match="status 401"):
+            client.model()
+    finally:
+        path.unlink()

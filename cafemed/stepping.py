@@ -3,8 +3,7 @@
 What has a shape that depends on the data (which codes exist, which edges) is worked out on the
 host by the model's `prepare`, where it has one, so that a step on a GPU never waits for the
 device: while it computes, the host makes the next batch ready in pinned memory and queues its
-copy. The losses are looked at every `STEPS_BETWEEN_CHECKS_GPU` steps there, and at every step on
-a CPU.
+copy. The losses are looked at every `STEPS_BETWEEN_CHECKS` steps there, and at every step on a CPU.
 
 Several processes (`cafemed/process_group.py`) divide every batch among them, patient by patient,
 and make the step that one process would make with all of it: the loss is a mean over visits, and
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
     from cafemed.training import FitConfig
 
 TERMS = ("loss", "bce", "margin", "ddi")
-#: Steps between two looks at the losses on a GPU, where every look waits for the device.
-STEPS_BETWEEN_CHECKS_GPU = 50
+#: Steps between two looks at the losses where a look waits for a GPU, or for other processes.
+STEPS_BETWEEN_CHECKS = 50
 
 T = TypeVar("T")
 
@@ -157,7 +156,8 @@ class Stepper:
         counts = np.diff(arrays.patient_offsets)
         visits = torch.tensor([[float(counts[chunk].sum())] for chunk in chunks])
         terms = torch.zeros(len(chunks), len(TERMS), device=self.device)
-        interval = STEPS_BETWEEN_CHECKS_GPU if self.device.type == "cuda" else 1
+        waits = self.device.type == "cuda" or self.group.size > 1
+        interval = STEPS_BETWEEN_CHECKS if waits else 1
         self.model.train()
         for step, (ready, own) in enumerate(self._ready(arrays, chunks)):
             share = own / float(visits[step])

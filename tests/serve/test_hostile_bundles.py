@@ -91,9 +91,7 @@ class Loader:
         return told
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
+        self._process.communicate(timeout=10)  # closes the pipes, which ends it
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -459,7 +457,7 @@ def test_damage_anywhere_is_refused_or_harmless(loader: Loader, folder: Path, na
     """Bytes changed at random, the manifest agreeing: no other exception, no crash."""
     random = np.random.default_rng(7)
     before = (folder / name).read_bytes()
-    for _ in range(25):
+    for _ in range(12):
         content = bytearray(before)
         for place in random.integers(0, len(content), random.integers(1, 6)):
             content[place] = random.integers(0, 256)

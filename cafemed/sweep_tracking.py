@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cafemed import config, console, tracking
-from cafemed.errors import ArtifactError, TrackingError, UserError
+from cafemed.errors import ArtifactError, TrackingError, TrackingRefusedError, UserError
 from cafemed.invocation import Invocation
 from cafemed.ledger import Ledger
 from cafemed.sweep_plan import SweepPlan
@@ -54,8 +54,14 @@ class SweepTracking:
         Raises:
             TrackingError: if it does not answer. A sweep that goes on does so without it.
         """
-        if self._client is not None and not ledger.exists():
+        if self._client is None or ledger.exists():
+            return
+        try:
             self._client.experiment(self._experiment)
+        except TrackingRefusedError:
+            raise
+        except TrackingError as err:
+            raise TrackingError(f"{err}; start it, or choose tracking=none") from err
 
     @contextlib.contextmanager
     def following(

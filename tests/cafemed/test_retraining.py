@@ -1,6 +1,7 @@
 """The winner trained anew: on whom, for how long, and what is still said of validation patients."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -291,3 +292,22 @@ def test_on_ray_it_is_trained_as_without(
     again = bundle.load(experiment / "retrained" / "bundle")
     assert same(again.weights, retrained.weights)
     assert again.metrics == retrained.metrics
+
+
+def test_what_validation_patients_say_meanwhile_has_no_influence(
+    experiment: Path,
+    plan: SweepPlan,
+    retrained: bundle.Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    evaluate, heights = training.metrics.evaluate, itertools.count(1)
+
+    def falling(*arguments: Any) -> Any:
+        return dataclasses.replace(evaluate(*arguments), jaccard=1 / next(heights))
+
+    monkeypatch.setattr(training.metrics, "evaluate", falling)
+    one = dataclasses.replace(plan, fit=dataclasses.replace(plan.fit, patience=1))
+    retraining.run(experiment, one, models.build, True)
+    assert next(heights) > 3  # it was asked
+    again = bundle.load(experiment / "retrained" / "bundle")
+    assert again.fingerprint == retrained.fingerprint

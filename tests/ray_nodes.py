@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,8 +111,11 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def head(cpus: int, gpus: int = 0) -> Iterator[Nodes]:
-    """Starts a head with a token of its own; ends it and all nodes added since."""
+def head(cpus: int, gpus: int = 0, more: Mapping[str, str] | None = None) -> Iterator[Nodes]:
+    """Starts a head with a token of its own; ends it and all nodes added since.
+
+    `more` is of the environment of every node.
+    """
     with tempfile.TemporaryDirectory(prefix="cm", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         port, dashboard, agent, metrics, client = free_ports(5)
@@ -127,6 +130,7 @@ def head(cpus: int, gpus: int = 0) -> Iterator[Nodes]:
             "PYTHONWARNINGS": "default",
             "OMP_NUM_THREADS": "1",
         }
+        env |= more or {}
         nodes = Nodes(folder, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", env)
         command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}"]
         command += [f"--dashboard-port={dashboard}", f"--temp-dir={folder / 'r'}"]

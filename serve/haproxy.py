@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cafemed import paths
@@ -79,7 +79,6 @@ def environment(http: HttpConfig) -> Iterator[None]:
     own = tempfile.mkdtemp(prefix="ha", dir=parent)  # for its user alone: the socket commands it
     settings = {
         **_ENVIRONMENT,
-        _SWITCH: "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{own}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{own}/admin.sock",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": own,
@@ -92,13 +91,30 @@ def environment(http: HttpConfig) -> Iterator[None]:
         "CAFEMED_HAPROXY_STATS_HOST": http.stats_host,
     }
     added = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(added)
+    try:
+        with _set({**added, _SWITCH: "1"}):
+            yield
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def without() -> contextlib.AbstractContextManager[None]:
+    """Has a Ray that starts in the block go without, whatever the environment says."""
+    return _set({_SWITCH: "0"})
+
+
+@contextlib.contextmanager
+def _set(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
-        shutil.rmtree(own, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _binary() -> str | None:

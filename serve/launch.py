@@ -187,8 +187,9 @@ def _ray(http: HttpConfig, cpus: float, gpus: float) -> Iterator[str]:
     """As cluster.ray_cluster, with HAProxy where the settings say so."""
     with contextlib.ExitStack() as around:
         with_haproxy = haproxy.is_on(http, on_cluster())
-        if with_haproxy and not on_cluster():
-            around.enter_context(haproxy.environment(http))
+        if not on_cluster():
+            environment = haproxy.environment(http) if with_haproxy else haproxy.without()
+            around.enter_context(environment)
         where = around.enter_context(cluster.ray_cluster(cpus, gpus))
         yield f"{where}; {'HAProxy' if with_haproxy else 'Ray Serve itself'} in front"
 

@@ -108,6 +108,17 @@ def test_the_environment_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch)
     assert dict(os.environ) == before
 
 
+def test_settings_outweigh_the_environments_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with haproxy.without():
+        assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    with haproxy.environment(HttpConfig()):
+        assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+
+
 def test_what_is_asked_for_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
     assert haproxy.is_on(HttpConfig(proxy="auto"), cluster=False)

@@ -26,7 +26,7 @@ def configuration(
 
     Returns:
         "model": "name" and its options; "train": all settings of training; "calibration", if the
-        settings have it.
+        settings have it; "num_workers", if there were several.
     """
     varied: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
     for parameter, value in parameters.items():
@@ -41,6 +41,8 @@ def configuration(
         train["epochs"] = epochs
     # What is chosen after training, such as the temperature, is no trial's own.
     others = {key: settings[key] for key in ("calibration",) if key in settings}
+    if (workers := settings.get("search", {}).get("num_workers", 1)) > 1:
+        others["num_workers"] = workers
     return {"model": {"name": name, **options}, "train": train, **others}
 
 
@@ -56,6 +58,9 @@ def command(name: str, configured: Mapping[str, Any], root: str | None = None) -
     if root is not None:
         overrides["paths.root"] = root
     for section, options in configured.items():
+        if not isinstance(options, Mapping):
+            overrides[section] = options
+            continue
         overrides |= {
             f"{section}.{option}": value
             for option, value in options.items()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import models
-from cafemed import placement, sweep_plan, tuning_hooks
+from cafemed import placement, reproduction, sweep_plan, tuning_hooks
 from cafemed.conductor import Conductor
 from cafemed.errors import ConfigError
 from cafemed.ledger import Ledger
@@ -90,3 +90,11 @@ def test_trials_of_several_workers_start_when_their_workers_have_room(
 def test_trials_of_one_worker_are_left_to_ray_tune(tmp_path: Path):
     conductor = Conductor(plan_of(num_samples=3), Ledger(tmp_path / "trials"))
     assert suggest(tuning_hooks.Search(conductor, "paths.root"), "abc") == [True] * 3
+
+
+def test_the_command_that_trains_a_trial_again_has_its_workers():
+    for search, expected in (({"num_workers": 2}, ["num_workers=2"]), ({}, [])):
+        plan = plan_of(**search)
+        configured = reproduction.configuration(plan.settings(), {}, seed=1)
+        command = reproduction.command("x", configured)
+        assert [part for part in command if part.startswith("num_workers")] == expected

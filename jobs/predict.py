@@ -31,7 +31,9 @@ def main(cfg: DictConfig) -> None:
 
 def run(told: invocation.Invocation, section: dict[str, Any]) -> None:
     """Loads the model, scores the input, and says how long it took."""
-    from cafemed import cluster, config  # torch takes seconds to import: not for --help
+    import torch  # takes seconds to import: not for --help
+
+    from cafemed import cluster, config
     from cafemed.errors import ConfigError
     from serve import prediction
     from serve.recommender import Recommender
@@ -43,6 +45,7 @@ def run(told: invocation.Invocation, section: dict[str, Any]) -> None:
     version = registry.resolve_version(told.registry, settings.alias)
     folder: Path = registry.resolve(told.registry, version)
     console.say("predict", f"version {version:04d} ({settings.alias}) of {told.registry}")
+    torch.set_num_threads(1)  # as a replica; steps this small are slower on more
     recommender = Recommender.load(folder, version)
     prediction.open_source(source, recommender, settings.batch_size)  # refused before Ray starts
     if settings.workers == 0:

@@ -7,6 +7,7 @@ thousand patients are in memory at a time, however many the file holds.
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 
 from cafemed import artifacts, cohort
 from cafemed.config import Range
-from cafemed.errors import ConfigError, DataError, UserError
+from cafemed.errors import ConfigError, DataError
 from serve.bulk import Patients, Scorer
 from serve.patient_tables import TableReader
 from serve.recommender import Recommender
 from serve.settings import MAX_UNKNOWN_SHARE
+
+#: Column of what a worker gives in place of results.
+_REFUSED = "refused"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,41 +257,56 @@ def predict_on_ray(recommender: Recommender, folder: Path, config: PredictConfig
 
     source_path, target = checked_paths(config)
     source = open_source(source_path, recommender, config.batch_size)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells each step of its own work
     DataContext.get_current().execution_options.preserve_order = True
     DataContext.get_current().enable_progress_bars = False
     pieces = source.pieces()
+    # With the pieces: Ray warns of arguments of a worker's constructor.
+    job = {"folder": str(folder), "version": recommender.name.version}
+    told = json.dumps(job | {"config": dataclasses.asdict(config)})
     asked = ray.data.from_items(
-        [{"piece": piece} for piece in pieces], override_num_blocks=len(pieces)
+        [{"piece": piece, "job": told} for piece in pieces], override_num_blocks=len(pieces)
     )
     answers = asked.map_batches(
         _Worker,
-        fn_constructor_args=(str(folder), recommender.name.version, config),
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=config.num_cpus,
         compute=ActorPoolStrategy(size=min(config.workers, len(pieces))),
     )
-    try:
-        batches = answers.iter_batches(batch_size=None, batch_format="pyarrow")
-        return write(target, batches, recommender)
-    except ray.exceptions.RayError as err:
-        raise _user_error(err) or err from err
+    batches = answers.iter_batches(batch_size=None, batch_format="pyarrow")
+    return write(target, map(_unrefused, batches), recommender)
 
 
 class _Worker:
     """A process of `predict_on_ray`."""
 
-    def __init__(self, folder: str, version: int, config: PredictConfig) -> None:
+    def __init__(self) -> None:
+        self._predictor: Predictor | None = None
+
+    def __call__(self, asked: pa.Table) -> Iterator[pa.Table]:
+        try:
+            for row in asked.to_pylist():
+                self._predictor = self._predictor or self._prepared(**json.loads(row["job"]))
+                yield from self._predictor.tables(row["piece"])
+        except DataError as err:  # as a result: Ray would tell of an exception on many lines
+            yield pa.table({_REFUSED: [str(err)]})
+
+    def _prepared(self, folder: str, version: int, config: dict[str, Any]) -> Predictor:
         import torch
 
         torch.set_num_threads(1)
+        settings = PredictConfig(**config)
         recommender = Recommender.load(Path(folder), version)
-        source = open_source(Path(str(config.input)), recommender, config.batch_size)
-        self._predictor = Predictor(recommender, source, config)
+        source = open_source(Path(str(settings.input)), recommender, settings.batch_size)
+        return Predictor(recommender, source, settings)
 
-    def __call__(self, asked: pa.Table) -> Iterator[pa.Table]:
-        for piece in asked["piece"].to_pylist():
-            yield from self._predictor.tables(piece)
+
+def _unrefused(table: pa.Table) -> pa.Table:
+    """Raises in this process what a worker refused."""
+    if table.column_names == [_REFUSED]:
+        raise DataError(table[_REFUSED][0].as_py())
+    return table
 
 
 def checked_paths(config: PredictConfig) -> tuple[Path, Path]:
@@ -353,12 +372,3 @@ def _beside(target: Path) -> Iterator[Path]:
         raise ConfigError(f"predict.output: cannot write {target}: {err.strerror}") from err
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _user_error(err: BaseException | None) -> UserError | None:
-    """The error of ours that a worker raised, out of what Ray wraps around it."""
-    while err is not None:
-        if isinstance(err, UserError):
-            return err
-        err = getattr(err, "cause", None) or err.__cause__
-    return None

@@ -41,6 +41,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
@@ -97,7 +98,7 @@ class Size(NamedTuple):
 
 
 FULL = Size("synthetic", 32, 14.0, "sweep plain plain sweep", 8, 3, 10, 60.0)
-QUICK = Size("synthetic_demo", 4, 2.0, "sweep plain", 4, 1, 1, 9.0)
+QUICK = Size("synthetic_demo", 4, 1.0, "sweep plain", 4, 1, 1, 9.0)
 
 
 def versions() -> str:
@@ -191,16 +192,13 @@ def measure_sweeps(given: Experiment, size: Size, seed: int, compared: bool) -> 
     data = measured.data_of(plan, given)
     sweeps: list[Sweep] = []
     studies: list[Study] = []
-    began = time.perf_counter()
-    with cluster.ray_cluster(SLOTS):
-        yield "ray", "start_s", time.perf_counter() - began, "s"
-        for name in size.rounds.split():
-            if name == "sweep":
-                sweeps.append(measured.run(plan, data, SLOTS))
-            elif compared:
-                fixed = [Fixed(trial.parameters, trial.seed) for trial in sweeps[0].trials]
-                studies.append(plain.run(fixed, plan.space, data, SLOTS))
-        single = measured.run(sweep_plan(size.trials // 2, epochs, seed), data, 1)
+    for name in size.rounds.split():
+        if name == "sweep":
+            sweeps.append(measured.run(plan, data, SLOTS))
+        elif compared:
+            fixed = [Fixed(trial.parameters, trial.seed) for trial in sweeps[0].trials]
+            studies.append(plain.run(fixed, plan.space, data, SLOTS))
+    single = measured.run(sweep_plan(size.trials // 2, epochs, seed), data, 1)
     yield from sweep_rows(sweeps, single)
     if compared:
         yield from plain_rows(studies, sweeps)
@@ -214,39 +212,41 @@ def measure_workers(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
     cases = {f"ddp workers={SLOTS}": data}
     if size.trials > QUICK.trials:
         cases[f"ddp workers={SLOTS} batch=128"] = large
-    with cluster.ray_cluster(SLOTS):
-        for case, chosen in cases.items():
-            pair = together.compare(chosen, SLOTS, size.fits)
-            yield case, "epoch_s_alone", pair.alone_s, "s"
-            yield case, "epoch_s", pair.together_s, "s"
-            yield case, "efficiency", pair.alone_s / (SLOTS * pair.together_s), "1"
+    for case, chosen in cases.items():
+        pair = together.compare(chosen, SLOTS, size.fits)
+        yield case, "epoch_s_alone", pair.alone_s, "s"
+        yield case, "epoch_s", pair.together_s, "s"
+        yield case, "efficiency", pair.alone_s / (SLOTS * pair.together_s), "1"
 
 
 def measure_searches(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
     """The case `tpe_asha_vs_random`."""
     case, wins = "tpe_asha_vs_random", 0
-    with cluster.ray_cluster(SLOTS):
-        for number in range(seed, seed + size.searches):
-            found = {}
-            for name in race.SEARCHES:
-                found[name] = race.search(name, given, size.search_s, SLOTS, number)
-                yield case, f"jaccard {name} seed={number}", found[name].jaccard, "1"
-                yield case, f"trials {name} seed={number}", found[name].trials, "1"
-            wins += found["tpe_asha"].jaccard > found["random"].jaccard
+    for number in range(seed, seed + size.searches):
+        found = {}
+        for name in race.SEARCHES:
+            found[name] = race.search(name, given, size.search_s, SLOTS, number)
+            yield case, f"jaccard {name} seed={number}", found[name].jaccard, "1"
+            yield case, f"trials {name} seed={number}", found[name].trials, "1"
+        wins += found["tpe_asha"].jaccard > found["random"].jaccard
     yield case, f"wins_of_{size.searches}", wins, "1"
 
 
 def measure(size: Size, work: Path, seed: int, chosen: list[str]) -> Iterator[Row]:
     """All rows of the chosen cases."""
-    if {"sweep", "optuna_joblib", "ddp"} & set(chosen):
-        given = experiment.load_inputs(cohorts.prepare(work, size.data, seed))
-    if {"sweep", "optuna_joblib"} & set(chosen):
-        yield from measure_sweeps(given, size, seed, "optuna_joblib" in chosen)
-    if "ddp" in chosen:
-        yield from measure_workers(given, size, seed)
-    if "tpe_asha_vs_random" in chosen:
-        small = experiment.load_inputs(cohorts.prepare(work, QUICK.data, seed))
-        yield from measure_searches(small, size, seed)
+    wanted = {QUICK.data if case == "tpe_asha_vs_random" else size.data for case in chosen}
+    given = {
+        data: experiment.load_inputs(cohorts.prepare(work, data, seed)) for data in sorted(wanted)
+    }
+    began = time.perf_counter()
+    with cluster.ray_cluster(SLOTS):
+        yield "ray", "start_s", time.perf_counter() - began, "s"
+        if {"sweep", "optuna_joblib"} & set(chosen):
+            yield from measure_sweeps(given[size.data], size, seed, "optuna_joblib" in chosen)
+        if "ddp" in chosen:
+            yield from measure_workers(given[size.data], size, seed)
+        if "tpe_asha_vs_random" in chosen:
+            yield from measure_searches(given[QUICK.data], size, seed)
 
 
 def main() -> None:
@@ -262,6 +262,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep the cohorts in this folder")
     parser.add_argument("--only", action="append", choices=CASES, help="this case; repeatable")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     load = " ".join(f"{x:.2f}" for x in os.getloadavg())
     print(f"load {load} on {os.cpu_count()} cores; one thread a process; {versions()}", flush=True)
     size = QUICK if given.quick else FULL

@@ -11,7 +11,6 @@ patient's recommended medications with their probabilities. With RAY_ADDRESS, an
 job, the work is done on that cluster, whose nodes must see both paths.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -53,8 +52,6 @@ def run(told: invocation.Invocation, section: dict[str, Any]) -> None:
         started = time.monotonic()
         number = prediction.predict(recommender, settings)
     else:
-        # Ray's core tells the terminal of how Ray Data starts its own actors.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         with cluster.ray_cluster(settings.workers * settings.num_cpus) as where:
             console.say("predict", where)
             reserved = {"CPU": ("predict.num_cpus", settings.num_cpus)}

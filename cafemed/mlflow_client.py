@@ -22,11 +22,11 @@ from cafemed.errors import (
     TrackingRefusedError,
 )
 
-#: Unless the user's environment says otherwise. Who calls tries again himself, and later.
+#: Unless the user's environment says otherwise. Who calls tries again himself, when he has asked
+#: what became of it; a request that a slow server gets twice would begin a run twice.
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # seconds
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "GIT_PYTHON_REFRESH": "quiet",  # a machine without git is told nothing
 }

@@ -192,7 +192,7 @@ def test_used_up_time_counts_as_done_until_there_is_more(place: Place, sweeps: A
 
 def resumed(place: Place, *overrides: str, **search: Any) -> dict[str, Any]:
     values = {"resume": place.ledger.storage, "promote": False, "search": search}
-    values["tracking"] = {"name": "mlflow"}
+    values |= {"tracking": {"name": "mlflow"}, "retrain": False}
     return sweep_start.resumed(values, [f"resume={place.ledger.storage}", *overrides])
 
 

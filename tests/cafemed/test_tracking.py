@@ -78,6 +78,15 @@ def test_a_sweep_that_goes_on_tells_of_the_trials_before_too(sweeps: Any, tmp_pa
     assert steps(folder / "trial-00000")[:2] == [1, 2]
 
 
+def test_what_is_told_does_not_change_afterwards(sweeps: Any, tmp_path: Path):
+    told = list[tuple[Progress, int]]()
+    plan, ledger = sweeps.plan_of(num_samples=2), Ledger(tmp_path / "trials")
+    conductor = Conductor(plan, ledger, tell=lambda trial: told.append((trial, len(trial.history))))
+    sweeps.play(conductor)
+    assert max(epochs for _, epochs in told) > 2
+    assert all(len(trial.history) == epochs for trial, epochs in told)
+
+
 def test_a_new_sweep_takes_the_old_ones_place_and_can_be_without(sweeps: Any, tmp_path: Path):
     place = tmp_path / "experiments" / "x" / "tensorboard" / "sweep"
     follow(sweeps, tmp_path, sweeps.plan_of(num_samples=3), {})

@@ -41,6 +41,8 @@ _LOGGER = "ray.serve"
 _REPORT_S = 2.0
 #: Ray's own refusals come after ours, when even refusing has a queue.
 _RAY_RETRY_S = 5.0
+#: A replica that ended is missed at the next check, and only then replaced.
+_HEALTH_CHECK_S = 2.0
 _LOGGING = {"encoding": "JSON", "enable_access_log": False}  # our own line a request says more
 
 _Row = NDArray[np.float32]
@@ -184,6 +186,7 @@ def application(registry_dir: registry.Location, config: ServeConfig) -> Applica
         max_queued_requests=config.max_queued_requests,
         backpressure_config={"retry_after_s": _RAY_RETRY_S},
         graceful_shutdown_timeout_s=config.drain_s,
+        health_check_period_s=_HEALTH_CHECK_S,
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,

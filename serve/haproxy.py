@@ -21,9 +21,12 @@ _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 _START_SCRIPT = paths.PROJECT_DIR / "platform" / "haproxy" / "haproxy"
 #: A socket's path has at most 97 characters here; a node's id and the socket's name take 70.
 _MAX_FOLDER_CHARS = 27
+#: For Ray's own proxy too: one that is gone is missed after three checks, and only then replaced.
+_FOR_ANY_PROXY = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2"}
 #: Replicas with HAProxy are reached without Ray's proxy, so user code needs no thread of its own.
 #: A request of this application may be made twice, so it is, where a replica ends while it works.
 _ENVIRONMENT = {
+    **_FOR_ANY_PROXY,
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # longer requests cannot be made again
@@ -100,7 +103,8 @@ def environment(http: HttpConfig) -> Iterator[None]:
 
 def without() -> contextlib.AbstractContextManager[None]:
     """Has a Ray that starts in the block go without, whatever the environment says."""
-    return _set({_SWITCH: "0"})
+    added = {name: value for name, value in _FOR_ANY_PROXY.items() if name not in os.environ}
+    return _set({**added, _SWITCH: "0"})
 
 
 @contextlib.contextmanager

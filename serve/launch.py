@@ -14,7 +14,7 @@ from typing import Any
 from cafemed import cluster, console
 from cafemed.client import KEY_VARIABLE, Client, UnreachableError
 from cafemed.errors import ConfigError, UserError
-from serve import access, haproxy, tls
+from serve import access, again, haproxy, tls
 from serve.settings import AccessConfig, DeployConfig, HttpConfig
 
 
@@ -188,8 +188,11 @@ def _ray(http: HttpConfig, cpus: float, gpus: float) -> Iterator[str]:
     with contextlib.ExitStack() as around:
         with_haproxy = haproxy.is_on(http, on_cluster())
         if not on_cluster():
-            environment = haproxy.environment(http) if with_haproxy else haproxy.without()
-            around.enter_context(environment)
+            if with_haproxy:
+                around.enter_context(haproxy.environment(http))
+            else:
+                around.enter_context(haproxy.without())
+                around.enter_context(again.environment())
         where = around.enter_context(cluster.ray_cluster(cpus, gpus))
         yield f"{where}; {'HAProxy' if with_haproxy else 'Ray Serve itself'} in front"
 

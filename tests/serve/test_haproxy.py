@@ -92,6 +92,32 @@ def test_rays_own_template_is_understood(tmp_path: Path, started: dict[str, str]
     assert "local0 info" not in done.stdout
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_before_any_replica_is_known_clients_are_to_come_back(
+    tmp_path: Path, started: dict[str, str], known: bool
+) -> None:
+    """With HAProxy itself, which checks the configuration."""
+    program = haproxy._binary()
+    if program is None:
+        pytest.skip("HAProxy is not installed")
+    checked = Path(started["CAFEMED_HAPROXY"])
+    checked.write_text(f'#!/bin/sh\ncat "$3"; exec "{program}" -c -f "$3" >&2\n')
+    config = GLOBAL.replace("log 127.0.0.1:514 local0 info", "nbthread 1") + PAGES
+    config = config.replace("log global", "mode http") + FRONT + STATS
+    config += "    use_backend replicas if TRUE\n" if known else ""
+    config = config.replace(STATS, "") + (
+        "    default_backend default_backend\n"
+        "backend default_backend\n"
+        '    http-request return status 404 content-type text/plain lf-string "Path '
+        "'%[path]' not found. Ping http://.../-/routes for available routes.\"\n"
+        "backend replicas\n    http-request return status 200\n"
+    )
+    done = start(config + STATS, tmp_path, started)
+    assert done.returncode == 0, done.stderr
+    assert ("return status 404" in done.stdout) is known
+    assert ('status 503 content-type text/plain hdr Retry-After 1 string "' in done.stdout) != known
+
+
 def test_the_environment_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", "1234")
     before = dict(os.environ)

@@ -43,13 +43,13 @@ class Sent:
 
 
 class _Statuses(logging.Handler):
-    """Remembers the status of a thread's first answer since its request; httpx logs each."""
+    """Remembers the status of a thread's last answer; httpx logs each."""
 
     seen = threading.local()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if isinstance(record.args, tuple) and self.seen.first is None:
-            self.seen.first = record.args[3]
+        if isinstance(record.args, tuple):
+            self.seen.status = record.args[3]
 
 
 class Load:
@@ -81,11 +81,11 @@ class Load:
 
     def _one(self, place: int) -> None:
         """One client; it never catches up on what it missed while it waited for an answer."""
-        retries = 0
+        firsts: list[int] = []
 
         def sleep(seconds: float) -> None:
-            nonlocal retries
-            retries += 1
+            """What the client does between its attempts."""
+            firsts.append(_Statuses.seen.status)
             time.sleep(seconds)
 
         with Client(self._url, sleep=sleep) as client:
@@ -100,14 +100,15 @@ class Load:
             while not self._stop.is_set() and (not self._count or number < self._count):
                 time.sleep(max(0.0, due - time.monotonic()))
                 due = max(time.monotonic(), due + self._period_s)
-                retries = 0
+                firsts.clear()
                 sent = self._ask(client, number % len(self._requests))
-                sent.attempts += retries
+                sent.attempts += len(firsts)
+                sent.first = [*firsts, _Statuses.seen.status][0]
                 self._sent.append(sent)
                 number += self._clients
 
     def _ask(self, client: Client, which: int) -> Sent:
-        _Statuses.seen.first = None
+        _Statuses.seen.status = 0
         sent = Sent(time.monotonic())
         try:
             answer = client.recommend(**self._requests[which])
@@ -116,7 +117,6 @@ class Load:
         except ClientError as err:
             sent.error = str(err)
         sent.seconds = time.monotonic() - sent.at
-        sent.first = _Statuses.seen.first or 0
         return sent
 
 

@@ -35,8 +35,10 @@ from serve.settings import DeployConfig, HttpConfig, ServeConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-CLIENTS = 8
+CLIENTS = 12
 RATE = 100.0  # requests a second
+#: How long a request waits for others where something dies, so that about ten are in progress then.
+WAIT_S = 0.1
 MANY = 2500  # where something dies
 SOME = 800
 #: Of the requests under which a replica or a node died, those whose first attempt may fail.
@@ -251,7 +253,7 @@ def ready(count: int) -> bool:
 def test_a_replica_that_is_killed_costs_at_most_one_request_in_a_thousand(
     start: Start, proxy: str
 ) -> None:
-    endpoint = start(proxy, min_replicas=2, max_replicas=2)
+    endpoint = start(proxy, min_replicas=2, max_replicas=2, batch_wait_s=WAIT_S)
     with endpoint.asked(f"kill -9 of a replica, {proxy}", MANY) as seen:
         first, second = replicas()
         first.kill()
@@ -313,11 +315,11 @@ from pathlib import Path
 from ray import serve
 from serve import app, launch
 from serve.settings import HttpConfig, ServeConfig
-address, port, registry_dir = sys.argv[1:]
+address, port, registry_dir, wait_s = sys.argv[1:]
 ray.init(address, logging_level=50, log_to_driver=False)
 # One address for both nodes: the second one's proxy would find the port taken.
 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(port)})
-config = ServeConfig(min_replicas=2, max_replicas=2, num_cpus=1.0)
+config = ServeConfig(min_replicas=2, max_replicas=2, batch_wait_s=float(wait_s))
 application = app.application(Path(registry_dir), config)
 print(launch.deploy(application, "tiny", HttpConfig(port=int(port))))
 """
@@ -336,7 +338,7 @@ def test_a_node_that_is_lost_costs_at_most_one_request_in_a_thousand(
         nodes = around.enter_context(ray_nodes.head(cpus=1, more=of_haproxy))
         nodes.add(cpus=1)
         nodes.wait()
-        done = nodes.python(DEPLOY, nodes.address, str(port), str(own))
+        done = nodes.python(DEPLOY, nodes.address, str(port), str(own), str(WAIT_S))
         assert done.returncode == 0, done.stdout + done.stderr + nodes.log()
         endpoint = Endpoint(done.stdout.split()[-1], own, requests)
         head, lost = (psutil.Process(process.pid) for process in nodes.processes)

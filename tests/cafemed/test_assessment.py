@@ -364,7 +364,7 @@ def test_a_card_lies_beside_its_version_and_is_replaced_whole(
     (home / "versions" / "0003" / "bundle").mkdir(parents=True)
     (home / "versions" / "0003" / "record.json").write_text('{"produced_by": {}}')
     assert registry.read_card(home, 3) is None
-    path = registry.write_card(home, 3, found.card, "# three")
+    path = Path(registry.write_card(home, 3, found.card, "# three"))
     assert path == home / "cards" / "0003.json"
     assert registry.read_card(home, 3) == found.card
     assert path.with_suffix(".md").read_text() == "# three"

@@ -147,6 +147,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_open(path: str) -> bool:
+    """Whether a path is answered without a key."""
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
 class Gate:
     """ASGI middleware: lets a request through if it may be answered, before its body is read."""
 
@@ -158,8 +163,7 @@ class Gate:
         if scope["type"] == "websocket":  # there are none
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
             return
-        path = scope.get("path", "")
-        if scope["type"] != "http" or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
+        if scope["type"] != "http" or is_open(scope.get("path", "")):
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])

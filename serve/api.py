@@ -80,11 +80,11 @@ def create_api(
     api.router.route_class = StrictRoute
     document_keys(api)
     # What is added later is further out.
+    refuse = functools.partial(_refuse_busy, observer)
     if admission is not None:
-        refuse = functools.partial(_refuse_busy, observer)
         api.add_middleware(Admitted, admission=admission, refuse=refuse)
     timeout_s = access.body_timeout_s if access else Access.body_timeout_s
-    api.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES, timeout_s=timeout_s)
+    api.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES, timeout_s=timeout_s, refuse=refuse)
     if access is not None:
         api.add_middleware(Gate, access=access)
         if access.cors_origins:

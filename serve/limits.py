@@ -15,6 +15,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
+from serve.access import is_open
 from serve.asgi import Application, Message, Receive, Send
 from serve.problems import problem
 from serve.schema import MAX_BODY_BYTES
@@ -25,34 +26,55 @@ MAX_FIELDS = 32
 MAX_OBJECTS = MAX_BODY_BYTES // 25 + 4096
 #: Bytes of all headers together.
 MAX_HEADER_BYTES = 16 * 1024
+#: Bodies that a replica gathers at once, and their bytes together. Nearly all come in one piece.
+MAX_GATHERED = 256
+MAX_GATHERED_BYTES = 32 * 1024 * 1024
+#: When a client whose body found no room should come again, in seconds: most bodies are there by
+#: then.
+_RETRY_S = 1
 
 
 class BodyLimit:
     """ASGI middleware: gathers a body that is of our type, not too large and not too slow.
 
     It is refused by its announced length, else once too much has come. The application gets it in
-    one piece.
+    one piece. Only a POST that the gate has looked at may have one: of any other request nothing
+    is read, so that nobody without a key makes a replica wait or keep anything.
     """
 
-    def __init__(self, app: Application, max_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        app: Application,
+        max_bytes: int,
+        timeout_s: float,
+        refuse: Callable[[Message, int], JSONResponse],
+    ) -> None:
         """Wraps an application.
 
         Args:
             app: to wrap.
             max_bytes: of a body.
             timeout_s: how long a body may take to come.
+            refuse: gives the answer to a request's scope where there is no room for its body, for
+                the seconds to wait.
         """
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._refuse = refuse
+        self._gathered = 0
+        self._gathered_bytes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         body: bytes | None = None
-        refusal = self._refuse_announced(scope)
-        if refusal is None:
+        takes_body = scope["method"] == "POST" and not is_open(scope["path"])
+        refusal = self._refuse_announced(scope, takes_body)
+        if refusal is None and not takes_body:
+            body = b""
+        elif refusal is None:
             try:
                 async with asyncio.timeout(self._timeout_s):
                     body, refusal = await self._gather(scope, receive)
@@ -73,7 +95,7 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    def _refuse_announced(self, scope: Message) -> JSONResponse | None:
+    def _refuse_announced(self, scope: Message, takes_body: bool) -> JSONResponse | None:
         headers = scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
             status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
@@ -84,7 +106,12 @@ class BodyLimit:
         # Not every number of digits can be converted.
         if len(length) > len(str(self._max_bytes)) or int(length) > self._max_bytes:
             return self._refuse_size(scope)
-        if scope["method"] == "POST" and not _is_json(headers):
+        if not takes_body:
+            if int(length) == 0 and all(name != b"transfer-encoding" for name, _ in headers):
+                return None
+            message = "no body is taken here"
+            return problem(scope, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+        if not _is_json(headers):
             message = "expected Content-Type: application/json"
             return problem(scope, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
         return None
@@ -92,20 +119,30 @@ class BodyLimit:
     async def _gather(
         self, scope: Message, receive: Receive
     ) -> tuple[bytes | None, JSONResponse | None]:
+        if self._gathered >= MAX_GATHERED:
+            return None, self._refuse(scope, _RETRY_S)
         chunks: list[bytes] = []
         size = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return None, None
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._max_bytes:
-                return None, self._refuse_size(scope)
-            if chunk:  # else a client could send any number of empty ones
-                chunks.append(chunk)
-            if not message.get("more_body", False):
-                return b"".join(chunks), None
+        self._gathered += 1
+        try:
+            while True:
+                message = await receive()
+                if message["type"] != "http.request":
+                    return None, None
+                chunk = message.get("body", b"")
+                if size + len(chunk) > self._max_bytes:
+                    return None, self._refuse_size(scope)
+                if self._gathered_bytes + len(chunk) > MAX_GATHERED_BYTES:
+                    return None, self._refuse(scope, _RETRY_S)
+                if chunk:  # else a client could send any number of empty ones
+                    chunks.append(chunk)
+                    size += len(chunk)
+                    self._gathered_bytes += len(chunk)
+                if not message.get("more_body", False):
+                    return b"".join(chunks), None
+        finally:
+            self._gathered -= 1
+            self._gathered_bytes -= size
 
     def _refuse_size(self, scope: Message) -> JSONResponse:
         message = f"the body may have at most {self._max_bytes} bytes; send fewer patients at once"

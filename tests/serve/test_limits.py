@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi.responses import JSONResponse
 
 from serve import limits
 from serve.limits import BodyLimit, UnreadableError, parse
@@ -34,9 +35,22 @@ async def echo(scope: Any, receive: Callable[[], Any], send: Callable[[Any], Any
     assert scope["type"] == "http"
 
 
+def busy(scope: Any, retry_after_s: int) -> JSONResponse:
+    return JSONResponse({"path": scope["path"]}, 503, {"Retry-After": str(retry_after_s)})
+
+
+def limited(app: Any, timeout_s: float = TIMEOUT_S) -> BodyLimit:
+    return BodyLimit(app, MAX, timeout_s, busy)
+
+
+def posted(path: str = "/v1/recommend", method: str = "POST") -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json")]
+    return {"type": "http", "method": method, "path": path, "headers": headers}
+
+
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    app = BodyLimit(echo, MAX, TIMEOUT_S)  # type: ignore[arg-type]
+    app = limited(echo)
     config = uvicorn.Config(app, port=0, lifespan="off", log_config=None, loop="asyncio")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -48,7 +62,7 @@ def port() -> Iterator[int]:
     thread.join(10)
 
 
-HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def talk(port: int, *parts: bytes | float) -> bytes:
@@ -130,8 +144,7 @@ def test_a_client_that_goes_away_is_not_answered() -> None:
     async def receive() -> Any:
         return messages.pop(0)
 
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
-    asyncio.run(BodyLimit(never, MAX, TIMEOUT_S)(scope, receive, never))  # type: ignore[arg-type]
+    asyncio.run(limited(never)(posted(), receive, never))
     assert messages == []
 
 
@@ -149,9 +162,92 @@ def test_empty_chunks_are_not_kept() -> None:
         await asyncio.sleep(0)
         return await receive()
 
-    scope = {"type": "http", "method": "POST", "headers": [(b"content-type", b"application/json")]}
-    asyncio.run(BodyLimit(echo, MAX, 0.1)(scope, yielding, send))  # type: ignore[arg-type]
+    asyncio.run(limited(echo, 0.1)(posted(), yielding, send))
     assert sent[0]["status"] == 408
+
+
+OPEN = HEAD.replace(b"/v1/recommend", b"/healthz")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        OPEN + b"Content-Length: 1\r\n\r\n",
+        OPEN + b"Transfer-Encoding: chunked\r\n\r\n",
+        HEAD.replace(b"POST /v1/recommend", b"GET /") + b"Content-Length: 1\r\n\r\n",
+        HEAD.replace(b"POST /v1/recommend", b"POST /static/x") + b"Content-Length: 9\r\n\r\n",
+        HEAD.replace(b"POST", b"GET") + b"Content-Length: 1\r\n\r\n",
+        HEAD.replace(b"POST", b"HEAD") + b"Transfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+def test_nothing_is_read_where_no_body_is_taken(port: int, sent: bytes) -> None:
+    started = time.monotonic()
+    assert talk(port, sent).startswith(b"HTTP/1.1 413")  # nothing of it has come
+    assert time.monotonic() - started < TIMEOUT_S
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])
+def test_where_no_body_is_taken_none_is_waited_for(method: str) -> None:
+    """Whatever the server has to say of it."""
+
+    async def never() -> Any:
+        pytest.fail("the body was read")
+
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(limited(echo)(posted("/healthz", method), never, send))
+    assert sent[1]["body"].split() == [b"0", b"1"]
+
+
+class Slow:
+    """Clients each of whom sends a piece of a body and then waits."""
+
+    def __init__(self, piece: bytes) -> None:
+        self.piece = piece
+        self.go_on = asyncio.Event()
+
+    async def ask(self, app: BodyLimit) -> int:
+        pieces = [self.piece, b"."]
+
+        async def receive() -> Any:
+            if len(pieces) == 1:
+                await self.go_on.wait()
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(posted(), receive, send)
+        if sent[0]["status"] == 503:
+            assert (b"retry-after", b"1") in sent[0]["headers"]
+        return int(sent[0]["status"])
+
+
+@pytest.mark.parametrize(("bodies", "together", "room"), [(5, 10**6, 5), (100, 700, 7)])
+def test_bodies_that_are_being_gathered_are_bounded(
+    monkeypatch: pytest.MonkeyPatch, bodies: int, together: int, room: int
+) -> None:
+    monkeypatch.setattr(limits, "MAX_GATHERED", bodies)
+    monkeypatch.setattr(limits, "MAX_GATHERED_BYTES", together)
+
+    async def crowd() -> tuple[list[int], int]:
+        app = limited(echo, 5.0)
+        slow = Slow(b"x" * 99)
+        asked = [asyncio.create_task(slow.ask(app)) for _ in range(9)]
+        await asyncio.sleep(0.05)
+        early = [task.result() for task in asked if task.done()]
+        slow.go_on.set()
+        assert early == [503] * (9 - room)
+        return await asyncio.gather(*asked), await slow.ask(app)
+
+    statuses, afterwards = asyncio.run(crowd())
+    assert sorted(statuses) == [200] * room + [503] * (9 - room)
+    assert afterwards == 200  # every one gave its room back
 
 
 def test_json_is_read_as_json_reads_it() -> None:

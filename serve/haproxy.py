@@ -18,6 +18,9 @@ from cafemed.errors import ConfigError
 from serve.settings import HttpConfig
 
 _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+#: Behind HAProxy, Ray's own proxy answers while no replica can: 8500 for every Ray there is.
+_FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+_REUSE_PORT = "SERVE_SOCKET_REUSE_PORT_ENABLED"
 _START_SCRIPT = paths.PROJECT_DIR / "platform" / "haproxy" / "haproxy"
 #: A socket's path has at most 97 characters here; a node's id and the socket's name take 70.
 _MAX_FOLDER_CHARS = 27
@@ -72,13 +75,14 @@ def is_on(http: HttpConfig, cluster: bool) -> bool:
 def environment(http: HttpConfig) -> Iterator[None]:
     """Sets what a Ray that starts in the block needs; takes it, and HAProxy's files, away again.
 
-    What the environment has already stays. HAProxy's pages of figures get free ports, so that two
-    endpoints on a machine do not meet.
+    What the environment has already stays. HAProxy's pages of figures and the proxy behind it get
+    free ports, so that two endpoints on a machine do not meet.
     """
     parent = Path(tempfile.gettempdir())
     folder = parent / "haXXXXXXXX"
     if len(str(folder)) > _MAX_FOLDER_CHARS:
         parent = Path("/tmp")
+    fallback = _reserved(http.host)
     own = tempfile.mkdtemp(prefix="ha", dir=parent)  # for its user alone: the socket commands it
     settings = {
         **_ENVIRONMENT,
@@ -89,13 +93,16 @@ def environment(http: HttpConfig) -> Iterator[None]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{own}/metrics.sock",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        _FALLBACK_PORT: str(fallback.getsockname()[1]),
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_START_SCRIPT),
         "CAFEMED_HAPROXY": _binary() or "",
         "CAFEMED_HAPROXY_STATS_HOST": http.stats_host,
     }
     added = {name: value for name, value in settings.items() if name not in os.environ}
     try:
-        with _set({**added, _SWITCH: "1"}):
+        with fallback, _set({**added, _SWITCH: "1"}):
+            if os.environ.get(_REUSE_PORT, "1") != "1":
+                fallback.close()  # Ray could not listen beside it
             yield
     finally:
         shutil.rmtree(own, ignore_errors=True)
@@ -128,6 +135,23 @@ def _binary() -> str | None:
     except (ImportError, FileNotFoundError):
         return shutil.which("haproxy")
     return found
+
+
+def _reserved(host: str) -> socket.socket:
+    """Holds a free port of a host for a Ray of this user until it is closed.
+
+    Ray's proxies listen with SO_REUSEPORT, which they need: without it (and SO_REUSEADDR, which
+    goes with it) one that was killed could not come back while old connections are closing. But
+    two Rays of one user on one port then answer each other's requests. A socket that is bound
+    and never listens gets no connection, and the port is given to nobody who asks for a free one.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(
+        host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    holder = socket.socket(family, kind)
+    holder.bind(address)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # after it is ours alone
+    return holder
 
 
 def _free_port() -> int:

@@ -1,6 +1,7 @@
 """HAProxy's environment, and the script that starts it, on a configuration as Ray writes it."""
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -90,6 +91,17 @@ def test_rays_own_template_is_understood(tmp_path: Path, started: dict[str, str]
     assert "bind 127.0.0.1:9101" in binds
     assert "bind 127.0.0.1:8404" in binds
     assert "local0 info" not in done.stdout
+    assert done.stdout.count("option http-buffer-request") == 1
+
+
+def test_requests_are_passed_on_as_a_whole_so_that_they_can_be_made_again(
+    tmp_path: Path, started: dict[str, str]
+) -> None:
+    config = GLOBAL.replace("defaults\n", "defaults\n    mode http\n") + PAGES + FRONT + STATS
+    printed = start(config, tmp_path, started).stdout
+    added = "    option http-buffer-request\n    timeout http-request 10s\n"
+    assert f"defaults\n    mode http\n{added}" in printed
+    assert printed.count("http-buffer-request") == 1
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -132,6 +144,40 @@ def test_the_environment_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch)
         assert Path(os.environ["CAFEMED_HAPROXY"]).is_file()
     assert not socket.parent.exists()
     assert dict(os.environ) == before
+
+
+def fallback_port() -> int:
+    return int(os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_proxy_behind_haproxy_has_a_port_of_its_own(host: str) -> None:
+    """On one port, two endpoints of a user would answer each other's requests."""
+    from ray.serve._private.http_util import set_socket_reuse_port
+
+    with haproxy.environment(HttpConfig(host=host)):
+        first = fallback_port()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT")
+            with haproxy.environment(HttpConfig(host=host)):
+                assert fallback_port() != first
+        with pytest.raises(OSError, match="in use"), socket.socket() as another:
+            another.bind((host, first))  # nobody else gets it meanwhile
+        with socket.socket() as rays:
+            set_socket_reuse_port(rays)  # as Ray does
+            rays.bind((host, first))
+            rays.listen()
+            with socket.create_connection(("127.0.0.1", first), 5), rays.accept()[0]:
+                pass  # whom it gets is the one that listens
+    with socket.socket() as another:
+        another.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        another.bind((host, first))
+
+
+def test_where_ports_are_not_shared_none_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVE_SOCKET_REUSE_PORT_ENABLED", "0")
+    with haproxy.environment(HttpConfig()), socket.socket() as rays:
+        rays.bind(("127.0.0.1", fallback_port()))
 
 
 def test_settings_outweigh_the_environments_switch(monkeypatch: pytest.MonkeyPatch) -> None:

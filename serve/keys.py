@@ -149,6 +149,7 @@ class Keys:
         self._signature = _signature(path)
         self._keys = read(path)
         self._looked = clock()
+        self._reported = ""
 
     @property
     def is_due(self) -> bool:
@@ -158,19 +159,23 @@ class Keys:
     def refresh(self) -> None:
         """Reads the file again if it has changed.
 
-        Without a file there is no key. One that cannot be read changes nothing: that is reported.
+        Without a file there is no key. One that cannot be read changes nothing: that is reported,
+        once, and it is read again until it can be.
         """
         self._looked = self._clock()
         try:
             signature = _signature(self._path)
             if signature == self._signature:
                 return
-            self._signature = signature
             self._keys = read(self._path) if signature else ()
+            self._signature = signature  # not before: what could not be read is tried again
         except (KeysError, OSError) as err:
-            reason = err if isinstance(err, KeysError) else type(err).__name__
-            logger.error("the API keys stay as they were: %s", reason)
+            reason = str(err) if isinstance(err, KeysError) else type(err).__name__
+            if reason != self._reported:
+                logger.error("the API keys stay as they were: %s", reason)
+            self._reported = reason
             return
+        self._reported = ""
         names = ", ".join(key.name for key in self._keys)
         logger.warning("API keys now: %s", names or "none")
 

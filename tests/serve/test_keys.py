@@ -168,6 +168,21 @@ def test_a_broken_file_changes_nothing_and_a_removed_one_revokes_all(
     assert held.find(secret) is not None
 
 
+def test_a_key_that_was_revoked_while_the_file_could_not_be_read_is_refused_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = keys.create(path, "first", 600).encode()
+    held = Keys(path)
+    keys.revoke(path, "first")
+    with monkeypatch.context() as patch:
+        # A shared folder that hiccups: the file is there, and its bytes cannot be had.
+        patch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(116, "stale")))
+        held.refresh()
+    assert held.find(secret) is not None
+    held.refresh()
+    assert held.find(secret) is None
+
+
 def test_a_key_may_ask_so_often_in_any_minute(path: Path) -> None:
     """Against a plain count: what is let through from any moment on stays under burst + rate."""
     clock = Clock()

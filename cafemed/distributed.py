@@ -4,7 +4,8 @@ Ray Train places and starts the workers, on one node or several, and joins them:
 each has a GPU, else through gloo. What they do together is in `cafemed/process_group.py` and
 `cafemed/stepping.py`; here is what the caller sees of it, which is what it sees of `training.fit`:
 after every epoch the checkpoint is in the caller's folder and the caller is asked whether to go on.
-The first worker sends both to a relay, an actor beside the caller, and waits there for the answer.
+The first worker sends both to a relay, an actor beside the caller, and waits there for the answer;
+any worker tells it the error that ends the fit.
 So the workers need no folder in common with the caller, nor with each other.
 """
 
@@ -33,6 +34,9 @@ from cafemed.training import Builder, EpochReport, FitConfig, FitResult
 
 #: Seconds between two looks at whether the workers ended; Ray Train's own are 2 s apart.
 _LOOK_S = 0.2
+#: Seconds that workers have to end by themselves, and to be started again once more if one was lost
+#: meanwhile, when the caller knows what came of the fit.
+_END_S = 20.0
 #: How often the workers of a single fit are started again; a sweep has a setting for its own.
 _MAX_FAILURES = 3
 
@@ -120,12 +124,17 @@ def fit(
         )
         running = _Running(trainer)
         try:
-            result = _follow(relay, running, on_epoch, checkpoint_dir)
-            running.join()
+            outcome = _follow(relay, running, on_epoch, checkpoint_dir)
+            if not running.join(_END_S):
+                # One waits for another that gave up, or for room to be started again.
+                placement.release(workers, number)
+                running.join(_END_S)
         except BaseException:
             placement.release(workers, number)
             raise
-    return result
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def fit_alone(
@@ -203,9 +212,10 @@ class _Running:
         """Whether the workers are gone."""
         return not self._thread.is_alive()
 
-    def join(self) -> None:
-        """Waits until the workers are gone and what they reserved is free."""
-        self._thread.join()
+    def join(self, seconds: float) -> bool:
+        """Waits until the workers are gone and what they reserved is free; says whether it is."""
+        self._thread.join(seconds)
+        return self.over
 
     def error(self) -> Exception:
         """Why the workers ended before they said what came of the fit."""
@@ -231,8 +241,8 @@ def _follow(
     running: _Running,
     on_epoch: Callable[[EpochReport], bool | None] | None,
     checkpoint_dir: Path | None,
-) -> FitResult:
-    """Takes what the first worker tells, and answers, until it tells what came of the fit."""
+) -> FitResult | Exception:
+    """Takes what the workers tell, and answers, until one tells what came of the fit."""
     while True:
         heard = relay.hear.remote()
         while not ray.wait([heard], timeout=_LOOK_S)[0]:
@@ -245,16 +255,13 @@ def _follow(
             stop = on_epoch is not None and bool(on_epoch(what))
             ray.get(relay.answer.remote(ticket, stop))
             continue
-        ray.get(relay.answer.remote(ticket, True))
-        if isinstance(what, Exception):
-            running.join()
-            raise what
-        result: FitResult = what
-        return result
+        ray.get(relay.finish.remote())
+        outcome: FitResult | Exception = what
+        return outcome
 
 
 class _Relay:
-    """Stands between the first worker and the caller; both ask it.
+    """Stands between the workers and the caller; both ask it.
 
     Args:
         files: of the checkpoint that the fit goes on from.
@@ -264,6 +271,17 @@ class _Relay:
         self._files = files
         self._told: asyncio.Queue[tuple[int, Any, dict[str, bytes]]] = asyncio.Queue()
         self._answers: list[asyncio.Future[bool]] = []
+        self._over = False
+
+    async def over(self) -> bool:
+        """Whether the caller knows what came of the fit, and hears no more."""
+        return self._over
+
+    async def finish(self) -> None:
+        """Says that the caller hears no more: what is told from now on ends training at once."""
+        self._over = True
+        for ticket in range(len(self._answers)):
+            await self.answer(ticket, True)
 
     async def checkpoint(self) -> dict[str, bytes]:
         """The files of the newest checkpoint; workers that are started again go on from it."""
@@ -271,6 +289,8 @@ class _Relay:
 
     async def tell(self, what: Any, files: dict[str, bytes]) -> bool:
         """Takes an epoch's report, or what came of the fit; gives whether training ends."""
+        if self._over:
+            return True
         if files:
             self._files = files
         answer = asyncio.get_running_loop().create_future()
@@ -290,7 +310,10 @@ class _Relay:
 
 def _work(told: Mapping[str, Any]) -> None:
     """What each worker does; Ray Train calls this when all of them are joined."""
-    data, relay, (name, options) = ray.get(told["data"]), told["relay"], told["model"]
+    relay, (name, options) = told["relay"], told["model"]
+    if ray.get(relay.over.remote()):
+        return  # started again for one that was lost after the others had told
+    data = ray.get(told["data"])
     first = train.get_context().get_world_rank() == 0
     has_gpu = told["gpus"] > 0 and torch.cuda.is_available()
     device = get_device() if has_gpu else torch.device("cpu")
@@ -322,5 +345,6 @@ def _work(told: Mapping[str, Any]) -> None:
             raise
         except (UserError, OSError) as err:  # would come again: not a worker that failed
             outcome = err
-        if first:
+        # An error of one that is not the first is its own: the others wait for it meanwhile.
+        if first or isinstance(outcome, Exception):
             ray.get(relay.tell.remote(outcome, {}))

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,61 @@ def test_a_killed_worker_is_started_again_from_the_last_epoch(given: Experiment,
     (tmp_path / "marks" / "0").unlink()
     with pytest.raises(ray.exceptions.RayError):
         fit(given, DROPPING, build=build)
+
+
+def in_the_second(harm: Callable[[], None]) -> Any:
+    """A builder that does harm in the second worker when the first one has trained the model."""
+
+    def build(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+        real = training._Run.result
+
+        def result(self: training._Run) -> FitResult:
+            if self.group.rank == 1:
+                harm()
+            return real(self)
+
+        training._Run.result = result  # type: ignore[method-assign]  of a process of its own
+        return models.build(name, inputs, options, seed)
+
+    return build
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_lost_after_the_first_one_told_the_result_keeps_nobody_waiting(
+    given: Experiment, tmp_path: Path
+):
+    mark = tmp_path / "lost"
+
+    def die() -> None:
+        if not mark.exists():
+            time.sleep(2)  # the first one tells meanwhile
+            mark.touch()
+            os._exit(137)
+
+    config = dataclasses.replace(CONFIG, epochs=1)
+    result = fit(given, PLAIN, build=in_the_second(die), config=config, max_failures=1)
+    assert mark.exists()
+    assert [epoch.epoch for epoch in result.history] == [1]
+    assert is_free()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_one_worker_alone_refuses_ends_the_fit(given: Experiment):
+    """The other one waits for it, for half an hour if nobody ended it."""
+
+    def build(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+        model = models.build(name, inputs, options, seed)
+
+        def refuse(*_: Any) -> None:
+            if torch.distributed.get_rank() == 1:
+                raise TrainingError("only here")
+
+        model.register_forward_pre_hook(refuse)
+        return model
+
+    with pytest.raises(TrainingError, match=r"^only here$"):
+        fit(given, PLAIN, build=build, max_failures=1)
+    assert is_free()
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -2,18 +2,22 @@
 
 Ray Serve has a limit of its own, behind which requests wait; what it then answers does not know
 when to come back. So this limit is reached first: a request over it is refused at once, with a
-`Retry-After` from the time that requests have been taking.
+`Retry-After` from the time that requests have been taking. A long request takes the places of
+several, which bounds what a replica holds and how long others wait behind it.
 """
 
 import math
 import time
 from collections.abc import Callable
 
+from serve import limits
 from serve.asgi import Application, Message, Receive, Send
 
 #: Bounds of what is told, in seconds: less is not a whole second, more keeps clients away from
 #: replicas that are added meanwhile.
 MIN_RETRY_S, MAX_RETRY_S = 1, 30
+#: Bytes of a body for each place that it takes: a few patients, or some two thousand codes.
+BYTES_OF_A_PLACE = 64 * 1024
 #: Weight of a new request in the running mean of their times: the last twenty or so count.
 _WEIGHT = 0.05
 
@@ -22,8 +26,8 @@ class Admission:
     """Counts the requests in progress; used from one event loop.
 
     Attributes:
-        limit: requests worked on at once.
-        in_progress: now.
+        limit: places, each for one request of usual length.
+        in_progress: requests now.
         refused: so far.
     """
 
@@ -31,20 +35,26 @@ class Admission:
         self.limit = limit
         self.in_progress = 0
         self.refused = 0
+        self._taken = 0
         self._clock = clock
         self._mean_s = 0.0
 
-    def enter(self) -> float | None:
-        """Admits a request: gives its start, for `leave`; None if it is refused."""
-        if self.in_progress >= self.limit:
+    def enter(self, places: int = 1) -> float | None:
+        """Admits a request: gives its start, for `leave`; None if it is refused.
+
+        One that takes more places than there are is admitted where it is alone.
+        """
+        if self.in_progress and self._taken + places > self.limit:
             self.refused += 1
             return None
         self.in_progress += 1
+        self._taken += places
         return self._clock()
 
-    def leave(self, started: float) -> None:
+    def leave(self, started: float, places: int = 1) -> None:
         """Ends a request that was admitted."""
         self.in_progress -= 1
+        self._taken -= places
         took = self._clock() - started
         self._mean_s += (_WEIGHT if self._mean_s else 1.0) * (took - self._mean_s)
 
@@ -82,11 +92,12 @@ class Admitted:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        started = self._admission.enter()
+        places = max(1, math.ceil(scope.get(limits.SIZE, 0) / BYTES_OF_A_PLACE))
+        started = self._admission.enter(places)
         if started is None:
             await self._refuse(scope, self._admission.retry_after_s)(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         finally:
-            self._admission.leave(started)
+            self._admission.leave(started, places)

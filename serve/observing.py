@@ -138,9 +138,7 @@ class Observer:
         record.version = recommender.name.version
         record.patients = len(patients)
         record.codes = sum(
-            len(v.diagnoses) + len(v.procedures) + len(v.medications) + len(v.laboratory)
-            for patient in request.patients
-            for v in patient.visits
+            visit.num_codes for patient in request.patients for visit in patient.visits
         )
         record.unknown = sum(len(patient.unknown) for patient in patients)
         sizes = [len(answer.medications) for answer in recommendations]

@@ -18,6 +18,8 @@ from serve.schema import RecommendRequest
 #: Patients whose codes are looked up and who are answered in the event loop: 0.1 ms each
 #: (measured), no more than a thread takes to start.
 _FEW = 4
+#: Of whom a code takes less than a microsecond: so many may have few patients.
+_FEW_CODES = 2048
 
 _RESPONSE = TypeAdapter(RecommendResponse)
 
@@ -45,7 +47,8 @@ async def encoded(
     Raises:
         RefusedError: naming the field; also for a patient with a larger share of unknown codes.
     """
-    many = len(request.patients) > _FEW
+    visits = [visit for patient in request.patients for visit in patient.visits]
+    many = len(request.patients) > _FEW or sum(v.num_codes for v in visits) > _FEW_CODES
     patients = await _run(many, lambda: recommender.encode(request))
     for place, patient in enumerate(patients):
         if patient.unknown_share > max_unknown_share:

@@ -18,6 +18,8 @@ MAX_VISITS = 256
 MAX_CODES = 128
 #: Visits of all patients of one request: bounds the work of a request, whatever its shape.
 MAX_VISITS_OF_REQUEST = 4096
+#: Codes and laboratory values of all of them: 256 patients with four visits of 32 each.
+MAX_CODES_OF_REQUEST = 32_768
 #: Patients of a request that asks for explanations, each of which takes the model once a code.
 MAX_EXPLAINED_PATIENTS = 8
 MAX_SYSTEM_LENGTH = 32
@@ -136,6 +138,12 @@ class Visit(_Asked):
         )
     )
 
+    @property
+    def num_codes(self) -> int:
+        """Codes and laboratory values."""
+        lists = (self.diagnoses, self.procedures, self.medications, self.laboratory)
+        return sum(len(one) for one in lists)
+
 
 class Patient(_Asked):
     """A patient's visits, the earliest first and the current one last."""
@@ -205,6 +213,12 @@ class RecommendRequest(_Asked):
         if visits > MAX_VISITS_OF_REQUEST:
             raise ValueError(
                 f"{visits} visits together, at most {MAX_VISITS_OF_REQUEST} in one request"
+            )
+        codes = sum(visit.num_codes for patient in patients for visit in patient.visits)
+        if codes > MAX_CODES_OF_REQUEST:
+            raise ValueError(
+                f"{codes} codes and laboratory values together, at most {MAX_CODES_OF_REQUEST} in "
+                "one request"
             )
         return patients
 

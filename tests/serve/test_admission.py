@@ -1,8 +1,11 @@
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
+from serve import limits
 from serve.admission import MAX_RETRY_S, MIN_RETRY_S, Admission, Admitted
 
 
@@ -23,6 +26,19 @@ def test_as_many_as_the_limit_are_admitted() -> None:
     assert (admission.in_progress, admission.refused) == (2, 1)
     admission.leave(first)
     assert admission.enter() is not None
+
+
+def test_a_long_request_takes_the_places_of_several() -> None:
+    admission = Admission(4)
+    alone = admission.enter(9)  # more than there are, but nobody else asks
+    assert alone is not None
+    assert admission.enter() is None
+    admission.leave(alone, 9)
+    three = admission.enter(3)
+    assert three is not None
+    assert admission.enter(2) is None
+    assert admission.enter() is not None
+    assert (admission.in_progress, admission.refused) == (2, 2)
 
 
 @pytest.mark.parametrize(("took_s", "said"), [(0.01, MIN_RETRY_S), (3.2, 4), (1000.0, MAX_RETRY_S)])
@@ -49,7 +65,7 @@ def test_the_estimate_follows_a_change() -> None:
     assert admission.retry_after_s == 8
 
 
-def run(app: Any, method: str) -> str:
+def run(app: Any, method: str, told: Mapping[str, Any] = MappingProxyType({})) -> str:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request"}
 
@@ -58,7 +74,7 @@ def run(app: Any, method: str) -> str:
     async def send(message: Any) -> None:
         said.append(message["said"])
 
-    asyncio.run(app({"type": "http", "method": method}, receive, send))
+    asyncio.run(app({"type": "http", "method": method, **told}, receive, send))
     return said[0]
 
 
@@ -90,6 +106,25 @@ def test_posts_are_refused_over_the_limit_and_others_never(
     assert run(app, "POST") == f"refused {MIN_RETRY_S}"
     assert run(app, "GET") == "answered"
     assert admission.in_progress == 1
+
+
+@pytest.mark.parametrize(("size", "said"), [(0, "a"), (65536, "a"), (65537, "r"), (4 << 20, "r")])
+def test_places_go_by_the_length_of_the_body(size: int, said: str) -> None:
+    admission = Admission(2)
+    admission.enter()
+
+    async def answers(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"said": "a"})
+
+    def refuse(*_: Any) -> Any:
+        async def refused(_scope: Any, _receive: Any, send: Any) -> None:
+            await send({"said": "r"})
+
+        return refused
+
+    app = Admitted(answers, admission, refuse)
+    assert run(app, "POST", {limits.SIZE: size}) == said
+    assert run(app, "POST") == "a"  # whatever was taken has been given back
 
 
 def test_a_failure_gives_its_place_back(admission: Admission) -> None:

@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 
 from serve import limits
 from serve.limits import BodyLimit, UnreadableError, parse
-from serve.schema import MAX_BODY_BYTES
+from serve.schema import MAX_BODY_BYTES, RecommendRequest
 
 MAX = 1000
 TIMEOUT_S = 0.3
@@ -266,7 +269,7 @@ def test_json_is_read_as_json_reads_it() -> None:
         (b'"\xff"', "not JSON"),
         (b"[" * 4_000_000, "nested too deeply"),
         (b'{"a":' * 800_000, "objects"),
-        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a":' * 30_000, "nested too deeply"),
         (b"9" * 5000, "too many digits"),
         (b'{"a":1,"b":{"c":1,"c":2}}', "given twice"),
         (b"[" + b"{}," * 1_300_000 + b"{}]", "objects"),
@@ -281,8 +284,76 @@ def test_what_is_not_read_is_refused_at_once(body: bytes, said: str) -> None:
     assert time.process_time() - started < 1.0  # up to four megabytes
 
 
-def test_no_valid_body_has_too_many_objects() -> None:
-    code = {"system": "a", "code": "1"}
-    body = json.dumps([code] * (MAX_BODY_BYTES // 26), separators=(",", ":")).encode()
+def long_body(patients: int, visits: int, codes: int) -> bytes:
+    """Of so many visits a patient and codes a visit."""
+    of_visit = [{"system": "icd9", "code": str(i)} for i in range(codes)]
+    lists = ("diagnoses", "procedures", "medications")
+    visit = dict.fromkeys(lists[:-(-codes // 128)], of_visit[:128])
+    one = {"visits": [visit] * visits}
+    return json.dumps({"patients": [one] * patients}, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize(
+    ("patients", "visits", "codes"), [(256, 4, 32), (256, 16, 8), (1, 256, 128)]
+)
+def test_the_largest_valid_bodies_have_not_too_many_objects(
+    patients: int, visits: int, codes: int
+) -> None:
+    body = long_body(patients, visits, codes)
     assert len(body) <= MAX_BODY_BYTES
-    assert body.count(b"{") <= limits.MAX_OBJECTS
+    request = RecommendRequest.model_validate(parse(body))
+    assert sum(v.num_codes for p in request.patients for v in p.visits) == 32_768
+
+
+def test_more_codes_are_refused_and_far_more_before_anything_is_made() -> None:
+    with pytest.raises(ValidationError, match="33024 codes and laboratory values together"):
+        RecommendRequest.model_validate(parse(long_body(258 // 2, 2, 128)))
+    body = long_body(1, 256, 384)
+    assert 2_900_000 < len(body) <= MAX_BODY_BYTES
+    started = time.process_time()
+    with pytest.raises(UnreadableError, match="objects"):
+        parse(body)
+    assert time.process_time() - started < 0.05
+
+
+def test_a_patient_of_ten_thousand_codes_is_read() -> None:
+    body = long_body(1, 40, 256)
+    assert body.count(b"icd9") == 10_240
+    RecommendRequest.model_validate(parse(body))
+
+
+def test_long_bodies_are_read_beside_the_event_loop_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    api = FastAPI()
+    api.router.route_class = limits.StrictRoute
+    threads: list[threading.Thread] = []
+    reading = most = 0
+
+    def watched(body: bytes) -> Any:
+        nonlocal reading, most
+        threads.append(threading.current_thread())
+        reading += 1
+        most = max(most, reading)
+        time.sleep(0.02)
+        reading -= 1
+        return parse(body)
+
+    monkeypatch.setattr(limits, "parse", watched)
+
+    @api.post("/v1/recommend")
+    async def recommend(body: RecommendRequest) -> int:
+        return len(body.patients)
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(app=api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            head = {"Content-Type": "application/json"}
+            sent = [long_body(n, 4, 32) for n in (1, 100, 100, 100)]
+            asked = [client.post("/v1/recommend", content=one, headers=head) for one in sent]
+            return [answer.json() for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask()) == [1, 100, 100, 100]
+    main = threading.main_thread()
+    assert [thread is main for thread in threads].count(True) == 1
+    assert most <= 2  # the short one, and one of the long

@@ -208,6 +208,16 @@ def history(registry: Location, alias: str) -> list[Move]:
     return [_read_move(kept, alias, number) for number in kept.moves(alias)]
 
 
+def earlier(registry: Location, alias: str) -> list[int]:
+    """The versions that rollbacks would go to, the next one first; none that was rolled back.
+
+    Raises:
+        ArtifactError: as history.
+    """
+    stack = _stack(history(registry, alias))
+    return list(dict.fromkeys(number for number in stack[-2::-1] if number != stack[-1]))
+
+
 def versions(registry: Location) -> list[Version]:
     """Every published version, oldest first."""
     return [version(registry, number) for number in store(registry).numbers()]

@@ -68,10 +68,11 @@ def run(registry_dir: registry.Location, settings: DeployConfig, report: Path) -
         settings = dataclasses.replace(settings, http=dataclasses.replace(settings.http, port=port))
 
     from serve import app
-    from serve.following import FollowingModel
+    from serve.recommender import Recommender
 
-    # A bundle that does not work is refused here, in one line.
-    served = FollowingModel(registry_dir, settings.serve.alias).recommender.bundle
+    # A bundle that does not work is refused here, in one line; only replicas make do with another.
+    version = registry.resolve_version(registry_dir, settings.serve.alias)
+    served = Recommender.load(registry.resolve(registry_dir, version), version).bundle
     started = time.monotonic()
     application = app.application(registry_dir, settings.serve)
     with launch.running(application, app.APPLICATION, settings) as url:

@@ -73,8 +73,12 @@ class Endpoint:
         self._admission = Admission(config.max_admitted_requests)
         self._runs = Runs(config.max_batch_size, config.batch_wait_s, self._observer.ran)
         device = "cuda" if config.num_gpus else "cpu"
-        self._model = FollowingModel(registry.location(registry_dir), config.alias, device)
+        self._model = FollowingModel(
+            registry.location(registry_dir), config.alias, device, config.refresh_s
+        )
         self._tell_model()
+        if self._model.refused is not None:
+            self._observer.refused_version()
         # Kept, because the event loop holds tasks weakly.
         self._tasks = [
             asyncio.create_task(self._follow(config.refresh_s)),

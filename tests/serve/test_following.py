@@ -2,6 +2,7 @@ import dataclasses
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cafemed import bundle as bundles
@@ -9,6 +10,7 @@ from cafemed import registry
 from cafemed.bundle import Bundle
 from cafemed.errors import ArtifactError
 from serve.following import FollowingModel
+from serve.recommender import Recommender
 
 
 @pytest.fixture
@@ -101,20 +103,95 @@ def test_what_no_one_thought_of_is_refused_too(
     assert "MARKER4711" not in caplog.text
 
 
+@pytest.mark.parametrize("error", [OSError("gone"), ArtifactError("s3://b/r: 503 Slow Down")])
 def test_storage_that_fails_once_is_asked_again(
-    registry_dir: Path, monkeypatch: pytest.MonkeyPatch
+    registry_dir: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    model = FollowingModel(registry_dir, "production")
+    model = FollowingModel(registry_dir, "production", retry_s=0.0)
     registry.promote(registry_dir, 2)
 
     def fail(_: int) -> None:
-        raise OSError("gone")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "_load", fail)
         assert not model.refresh()
     assert model.refresh()
-    assert model.recommender.name.version == 2
+    assert (model.recommender.name.version, model.refused) == (2, None)
+
+
+def test_what_did_not_work_is_tried_again_after_twice_as_long_each_time(
+    registry_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file on a shared folder that is whole an hour later."""
+    model = FollowingModel(registry_dir, "production", retry_s=5.0)
+    weights = registry.resolve(registry_dir, 2) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    registry.promote(registry_dir, 2)
+    now, load, tried = 1000.0, model._load, list[float]()
+
+    def noted(version: int) -> Recommender:
+        tried.append(now - 1000.0)
+        return load(version)
+
+    monkeypatch.setattr(model, "_load", noted)
+    monkeypatch.setattr("serve.following.time.monotonic", lambda: now)
+    for _ in range(720):
+        assert not model.refresh()
+        assert model.refused == 2
+        now += 5.0
+    assert tried[:8] == [0, 5, 15, 35, 75, 155, 315, 615]
+    assert set(np.diff(tried[6:])) == {300.0}
+    assert len([r for r in caplog.records if "staying with version 1" in r.message]) == 1
+    weights.write_bytes(whole)
+    now += 300.0
+    assert model.refresh()
+    assert (model.recommender.name.version, model.refused) == (2, None)
+
+
+def damage(registry_dir: Path, *versions: int) -> None:
+    for version in versions:
+        weights = registry.resolve(registry_dir, version) / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+
+
+def test_one_that_starts_after_a_broken_promotion_answers_as_the_others(
+    registry_dir: Path, other: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Versions 1, 2, 3 and 4 in turn; 2 was rolled back, 3 and 4 do not work."""
+    for change in (0.5, 0.6):
+        bundles.write(tmp_path / str(change), other_weights(other, change))
+        registry.publish(registry_dir, tmp_path / str(change), {})
+    registry.promote(registry_dir, 2)
+    registry.rollback(registry_dir)
+    registry.promote(registry_dir, 3)
+    registry.promote(registry_dir, 4)
+    assert registry.earlier(registry_dir, "production") == [3, 1]
+    damage(registry_dir, 3, 4)
+    model = FollowingModel(registry_dir, "production")
+    assert (model.recommender.name.version, model.refused) == (1, 4)
+    assert not model.refresh()
+    told = [record for record in caplog.records if "staying with version 1" in record.message]
+    assert len(told) == 1
+    assert "0004/" in told[0].message
+    registry.promote(registry_dir, 2)
+    assert model.refresh()
+    assert (model.recommender.name.version, model.refused) == (2, None)
+
+
+def test_where_no_version_works_the_promoted_ones_error_is_told(registry_dir: Path) -> None:
+    registry.promote(registry_dir, 2)
+    damage(registry_dir, 1, 2)
+    with pytest.raises(ArtifactError, match=r"0002/.*model\.safetensors: expected"):
+        FollowingModel(registry_dir, "production")
+
+
+def test_in_place_of_a_version_that_is_named_there_is_no_other(registry_dir: Path) -> None:
+    registry.promote(registry_dir, 2)
+    damage(registry_dir, 2)
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
+        FollowingModel(registry_dir, 2)
 
 
 def test_a_registry_out_of_reach_changes_nothing(
@@ -152,6 +229,12 @@ def test_the_model_card_is_that_of_the_version_and_of_today(
     assert not model.refresh()
     assert (model.recommender.name.version, model.recommender.card.card) == (1, None)
     assert len([r for r in caplog.records if "has no readable model card" in r.message]) == 1
+    for unfit in ({"format_version": 1, "model": {}}, card | {"limits": [1]}):
+        registry.write_card(registry_dir, 1, unfit, "")
+        assert not model.refresh()
+        assert model.recommender.card.card is None
+        assert model.recommender.card.limits
+    assert "expected the key 'limits'" in caplog.text
 
 
 def test_nothing_promoted_is_refused_at_the_start(tmp_path: Path) -> None:

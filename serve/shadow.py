@@ -81,10 +81,11 @@ class ShadowModel:
             return
         try:
             self._following = FollowingModel(self._registry_dir, self._alias)
-        except (UserError, OSError) as err:
-            if str(err) != self._reported:
-                logger.warning("no shadow yet: %s", err)
-                self._reported = str(err)
+        except Exception as err:  # noqa: BLE001 - whatever it is, what is served goes on
+            said = str(err) if isinstance(err, (UserError, OSError)) else type(err).__name__
+            if said != self._reported:
+                logger.warning("no shadow yet: %s", said)
+                self._reported = said
 
     def compare(self, request: RecommendRequest, answered: Answered) -> list[Comparison] | None:
         """Answers the request too; None if there is nothing to compare with.

@@ -107,6 +107,24 @@ def test_a_version_is_not_compared_with_itself(
     assert shadow.compare(request_of_two, answered(served, request_of_two)) is not None
 
 
+def test_a_shadow_that_fails_as_no_one_thought_is_none(
+    registry_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where its start failed, so would that of the whole application."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("MARKER4711")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recommender, "load", fail)
+        shadow = ShadowModel(registry_dir, 2)
+        shadow.refresh()
+        assert shadow.version is None
+    assert [record.message for record in caplog.records] == ["no shadow yet: RuntimeError"]
+    shadow.refresh()
+    assert shadow.version == 2
+
+
 def test_a_candidate_may_come_later(
     registry_dir: Path, served: Bundle, request_of_two: RecommendRequest
 ) -> None:

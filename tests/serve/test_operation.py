@@ -1,11 +1,14 @@
 """The endpoint as it runs: behind HAProxy, under load, watched, and while its model changes."""
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import json
 import shutil
+import socket
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from ray.serve._private.http_util import set_socket_reuse_port
 
 from cafemed import bundle as bundles
 from cafemed import registry
@@ -58,8 +62,6 @@ Start = Callable[..., Running]
 @pytest.fixture
 def start(root: Path, other: Bundle, tmp_path: Path) -> Iterator[Start]:
     """Starts an endpoint with these settings; version 2 is there, version 1 in production."""
-    import contextlib
-
     folder = Path(tempfile.mkdtemp(prefix="op-", dir="/tmp"))
     own = tmp_path / "registry"
     shutil.copytree(root / "registry" / "tiny", own)
@@ -331,11 +333,42 @@ def test_replicas_go_to_none_and_come_back(start: Start, served: Bundle) -> None
 
     def ask() -> int:
         body = example_request(served)
-        return httpx.post(f"{running.url}/v1/recommend", json=body, timeout=60).status_code
+        answer = httpx.post(f"{running.url}/v1/recommend", json=body, timeout=60)
+        assert "recommendations" in answer.json()
+        return answer.status_code
 
-    assert ask() == 200
-    assert replicas() == 1
-    wait_for(lambda: replicas() == 0, 90)
-    started = time.monotonic()
-    assert ask() == 200  # the first one waits for a replica
-    assert time.monotonic() - started < 30
+    with another_on(8500) as strangers:
+        assert ask() == 200
+        assert replicas() == 1
+        wait_for(lambda: replicas() == 0, 90)
+        started = time.monotonic()
+        assert ask() == 200  # the first one waits for a replica
+        assert time.monotonic() - started < 30
+        assert replicas() == 1
+    assert strangers == []
+
+
+@contextlib.contextmanager
+def another_on(port: int) -> Iterator[list[bytes]]:
+    """Another endpoint's proxy on Ray's usual port, as Ray listens there; what it was asked."""
+    asked: list[bytes] = []
+    with socket.socket() as listening:
+        set_socket_reuse_port(listening)
+        listening.bind(("127.0.0.1", port))
+        listening.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        asked.append(connection.recv(1000))
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield asked
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()

@@ -5,7 +5,9 @@ a few fixed shapes, and a patient's shape must follow from that patient alone. P
 not enough: a model may drop the padding and lay all codes of a batch end to end. So each patient
 is filled up with visits after the current one, which cannot influence it, until the number of
 visits, of codes, and of positions (the sum over visits of the longest list, at least 1) are all
-those of the shape; and a batch is filled up by repeating its first patient. Fillers have codes of
+those of the shape; and a batch is filled up by repeating its first patient. A run of few patients
+has room for few (`Shape.room`), where that has been seen to give the bits of a whole one
+(serve/recommender.py). Fillers have codes of
 those kinds alone whose vocabulary is not empty: the others have no code to fill with.
 """
 
@@ -31,6 +33,9 @@ MIN_POSITIONS = 32
 MIN_VISITS = 2
 #: Positions of one run: the more, the better it fills the processor and the longer one waits.
 _RUN_POSITIONS = 512
+#: Smaller runs have room for a multiple of so many patients: products of fewer rows than these
+#: mostly go to other routines, which round in another way.
+_ROOM_STEP = 4
 _ALL_KINDS = tuple(range(len(KINDS)))
 #: [has incoming edges][has outgoing edges].
 _CLASSES = ((ORPHAN, CAUSE), (EFFECT, MIDDLE))
@@ -65,8 +70,12 @@ class Shape:
 
     @property
     def patients(self) -> int:
-        """Patients of one run."""
+        """Patients of one run, at most."""
         return max(1, _RUN_POSITIONS // self.positions)
+
+    def room(self, number: int) -> int:
+        """Patients of a run that is to hold so many, at most `patients`."""
+        return min(self.patients, -(-number // _ROOM_STEP) * _ROOM_STEP)
 
     @property
     def width(self) -> int:
@@ -167,21 +176,24 @@ def batch_of(
     vocabularies: Mapping[str, tuple[str, ...]],
     scaling: Scaling,
     edges: Sequence[Edges],
+    room: int | None = None,
 ) -> Batch:
     """Makes the tensors of one run; what `batches.visit_arrays` and `collate` would, with fillers.
 
     Args:
-        patients: 1 to shape.patients, all of this shape.
+        patients: 1 to `room`, all of this shape.
         shape: see Shape.
         vocabularies: of the bundle.
         scaling: of the bundle.
         edges: of the bundle's graph, one a kind.
+        room: patients of the run; None: shape.patients.
 
     Returns:
-        a batch of exactly shape.patients patients with shape.steps visits each; the given ones
-        come first. Its laboratory arrays are as wide as there are items.
+        a batch of exactly `room` patients with shape.steps visits each; the given ones come
+        first. Its laboratory arrays are as wide as there are items.
     """
-    visits = (shape.patients, shape.steps)
+    room = shape.patients if room is None else room
+    visits = (room, shape.steps)
     codes = np.zeros((*visits, 3, shape.width), np.int64)
     classes = np.full((*visits, 3, shape.width), ORPHAN, np.int64)
     counts = np.zeros((*visits, 3), np.int64)
@@ -207,15 +219,15 @@ def batch_of(
         array[len(patients) :] = array[0]
     ages = scaling.ages(np.array([patient.age for patient in patients], np.float32))
     sexes = np.array([patient.sex for patient in patients], np.int64)
-    of = np.zeros(shape.patients, np.int64)  # the patient that each is, the first again at the end
+    of = np.zeros(room, np.int64)  # the patient that each is, the first again at the end
     of[: len(patients)] = np.arange(len(patients))
-    rows = shape.patients * shape.steps
+    rows = room * shape.steps
     num_diagnoses, num_procedures, num_medications = (len(vocabularies[kind]) for kind in KINDS)
     return Batch(
         codes=torch.from_numpy(codes.reshape(rows, 3, -1)),
         counts=torch.from_numpy(counts.reshape(rows, 3)),
         classes=torch.from_numpy(classes.reshape(rows, 3, -1)),
-        lengths=torch.full((shape.patients,), shape.steps),
+        lengths=torch.full((room,), shape.steps),
         targets=torch.zeros(rows, num_medications),
         sex=torch.from_numpy(sexes[of]),
         age=torch.from_numpy(np.repeat(ages[of], shape.steps)),

@@ -2,7 +2,7 @@
 
 While one run works, others gather; the next is of the shape that fills it most, or of one that has
 been passed over too often. Those who ask take turns in it, so that a lone patient does not wait
-behind somebody's hundreds. A run costs the same whether it is full or not, so a lone patient is
+behind somebody's hundreds. A run costs much whether it is full or not, so a lone patient is
 answered at once, and the busier a replica is the less a patient costs.
 """
 

@@ -86,6 +86,12 @@ def test_a_run_holds_fewer_patients_the_longer_they_are() -> None:
     assert shape_of(patient([(128, 128, 128)] * 256)).patients == 1
 
 
+def test_a_run_of_few_patients_has_room_for_the_next_four() -> None:
+    shape = shape_of(patient([(1, 1, 0)]))
+    assert [shape.room(number) for number in (1, 4, 5, 12, 13, 16)] == [4, 4, 8, 12, 16, 16]
+    assert shape_of(patient([(128, 128, 128)] * 256)).room(1) == 1
+
+
 def batch(bundle: Bundle, *visits: list[tuple[int, int, int]]) -> Batch:
     patients = [patient(sizes) for sizes in visits]
     edges = [Edges.of(a) for a in input_adjacencies(bundle.graph, bundle.vocabularies)]

@@ -10,7 +10,7 @@ import torch
 import models
 from cafemed import bundle as bundles
 from cafemed import registry
-from cafemed.batches import collate, visit_arrays
+from cafemed.batches import Batch, collate, visit_arrays
 from cafemed.bundle import Bundle
 from cafemed.calibration import Predictions
 from cafemed.codes import CodeLists
@@ -178,6 +178,66 @@ def test_an_answer_is_the_same_in_every_position_bit_for_bit(served_model: Bundl
     for position in range(shape.patients):
         batch = [*others[:position], patients[0], *others[position:]]
         np.testing.assert_array_equal(recommender.probabilities(batch)[position], alone)
+
+
+def heights(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The patients that each run has room for, as runs are made."""
+    real, noted = recommender.score, []
+
+    def score(batch: Batch, last: torch.Tensor) -> np.ndarray:
+        noted.append(batch.num_patients)
+        return real(batch, last)
+
+    monkeypatch.setattr(recommender, "score", score)
+    return noted
+
+
+def of_one_shape(recommender: Recommender, bundle: Bundle, seed: int) -> list[EncodedPatient]:
+    """Patients of the shape that most have, which has room for several fours."""
+    patients = recommender.encode(some_patients(bundle, 200, seed))
+    by_shape: dict[batching.Shape, list[EncodedPatient]] = {}
+    for one in patients:
+        by_shape.setdefault(batching.shape_of(one), []).append(one)
+    return max((m for s, m in by_shape.items() if s.patients > 8), key=len)
+
+
+def test_few_patients_make_a_small_run_of_the_same_bits(
+    served_model: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recommender = Recommender(served_model, 7)
+    patients = of_one_shape(recommender, served_model, 3)
+    shape = recommender.shape(patients[0])
+    whole = recommender.run(patients[: shape.patients], shape)
+    noted = heights(recommender, monkeypatch)
+    for number in (1, 3, 4, 5, 8):
+        for _ in range(2):
+            found = recommender.run(patients[:number], shape)
+            np.testing.assert_array_equal(found, whole[:number])
+    # Each size of run beside a whole one, once.
+    assert noted == [4, shape.patients, 4, 4, 4, 4, 4, 8, shape.patients, 8, 8, 8]
+
+
+def test_small_runs_with_other_bits_are_not_used(
+    served: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A torch build whose small products round differently."""
+    recommender = Recommender(served, 7)
+    patients = of_one_shape(recommender, served, 3)
+    shape = recommender.shape(patients[0])
+    whole = recommender.run(patients[: shape.patients], shape)
+    noted = heights(recommender, monkeypatch)
+    noting = recommender.score
+
+    def score(batch: Batch, last: torch.Tensor) -> np.ndarray:
+        rows = noting(batch, last)
+        if batch.num_patients == 4:
+            rows[0, 0] = np.nextafter(rows[0, 0], np.float32(1))
+        return rows
+
+    monkeypatch.setattr(recommender, "score", score)
+    for _ in range(3):
+        np.testing.assert_array_equal(recommender.run(patients[:2], shape), whole[:2])
+    assert noted == [4, shape.patients, shape.patients, shape.patients]
 
 
 def test_a_cohort_may_have_no_codes_of_a_kind(served_without: Bundle) -> None:

@@ -13,9 +13,11 @@ body by the same schema and answers a constant. `plain`: uvicorn and FastAPI wit
 request at a time. `share_of_noop` and `share_of_plain` are the endpoint's answers a second over
 theirs.
 
-The model has drawn weights: an answer costs the same. Of the case `replica`, `start_s` is the time
-until one more endpoint on the running Ray gives its first answer, `memory_mb` the resident memory
-of the measured replica at the end.
+The model has drawn weights: an answer costs the same. The case `batch` is a Parquet file of such
+patients, scored in this process by one thread as `jobs/predict.py` does with `predict.workers=0`:
+`patients_per_s` from reading the file to the written results. Of the case `replica`, `start_s` is
+the time until one more endpoint on the running Ray gives its first answer, `memory_mb` the resident
+memory of the measured replica at the end.
 """
 
 import argparse
@@ -46,12 +48,14 @@ from benchmarks.endpoint.clients import Measured  # noqa: E402
 
 CLIENTS = (1, 8, 32, 128)
 UNITS = {"p50_ms": "ms", "p99_ms": "ms", "start_s": "s", "memory_mb": "MB"}
+UNITS["patients_per_s"] = "patients/s"
 UNITS |= dict.fromkeys(("rps", "noop_rps", "plain_rps"), "requests/s")
 COLUMNS = (
     *("rps", "p50_ms", "p99_ms", "noop_rps", "plain_rps"),
     *("share_of_noop", "share_of_plain", "p99_over_p50"),
 )
 _NUM_BODIES = 512
+_GROUP = 10_000  # rows of a Parquet file's group
 _READY_S = 120.0
 
 
@@ -63,16 +67,18 @@ class Effort:
         clients: numbers of clients.
         warm_s, measured_s: of each number.
         rounds: the median of so many is given; the three are asked in turn.
+        scored: patients of the case `batch`.
     """
 
     clients: tuple[int, ...]
     warm_s: float
     measured_s: float
     rounds: int
+    scored: int
 
 
-FULL = Effort(CLIENTS, warm_s=2.0, measured_s=8.0, rounds=3)
-QUICK = Effort((1, 32), warm_s=0.5, measured_s=1.5, rounds=1)
+FULL = Effort(CLIENTS, warm_s=2.0, measured_s=8.0, rounds=3, scored=100_000)
+QUICK = Effort((1, 32), warm_s=0.5, measured_s=1.5, rounds=1, scored=5_000)
 
 
 def versions() -> str:
@@ -164,6 +170,40 @@ def in_process(*arguments: Any) -> Measured:
         return process.submit(clients.measure, *arguments).result()
 
 
+def batch(registry_dir: Path, bodies: list[dict[str, Any]], number: int, folder: Path) -> float:
+    """Patients a second of a file of so many, the bodies' patients again and again."""
+    import pyarrow.parquet as pq
+    import torch
+
+    from cafemed import registry
+    from serve.prediction import PredictConfig, predict
+    from serve.recommender import Recommender
+
+    torch.set_num_threads(1)
+    recommender = Recommender.load(registry.resolve(registry_dir, "production"), 1)
+    invented_patients = [one for body in bodies for one in body["patients"]]
+    repeated = [invented_patients[i % len(invented_patients)] for i in range(number)]
+    path, output = folder / "patients.parquet", folder / "answers.parquet"
+    with pq.ParquetWriter(path, _rows(repeated[:1], 0).schema) as writer:
+        for start in range(0, number, _GROUP):
+            writer.write_table(_rows(repeated[start : start + _GROUP], start))
+    started = time.perf_counter()
+    scored = predict(recommender, PredictConfig(input=str(path), output=str(output)))
+    return scored / (time.perf_counter() - started)
+
+
+def _rows(patients: list[dict[str, Any]], first: int) -> Any:
+    """A table of patients for `predict`."""
+    import pyarrow as pa
+
+    code = pa.struct({"system": pa.string(), "code": pa.string()})
+    lists = ("diagnoses", "procedures", "medications")
+    visits = pa.list_(pa.struct({name: pa.list_(code) for name in lists}))
+    types = {"patient": pa.int64(), "sex": pa.string(), "age": pa.float64(), "visits": visits}
+    rows = [{"patient": first + i, **patient} for i, patient in enumerate(patients)]
+    return pa.Table.from_pylist(rows, schema=pa.schema(types))
+
+
 def median(measured: list[Measured]) -> Measured:
     """The round with the median of answers a second."""
     return sorted(measured, key=lambda one: one.rps)[len(measured) // 2]
@@ -188,6 +228,9 @@ def run(effort: Effort, seed: int) -> dict[str, dict[str, float]]:
                 print(shown(case, cases[case]), flush=True)
             cases["replica"] = {"start_s": start_s, "memory_mb": replica_memory_mb("endpoint")}
             print("replica: " + ", ".join(f"{k} {v:.1f}" for k, v in cases["replica"].items()))
+        scored = batch(registry_dir, bodies, effort.scored, Path(temporary))
+        cases["batch"] = {"patients_per_s": scored}
+        print(f"batch: {scored:.0f} patients/s of {effort.scored}")
     return cases
 
 

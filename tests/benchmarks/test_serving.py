@@ -5,14 +5,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
 from benchmarks.endpoint import clients, invented
 from benchmarks.endpoint.clients import Measured
-from cafemed import paths
+from cafemed import paths, registry
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
 
@@ -132,3 +135,21 @@ def test_shares_are_of_answers_a_second(program: Any) -> None:
 def test_the_median_round_is_taken_whole(program: Any) -> None:
     rounds = [Measured(rps, 1000 / rps, 2.0, {200: 1}) for rps in (300.0, 100.0, 200.0)]
     assert program.median(rounds) == rounds[2]
+
+
+def test_every_patient_of_the_batch_is_scored(program: Any, tmp_path: Path) -> None:
+    registry_dir = invented.write_registry(tmp_path, 3)
+    bodies = invented.bodies(8, 3)
+    threads = torch.get_num_threads()
+    try:
+        assert program.batch(registry_dir, bodies, 20, tmp_path) > 0
+    finally:
+        torch.set_num_threads(threads)
+    answers = pq.read_table(tmp_path / "answers.parquet")
+    assert answers["patient"].to_pylist() == list(range(20))
+    assert answers["unknown_codes"].to_pylist() == [0] * 20
+    recommender = Recommender.load(registry.resolve(registry_dir, "production"), 1)
+    for i in (0, 7, 19):
+        request = RecommendRequest.model_validate(bodies[i % 8])
+        expected = [one.code for one in recommender.recommend(request)[0].medications]
+        assert [one["code"] for one in answers["medications"][i].as_py()] == expected

@@ -17,8 +17,10 @@ created only if it is not there (S3: `If-None-Match`, Google Cloud Storage: gene
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import random
 import re
 import secrets
@@ -203,9 +205,7 @@ class ObjectStore:
                     f"{self._url}/{folder}: its manifest is not the one that was published"
                 )
             partial.chmod(0o755)
-            shutil.rmtree(target, ignore_errors=True)  # a damaged copy
-            with contextlib.suppress(OSError):  # another process of this machine was faster
-                partial.rename(target)
+            _put(partial, target, wanted)
         except ArtifactError as err:
             told = str(err).replace(str(partial), f"{self._url}/{folder}")
             raise ArtifactError(told) from err
@@ -256,6 +256,33 @@ def _is_copy(folder: Path, manifest: str) -> bool:
     except ArtifactError:
         return False
     return artifacts.sha256_of(folder / artifacts.MANIFEST) == manifest
+
+
+def _put(partial: Path, target: Path, manifest: str) -> None:
+    """Renames a checked copy to its place, unless another process put one there meanwhile.
+
+    That one may be in use already: only what is no such copy is removed.
+    """
+    with _locked(target.parent):
+        if _is_copy(target, manifest):
+            return
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".old."))
+        with contextlib.suppress(FileNotFoundError):
+            target.rename(aside / "damaged")
+        partial.rename(target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps others out, of those that ask so too; on a file system without locks nobody."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _told(err: BaseException) -> str:

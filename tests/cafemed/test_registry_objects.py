@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -72,6 +73,31 @@ def test_resolve_gives_a_copy_that_is_made_once_and_mended(url: str, cache: Path
     (folder / "effects.npz").write_bytes(b"damaged")
     assert bundle_files.verify(registry.resolve(url, 1)) == bundle_files.verify(MADE)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_copy_that_a_faster_process_made_is_left_to_it(
+    url: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It may be reading it. One that is damaged meanwhile is replaced all the same."""
+    registry.publish(url, MADE, {})
+    real = registry_objects.ObjectStore._download
+    found: list[tuple[Path, int]] = []
+
+    def download(self: registry_objects.ObjectStore, *given: Any) -> None:
+        if not found:
+            found.append((Path(), 0))
+            folder = registry.resolve(url, 1)
+            found[0] = folder, folder.stat().st_ino
+        real(self, *given)
+
+    monkeypatch.setattr(registry_objects.ObjectStore, "_download", download)
+    assert registry.resolve(url, 1) == found[0][0]
+    assert found[0][0].stat().st_ino == found[0][1]
+    monkeypatch.undo()
+    monkeypatch.setenv("CAFEMED_CACHE", str(cache.parent))
+    (found[0][0] / "effects.npz").unlink()
+    assert bundle_files.verify(registry.resolve(url, 1)) == bundle_files.verify(MADE)
+    assert [path.name for path in found[0][0].parent.iterdir()] == [found[0][0].name]
 
 
 def test_a_half_published_version_is_not_there(url: str):

@@ -5,16 +5,21 @@
         answer = client.recommend([{"visits": [visit]}], max_ddi_rate=0.05)
 
 A request that met a replica that just died, or one that has too much to do, is sent once more:
-asking for a recommendation changes nothing, so that this is safe. No exception quotes a request.
+asking for a recommendation changes nothing, so that this is safe. No exception quotes a request,
+nor does a line of httpx's log, which would have what is searched for. Proxies of the environment
+(HTTP_PROXY) are not used: patients are sent to the endpoint alone.
 """
 
 import contextlib
+import contextvars
 import json
+import logging
 import os
 import random
+import re
 import ssl
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +34,15 @@ KEY_VARIABLE = "CAFEMED_API_KEY"
 #: died under the request.
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 _FIRST_DELAY_S = 0.1
+#: Of a request, as docs/serving.md has them; an endpoint that knows more has its new ones left out.
+_FIELDS = frozenset(
+    {"body", "query", "kind", "limit", "patients", "sex", "age", "allergies", "visits"}
+    | {"diagnoses", "procedures", "medications", "system", "code", "laboratory", "item", "value"}
+    | {"options", "max_ddi_rate", "top_k", "explain"}
+)
+_INDEX = re.compile(r"\[\d+\]")
+#: Whether this thread is asking, so that what is logged is of a request of ours.
+_asking = contextvars.ContextVar("asking", default=False)
 _MAX_SHOWN = 5
 
 
@@ -78,6 +92,7 @@ class Client:
         retries: int = 1,
         max_wait_s: float = 10.0,
         verify: ssl.SSLContext | bool = True,
+        proxy: str | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Prepares to ask; nothing is sent yet.
@@ -90,6 +105,8 @@ class Client:
             max_wait_s: the longest wait before another attempt; an endpoint that asks for a longer
                 one is not asked again.
             verify: how a server's certificate is checked.
+            proxy: URL of an HTTP proxy to ask through; it sees what an endpoint without HTTPS is
+                asked.
             sleep: waits, for tests.
         """
         self._url = url.rstrip("/")
@@ -107,8 +124,10 @@ class Client:
                 headers=headers,
                 timeout=timeout_s,
                 verify=verify,
+                proxy=proxy,
+                trust_env=False,
             )
-        except (httpx.InvalidURL, UnicodeEncodeError):
+        except (httpx.InvalidURL, UnicodeEncodeError, ValueError):
             raise ClientError(
                 "expected a URL like http://127.0.0.1:8000 and an ASCII key"
             ) from None
@@ -135,7 +154,8 @@ class Client:
         Raises:
             RefusedError: if the endpoint refuses.
             UnreachableError: if no answer comes.
-            ClientError: if the patients are nothing that JSON can hold.
+            ClientError: if the patients are nothing that JSON can hold, or the answer is none of an
+                endpoint.
         """
         options = {"max_ddi_rate": max_ddi_rate, "top_k": top_k, "explain": explain or None}
         given = {name: value for name, value in options.items() if value is not None}
@@ -165,7 +185,7 @@ class Client:
             limit: largest number of codes.
 
         Raises:
-            RefusedError, UnreachableError: as `recommend`.
+            RefusedError, UnreachableError, ClientError: as `recommend`.
         """
         given = {"query": query, "kind": kind, "limit": limit}
         parameters = {name: value for name, value in given.items() if value is not None}
@@ -191,7 +211,12 @@ class Client:
         for attempt in range(self._retries + 1):
             is_last = attempt == self._retries
             try:
-                response = self._http.request(method, path, **content)
+                with _unlogged():
+                    response = self._http.request(method, path, **content)
+            except (UnicodeEncodeError, httpx.InvalidURL):
+                raise ClientError("the request has text that cannot be sent") from None
+            except httpx.DecodingError:
+                raise self._strange() from None
             except httpx.TransportError as err:
                 if is_last or isinstance(err, httpx.UnsupportedProtocol):
                     raise UnreachableError(
@@ -221,8 +246,11 @@ class Client:
         except ValueError:
             content = None
         if not isinstance(content, dict):
-            raise ClientError(f"{self._url}: the answer is not one of a CafeMed endpoint")
+            raise self._strange()
         return content
+
+    def _strange(self) -> ClientError:
+        return ClientError(f"{self._url}: the answer is not one of a CafeMed endpoint")
 
     def _refused(self, response: httpx.Response) -> RefusedError:
         """The error that an answer tells of; proxies' own answers are not JSON."""
@@ -231,7 +259,7 @@ class Client:
             told = response.json()
         told = told if isinstance(told, dict) else {}
         problems = [
-            (str(one.get("field", "")), str(one.get("message", "")))
+            (_place(str(one.get("field", ""))), str(one.get("message", "")))
             for one in told.get("problems") or ()
             if isinstance(one, dict)
         ]
@@ -243,3 +271,25 @@ class Client:
         retry_after = response.headers.get("retry-after", "")
         wait_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
         return RefusedError(message, status, problems, str(told.get("request_id") or ""), wait_s)
+
+
+def _place(field: str) -> str:
+    """A place in a request with what is no field of it left out: that is the caller's own text."""
+    parts = re.split(r"(\[\d+\]|\.)", field)
+    return "".join(
+        part if part in _FIELDS or part == "." or _INDEX.fullmatch(part) else "?" if part else ""
+        for part in parts
+    )
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps what httpx logs of a request out of the log: it has the query."""
+    token = _asking.set(True)
+    try:
+        yield
+    finally:
+        _asking.reset(token)
+
+
+logging.getLogger("httpx").addFilter(lambda _record: not _asking.get())

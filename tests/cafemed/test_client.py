@@ -1,16 +1,19 @@
 """The client against a server on a socket that answers, refuses, dies and comes back."""
 
 import json
+import logging
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from cafemed import client as clients
 from cafemed.client import Client, ClientError, RefusedError, UnreachableError
+from serve.schema import RecommendRequest
 
 MARKER = "MARKER4711"
 PATIENTS = [{"visits": [{"diagnoses": [{"system": "icd9", "code": MARKER}]}]}]
@@ -249,3 +252,70 @@ def test_a_url_or_key_that_is_none_is_one_line() -> None:
         Client("http://localhost", key="clé")
     with Client("localhost:8000") as client, pytest.raises(UnreachableError, match="Unsupported"):
         client.model()
+
+
+@pytest.mark.parametrize(
+    ("field", "shown"),
+    [
+        ("patients[0].John Smith", "patients[0].?"),
+        ("patients[2].visits[1].diagnoses[0].code", "patients[2].visits[1].diagnoses[0].code"),
+        ("options.JOHN", "options.?"),
+        ("body", "body"),
+        ("patients[0].visits[0].John[7].O'Hara [1]x", "patients[0].visits[0].?[7].?[1]?"),
+    ],
+)
+def test_a_callers_own_field_is_not_quoted(
+    serving: Callable[..., Server], field: str, shown: str
+) -> None:
+    told = {"message": "not valid", "problems": [{"field": field, "message": "wrong"}]}
+    server = serving(http(422, told))
+    with Client(server.url) as client, pytest.raises(RefusedError) as caught:
+        client.recommend(PATIENTS)
+    assert caught.value.problems == ((shown, "wrong"),)
+    assert str(caught.value).endswith(f": {shown}: wrong")
+
+
+def test_the_fields_of_a_request_are_known() -> None:
+    schema = RecommendRequest.model_json_schema()
+    of_all = [schema, *schema["$defs"].values()]
+    assert {name for one in of_all for name in one["properties"]} <= clients._FIELDS
+
+
+def test_a_search_is_in_no_log(
+    serving: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serving(http(200, {"codes": []}))
+    with caplog.at_level(logging.INFO), Client(server.url) as client:
+        assert client.codes(MARKER) == []
+    assert MARKER.encode() in server.asked[0]
+    assert MARKER not in caplog.text
+    other = serving(http(200))
+    with caplog.at_level(logging.INFO):
+        httpx.get(other.url, trust_env=False)
+    assert "HTTP Request" in caplog.text  # what is not ours is logged as before
+
+
+def test_what_cannot_be_sent_or_read_is_an_error_of_the_client(
+    serving: Callable[..., Server],
+) -> None:
+    server = serving(http(200, b"abc", Content_Encoding="gzip"))
+    with Client(server.url) as client:
+        with pytest.raises(ClientError, match="not one of a CafeMed endpoint"):
+            client.codes("a")
+        with pytest.raises(ClientError, match="cannot be sent") as caught:
+            client.codes(f"{MARKER}\ud800")
+    assert MARKER not in str(caught.value)
+
+
+def test_proxies_of_the_environment_are_not_used(
+    serving: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, proxy = serving(http(200)), serving(http(200))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, proxy.url)
+    with Client(server.url) as client:
+        client.recommend(PATIENTS)
+    assert not proxy.asked
+    with Client("http://nowhere.invalid", proxy=proxy.url) as client:
+        client.recommend(PATIENTS)
+    assert proxy.asked[0].startswith(b"POST http://nowhere.invalid/v1/recommend ")

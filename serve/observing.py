@@ -8,6 +8,7 @@ import contextvars
 import dataclasses
 import functools
 import logging
+import math
 import re
 import time
 import uuid
@@ -117,6 +118,9 @@ class Observer:
 
     def serves(self, version: int, reference: ScoreHistogram) -> None:
         """Says which model answers from now on; drift is measured anew."""
+        if self._scores is not None:
+            # What Ray leaves out of a scrape: the value was the former model's.
+            self._meters.set("cafemed_score_drift_psi", math.nan)
         self._scores = ScoreWindow(reference, self._drift_patients)
         self._meters.set("cafemed_model_version", version)
 

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -241,6 +242,7 @@ def test_drift_is_of_the_models_own_scores(
     by_hand = sum((o[i] - e[i]) * np.log(o[i] / e[i]) for i in range(len(o)))
     assert noted.gauges["cafemed_score_drift_psi"] == pytest.approx(by_hand)
     observer.serves(8, served.reference.scores)  # another model: measured anew
+    assert math.isnan(noted.gauges["cafemed_score_drift_psi"])
     noted.gauges.clear()
     observer.report(0, 0)
     assert "cafemed_score_drift_psi" not in noted.gauges

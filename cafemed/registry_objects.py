@@ -13,7 +13,8 @@ number unused.
 
 Moving an alias is another matter: two that move it must come one after the other, so its object is
 created only if it is not there (S3: `If-None-Match`, Google Cloud Storage: generation match, Azure:
-`If-None-Match`). A store that lacks this, or ignores it, is found out and refused.
+`If-None-Match`). A store that lacks this, or ignores it, is found out and refused. A move carries
+a token, by which whoever made it knows it again.
 """
 
 import contextlib
@@ -126,9 +127,13 @@ class ObjectStore:
         self._require_exclusive()
         while True:
             number = max(self.moves(alias), default=0) + 1  # before what is decided on is read
-            content = json.dumps(decide())
+            name = f"aliases/{alias}/{number:0{MOVE_DIGITS}d}.json"
+            content = json.dumps({**decide(), "token": secrets.token_hex(8)})
             with self._speaking(), contextlib.suppress(FileExistsError):
-                self._create(f"aliases/{alias}/{number:0{MOVE_DIGITS}d}.json", content)
+                self._create(name, content)
+                return
+            # Where the answer was lost, the store's client asks again and meets its own object.
+            if self._read(name)[1] == content:
                 return
 
     def write_card(self, number: int, card: str, text: str) -> str:
@@ -181,7 +186,8 @@ class ObjectStore:
             raise ArtifactError(f"{refusal} (known to have it: {', '.join(_EXCLUSIVE)})")
         name = f"aliases/.probe-{secrets.token_hex(8)}"
         with self._speaking():
-            self._create(name, "")
+            with contextlib.suppress(FileExistsError):  # its own, where the answer was lost
+                self._create(name, "")
             try:
                 self._create(name, "")
             except FileExistsError:

@@ -168,6 +168,26 @@ def test_a_move_that_somebody_else_made_meanwhile_is_not_written_over(
     assert moves[2:] == [("promote", 3), ("rollback", 2)]
 
 
+def test_a_move_is_made_once_where_the_answer_was_lost(url: str, monkeypatch: pytest.MonkeyPatch):
+    """The client then asks again, and the store says that the object is there."""
+    for _ in range(3):
+        registry.promote(url, registry.publish(url, MADE, {}))
+    real = registry_objects.ObjectStore._create
+    lost: set[str] = set()
+
+    def create(self: registry_objects.ObjectStore, name: str, text: str) -> None:
+        real(self, name, text)
+        if name not in lost:
+            lost.add(name)
+            raise FileExistsError(name)
+
+    monkeypatch.setattr(registry_objects.ObjectStore, "_create", create)
+    assert registry.rollback(url) == 2
+    assert len(lost) == 2  # the probe and the move
+    moves = [(m.action, m.version) for m in registry.history(url, "production")]
+    assert moves[3:] == [("rollback", 2)]
+
+
 def test_an_alias_is_not_moved_where_the_store_cannot_create_exclusively(
     url: str, monkeypatch: pytest.MonkeyPatch
 ):

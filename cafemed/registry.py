@@ -274,8 +274,13 @@ def _move(version: int, action: str) -> dict[str, Any]:
 
 
 def _read_move(kept: Store, alias: str, number: int) -> Move:
-    content = _checked(kept.move(alias, number), "version", "action")
-    return Move(content.pop("version"), content.pop("action"), content)
+    found = kept.move(alias, number)
+    content = _checked(found, "version", "action")
+    content.pop("token", None)  # the store's own
+    move = Move(content.pop("version"), content.pop("action"), content)
+    if type(move.version) is not int or move.action not in ("promote", "rollback"):
+        raise ArtifactError(f"{found[0]}: not a move of an alias")
+    return move
 
 
 def _stack(moves: list[Move]) -> list[int]:
@@ -283,7 +288,7 @@ def _stack(moves: list[Move]) -> list[int]:
     stack: list[int] = []
     for move in moves:
         if move.action == "rollback":
-            stack.pop()
+            stack = stack[:-1]
         elif not stack or stack[-1] != move.version:
             stack.append(move.version)
     return stack

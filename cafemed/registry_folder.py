@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cafemed import artifacts, bundle_files
+from cafemed import artifacts, bundle_files, untrusted
 from cafemed.errors import ArtifactError
 
 VERSION_DIGITS = 4
@@ -136,6 +136,7 @@ def _numbers(parent: Path) -> list[int]:
 
 def _read(path: Path) -> tuple[str, str]:
     try:
+        untrusted.require_size(path, untrusted.MAX_RECORD_BYTES)
         return str(path), path.read_text()
     except (OSError, ValueError) as err:
         raise ArtifactError(f"{path}: not a record of the registry ({type(err).__name__})") from err

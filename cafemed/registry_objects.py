@@ -34,7 +34,7 @@ from typing import Any
 
 import fsspec
 
-from cafemed import artifacts, bundle_files, paths
+from cafemed import artifacts, bundle_files, paths, untrusted
 from cafemed.errors import ArtifactError, UserError
 from cafemed.registry_folder import MOVE_DIGITS, VERSION_DIGITS
 
@@ -105,7 +105,7 @@ class ObjectStore:
         place, text = self._read(f"{folder}/{_RECORD}")
         try:
             wanted = str(json.loads(text)["manifest"])
-        except (ValueError, KeyError, TypeError) as err:
+        except (ValueError, KeyError, TypeError, RecursionError) as err:
             raise ArtifactError(f"{place}: not a record of a version") from err
         name = hashlib.sha256(self._url.encode()).hexdigest()[:16]
         target = paths.cache_dir() / "registry" / name / Path(folder).name
@@ -231,8 +231,12 @@ class ObjectStore:
         return sorted(str(path).lstrip("/").removeprefix(start) for path in found)
 
     def _read(self, name: str) -> tuple[str, str]:
+        place, most = f"{self._url}/{name}", untrusted.MAX_RECORD_BYTES
         with self._speaking():
-            return f"{self._url}/{name}", self._files.cat_file(self._path(name)).decode()
+            text = self._files.cat_file(self._path(name), start=0, end=most + 1)
+            if len(text) > most:
+                raise ArtifactError(f"{place}: expected at most {most >> 20} MiB")
+            return place, text.decode()
 
     def _write(self, name: str, text: str) -> None:
         self._files.pipe_file(self._path(name), text.encode())

@@ -23,6 +23,8 @@ from cafemed.errors import ArtifactError
 
 #: Bytes of all arrays of an archive, unpacked.
 MAX_ARRAY_BYTES = 1 << 30
+#: Of a record of the registry, or a card: who and when, and some numbers.
+MAX_RECORD_BYTES = 16 << 20
 #: Of a table: rows, and bytes of the file. What it is packed with unpacks to at most 21 times that.
 MAX_ROWS = 10_000_000
 MAX_TABLE_BYTES = 64 << 20

@@ -1,6 +1,5 @@
 """The registry: versions, aliases, and processes that change them at the same time."""
 
-import json
 import subprocess
 import sys
 import time
@@ -113,11 +112,22 @@ def test_a_failed_copy_leaves_nothing(home: Path, made: Path, monkeypatch: pytes
     assert list((home / "versions").iterdir()) == []
 
 
-def test_an_unreadable_record_is_named(home: Path, made: Path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "[" * 100_000,
+        '{"version": 1, "action": "promote"}' + " " * (16 << 20),
+        '{"version": ["1"], "action": "promote"}',
+        '{"version": 1, "action": "remove"}',
+    ],
+    ids=["list", "deep", "large", "version", "action"],
+)
+def test_an_unreadable_record_is_named(home: Path, made: Path, content: str):
     registry.publish(home, made, {})
     registry.promote(home, 1)
     move = home / "aliases" / "production" / "000001" / "move.json"
-    move.write_text(json.dumps([1]))
+    move.write_text(content)
     with pytest.raises(ArtifactError, match=r"move\.json"):
         registry.resolve(home, "production")
 

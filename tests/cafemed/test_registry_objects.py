@@ -225,6 +225,14 @@ def test_a_file_url_is_the_folder(tmp_path: Path):
         ),
         (lambda f, folder: f.pipe_file(f"{folder}/record.json", b"[1]"), "not a record"),
         (
+            lambda f, folder: f.pipe_file(f"{folder}/record.json", b"[" * 100_000),
+            "not a record",
+        ),
+        (
+            lambda f, folder: f.pipe_file(f"{folder}/record.json", b" " * (16 << 20) + b"{}"),
+            "expected at most 16 MiB",
+        ),
+        (
             lambda f, folder: f.pipe_file(
                 f"{folder}/record.json", b'{"manifest": "0", "produced_by": {}}'
             ),

@@ -223,10 +223,10 @@ class SweepRuns:
         self._client.log(parent, points, tags={_EVALUATED: made.fingerprint})
         return True
 
-    def interrupted(self) -> None:
-        """Says that the sweep does not go on for now."""
+    def stopped(self, status: str) -> None:
+        """Says that the sweep does not go on, at least for now: "FAILED" or "KILLED"."""
         if self._open and self._runs.parent is not None:
-            self._client.end(self._runs.parent, "KILLED")
+            self._client.end(self._runs.parent, status)
             self._open = False
 
     def _run_of(self, trial: Progress) -> str:

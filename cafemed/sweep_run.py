@@ -49,7 +49,7 @@ def run(
         ledger: made ready by `sweep_start.prepare`, and locked.
         inputs: name → fingerprint.
         build: see `training.fit`.
-        tracked: what the sweep is followed with.
+        tracked: what the sweep is followed with; the caller's block is one of its `ending`.
 
     Raises:
         ConfigError: if a local Ray has less than one trial reserves.

@@ -38,6 +38,7 @@ class SweepTracking:
         self._name, self._folder = told.name, told.experiment
         self._client: Client | None = None
         self._uri: str | None = None
+        self._sending: SweepRuns | None = None
         if self.config.name == "mlflow":
             from cafemed import mlflow_client
 
@@ -64,10 +65,24 @@ class SweepTracking:
             raise TrackingError(f"{err}; start it, or choose tracking=none") from err
 
     @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Ends the sweep's run in MLflow as the block ends, unless `finish` came first.
+
+        An error makes it FAILED, an interruption KILLED; it goes on from either.
+        """
+        try:
+            yield
+        except BaseException as err:
+            if self._sending is not None:
+                with _told("the sweep's run stays RUNNING there"):
+                    self._sending.stopped("FAILED" if isinstance(err, Exception) else "KILLED")
+            raise
+
+    @contextlib.contextmanager
     def following(
         self, plan: SweepPlan, ledger: Ledger, inputs: Mapping[str, str]
     ) -> Iterator[Tell]:
-        """Gives what to tell of every trial's progress while the block runs.
+        """Gives what to tell of every trial's progress while the block runs, in one of `ending`.
 
         Args:
             plan: see SweepPlan.
@@ -91,13 +106,9 @@ class SweepTracking:
 
         try:
             yield tell
-        except BaseException:
-            if background is not None and sender is not None and background.close(_CLOSE_S):
-                with contextlib.suppress(TrackingError):
-                    sender.interrupted()
-            raise
-        if background is not None:
-            background.close(_CLOSE_S)
+        finally:
+            if background is not None and background.close(_CLOSE_S):
+                self._sending = sender
 
     def keep(self, ledger: Ledger, target: Path) -> None:
         """Puts the sweep's runs into the folder that is made of it; without MLflow nothing."""
@@ -107,20 +118,21 @@ class SweepTracking:
         if content is not None:
             (target / FILE).write_text(json.dumps(content, indent=1) + "\n")
 
-    def finish(self, folder: Path, version: int) -> None:
+    def finish(self, folder: Path, version: int | None) -> None:
         """Sends what MLflow has not got of a finished sweep, unless it was not tracked there.
 
         Args:
             folder: of the sweep.
-            version: of the registry that its best trial became.
+            version: of the registry that its best trial became; None where none was chosen.
         """
         runs = None if self._client is None else runs_in(folder)
         if self._client is None or runs is None or runs.uri != self._uri:
             return
-        facts = {"registry.version": version}
+        facts = {} if version is None else {"registry.version": version}
         with _told("run the same command again to send what is missing"):
             if _sweep_runs(self._client, folder, runs).finish(folder, facts):
                 console.say("tracking", f"run {runs.parent} in {runs.experiment} of {runs.uri}")
+        self._sending = None
 
     @property
     def _events(self) -> Path:

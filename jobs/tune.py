@@ -40,6 +40,7 @@ def main(cfg: DictConfig) -> None:
             knowledge,
             promotion,
             retraining,
+            sweep,
             sweep_plan,
             sweep_report,
             sweep_run,
@@ -55,19 +56,22 @@ def main(cfg: DictConfig) -> None:
         tracked = sweep_tracking.SweepTracking(values["tracking"], told)
         inputs = experiment.read_sources(folder) | knowledge.prior_inputs(plan)
         ledger = Ledger(sweep_start.storage_of(plan, folder))
-        with sweep_start.locked(ledger, folder), sweep_start.resumable(ledger):
-            if told.force or not sweep_start.is_done(target, ledger, plan, inputs):
-                job = {"root": str(told.root), "name": told.name, "promote": promote}
-                job |= {"retrain": retrain, "tracking": values["tracking"]}
-                job["registry"] = told.registries
-                tracked.require_ready(ledger)
-                sweep_start.prepare(target, ledger, plan, inputs, job, told.force)
-                sweep_run.run(folder, plan, ledger, inputs, models.build, tracked)
-            again = retraining.run(folder, plan, models.build, told.force) if retrain else None
-        if retraining.note(target, again) or not (target / sweep_report.REPORT).exists():
-            console.say("report", str(sweep_report.write(target, values["paths"]["root"])))
-        version = promotion.publish_best(target, told.registry, promote, again)
-        tracked.finish(target, version)
+        with tracked.ending():
+            with sweep_start.locked(ledger, folder), sweep_start.resumable(ledger):
+                if told.force or not sweep_start.is_done(target, ledger, plan, inputs):
+                    job = {"root": str(told.root), "name": told.name, "promote": promote}
+                    job |= {"retrain": retrain, "tracking": values["tracking"]}
+                    job["registry"] = told.registries
+                    tracked.require_ready(ledger)
+                    sweep_start.prepare(target, ledger, plan, inputs, job, told.force)
+                    sweep_run.run(folder, plan, ledger, inputs, models.build, tracked)
+                again = retraining.run(folder, plan, models.build, told.force) if retrain else None
+            if retraining.note(target, again) or not (target / sweep_report.REPORT).exists():
+                console.say("report", str(sweep_report.write(target, values["paths"]["root"])))
+            if sweep.read_best(target)["trial"] is None:
+                tracked.finish(target, None)  # it is over, though there is nothing to publish
+            version = promotion.publish_best(target, told.registry, promote, again)
+            tracked.finish(target, version)
         console.say("done", str(target))
 
 

@@ -62,8 +62,8 @@ def record_of(
     )
 
 
-class SweepCutError(Exception):
-    """Stands for a process that is gone."""
+class SweepCutError(BaseException):
+    """Stands for a process that is gone, as KeyboardInterrupt does; no error of its own."""
 
 
 def play(conductor: Conductor, tick: Callable[[], None] = lambda: None, slots: int = 1) -> None:

@@ -4,12 +4,14 @@ The server is asked by its REST API (https://mlflow.org/docs/latest/rest-api.htm
 client that wrote. It comes from an environment of its own: `make bench-env`.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +21,12 @@ from typing import Any
 import httpx
 import pytest
 
-from cafemed import artifacts, paths, sweep, tracking
+import models
+from cafemed import artifacts, paths, sweep, sweep_run, tracking
 from cafemed.conductor import Conductor
-from cafemed.errors import TrackingError
+from cafemed.errors import ArtifactError, TrackingError, TrainingError
 from cafemed.invocation import Invocation
-from cafemed.ledger import Entry, Ledger
+from cafemed.ledger import Entry, Header, Ledger
 from cafemed.mlflow_client import Client
 from cafemed.sweep_tracking import SweepTracking, runs_in, send_evaluation
 
@@ -142,6 +145,10 @@ class Sweeper:
     def run(self, plan: Any, tick: Callable[[], None] = lambda: None) -> Conductor:
         tracked = self.tracked()
         tracked.require_ready(self.ledger)
+        with tracked.ending():
+            return self._run(plan, tick, tracked)
+
+    def _run(self, plan: Any, tick: Callable[[], None], tracked: SweepTracking) -> Conductor:
         with tracked.following(plan, self.ledger, INPUTS) as tell:
             conductor = Conductor(plan, self.ledger, tell=tell)
             self.sweeps.play(conductor, tick, slots=2)
@@ -353,8 +360,6 @@ def server_runs(server: Server) -> bool:
 def test_a_folder_takes_it_with_the_client_alone(
     sweeps: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
-    import sqlite3
-
     place = tmp_path / "runs"
     one = Sweeper(tmp_path, "local", sweeps, str(place))
     plan, events = sweeps.plan_of(num_samples=4), 0
@@ -385,3 +390,62 @@ def test_a_folder_takes_it_with_the_client_alone(
     best = json.loads(next((place / "artifacts").rglob("best.json")).read_text())
     assert best["trial"] == conductor.result().best.number
     assert not (Path.cwd() / "mlruns").exists()
+
+
+def statuses(place: Path) -> list[str]:
+    """Of the runs in a folder, the parents' first."""
+    with contextlib.closing(sqlite3.connect(place / "mlflow.db")) as store:
+        query = "select status from runs order by name like 'trial-%'"
+        return [status for (status,) in store.execute(query)]
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "status"), [(ArtifactError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_what_ends_the_job_after_the_trials_ends_the_run(
+    sweeps: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ended_by: type[BaseException],
+    status: str,
+):
+    one, plan = (
+        Sweeper(tmp_path, "x", sweeps, str(tmp_path / "runs")),
+        sweeps.plan_of(num_samples=2),
+    )
+
+    def cut(*_: Any) -> None:
+        raise ended_by
+
+    with monkeypatch.context() as broken:
+        broken.setattr(sweep, "write", cut)
+        with pytest.raises(ended_by):
+            one.run(plan)
+    assert statuses(tmp_path / "runs")[0] == status
+    one.run(plan)
+    assert statuses(tmp_path / "runs")[0] == "FINISHED"
+
+
+def test_a_sweep_whose_trials_all_failed_is_failed(
+    sweeps: Any, given: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sweep_run.experiment, "load_inputs", lambda _: given)
+    one, plan = (
+        Sweeper(tmp_path, "x", sweeps, str(tmp_path / "runs")),
+        sweeps.plan_of(num_samples=2),
+    )
+
+    def search(*arguments: Any) -> tuple[sweep.SweepResult, float]:
+        rate = {"train.learning_rate": 0.1}
+        records = tuple(sweeps.record_of(i, rate, "failed", 0) for i in range(2))
+        for record in records:
+            arguments[-1](tracking.Progress.of(record))
+        return sweep.SweepResult(records), 1.0
+
+    monkeypatch.setattr(sweep_run, "_search", search)
+    one.ledger.open(Header("f", INPUTS, plan.settings(), {}))
+    tracked = one.tracked()
+    with pytest.raises(TrainingError, match="all 2 trials failed"), tracked.ending():
+        sweep_run.run(one.folder, plan, one.ledger, INPUTS, models.build, tracked)
+    assert statuses(tmp_path / "runs") == ["FAILED"] * 3
+    assert not one.ledger.exists()

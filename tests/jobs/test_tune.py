@@ -1,10 +1,12 @@
 """`jobs/tune.py` and `jobs/evaluate.py` on a small synthetic cohort, as a user runs them."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -238,6 +240,22 @@ def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
     assert not list(experiment.glob(".sweep*"))
     assert_nothing_runs_in(root / "tmp")
     shutil.rmtree(experiment / "trials", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_without_a_trial_within_the_limit_is_over_for_trackers_too(root: Path):
+    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed (the extra `tracking`)")
+    shutil.copytree(paths.experiment_dir(root, "small"), paths.experiment_dir(root, "strict"))
+    wanted = ["search.num_samples=1", "search.max_ddi_rate=0.0001", "tracking=mlflow"]
+    for _ in range(2):  # run again, it says the same
+        status, _, err = run(root, "tune", *TUNE, "name=strict", *wanted)
+        assert (status, err.count("\n")) == (2, 1), err
+        assert "no trial keeps a DDI rate of at most 0.0001" in err
+        with contextlib.closing(sqlite3.connect(root / "mlflow" / "mlflow.db")) as store:
+            found = store.execute("select status, count(*) from runs group by status").fetchall()
+        assert found == [("FINISHED", 2)]
+        sent = {path.name for path in (root / "mlflow" / "artifacts").rglob("*")}
+        assert {"report.html", "best.json", "sweep.parquet"} <= sent
 
 
 @pytest.mark.slow

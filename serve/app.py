@@ -43,6 +43,9 @@ _REPORT_S = 2.0
 _RAY_RETRY_S = 5.0
 #: A replica that ended is missed at the next check, and only then replaced.
 _HEALTH_CHECK_S = 2.0
+#: One that lives and says nothing may be busy, or its machine: it is taken for dead only after three
+#: checks that each waited this long. A shorter wait finds nothing sooner that has ended.
+_HEALTH_TIMEOUT_S = 30.0
 _LOGGING = {"encoding": "JSON", "enable_access_log": False}  # our own line a request says more
 
 _Row = NDArray[np.float32]
@@ -191,6 +194,7 @@ def application(registry_dir: registry.Location, config: ServeConfig) -> Applica
         backpressure_config={"retry_after_s": _RAY_RETRY_S},
         graceful_shutdown_timeout_s=config.drain_s,
         health_check_period_s=_HEALTH_CHECK_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,

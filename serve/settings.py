@@ -142,8 +142,8 @@ class HttpConfig:
         host: the loopback by default; others ("0.0.0.0": all) need `serve.access.auth` "keys".
         port: 0 takes a free one.
         proxy: "haproxy", Ray Serve's own ("default"), or "auto": HAProxy where it is installed.
-        stats_host: where HAProxy's pages of figures listen (ports 8404 and 9101); they have no
-            access control.
+        stats_host: where HAProxy's pages of figures listen (free ports; on a cluster
+            8404 and 9101); they have no access control.
         tls_certificate: PEM file of the certificate and those that sign it; with it and its key
             the endpoint speaks HTTPS alone. On a cluster every node must have both files.
         tls_key: PEM file of its private key, without a password.

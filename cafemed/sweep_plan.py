@@ -137,8 +137,22 @@ class SweepPlan:
         return kept(self.settings())
 
 
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the defaults of those that there were not yet when they were written."""
+    classes = {"train": FitConfig, "search": SearchConfig}
+    return {**settings, **{name: _filled(cls, settings[name]) for name, cls in classes.items()}}
+
+
+def _filled(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of a dataclass's fields, as JSON has them, and over them the values."""
+    fields = dataclasses.fields(cls)
+    given = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    return {**json.loads(json.dumps(given)), **values}
+
+
 def kept(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without those that may change when a sweep goes on."""
+    """Settings without those that may change when a sweep goes on, complete."""
+    settings = completed(settings)
     search = {name: value for name, value in settings["search"].items() if name not in FREE}
     return {**settings, "search": search}
 

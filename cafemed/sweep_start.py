@@ -13,7 +13,7 @@ from cafemed import artifacts, config, console, knowledge, paths, reproduction, 
 from cafemed.artifacts import Manifest
 from cafemed.errors import ArtifactError, ConfigError
 from cafemed.ledger import Entry, Header, Ledger
-from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, kept
+from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, completed, kept
 
 _S_PER_HOUR = 3600.0
 #: What a sweep is told besides its settings, which changes nothing that it finds.
@@ -44,7 +44,7 @@ def is_done(folder: Path, ledger: Ledger, plan: SweepPlan, inputs: Mapping[str, 
     header = _readable(ledger)
     if header is not None and not _is_of(header, plan, folder.parent):
         header = None
-    if header is not None and header.fingerprint == fingerprint(inputs, plan.settings()):
+    if header is not None and _wanted(header) == fingerprint(inputs, plan.settings()):
         if header.job["forced"]:
             return False  # it was being redone
         if header.settings["search"]["num_samples"] <= found.report["trials"]:
@@ -87,7 +87,7 @@ def prepare(
             f"{ledger.storage}: holds the unfinished sweep of {_experiment(found.job)}, and this "
             f"is {folder.parent}; choose another search.storage or name"
         )
-    if found is not None and found.fingerprint == wanted and found.job["forced"] >= force:
+    if found is not None and _wanted(found) == wanted and found.job["forced"] >= force:
         ledger.open(dataclasses.replace(header, job={**job, "forced": found.job["forced"]}))
         return True
     if found is not None and not force:
@@ -114,6 +114,11 @@ def prepare(
             )
     ledger.open(header)  # last: before it there is no sweep to go on from
     return done is not None
+
+
+def _wanted(found: Header) -> str:
+    """The fingerprint of an unfinished sweep as this program makes it, also of an older one's."""
+    return fingerprint(found.inputs, found.settings)
 
 
 def _readable(ledger: Ledger) -> Header | None:
@@ -245,13 +250,14 @@ def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
     path = config.checked(str, values["resume"], "resume")
     ledger = Ledger(path if "://" in path else Path(path).expanduser().absolute())
     header = ledger.header()
-    used = Ledger(_storage(header.settings["search"]["storage"], _experiment(header.job)))
+    settings = completed(header.settings)
+    used = Ledger(_storage(settings["search"]["storage"], _experiment(header.job)))
     if not used.is_at(ledger):
         raise ArtifactError(
             f"{ledger.storage}: a sweep that was begun, and would go on, in {used.storage}; resume "
             "that one, or put this one there"
         )
-    search = dict(header.settings["search"])
+    search = settings["search"]
     # A sweep of before these settings has none of them: as this program has them by default.
     job = {name: header.job.get(name, values[name]) for name in _OF_THE_JOB}
     free = [f"search.{name}" for name in FREE if name != "storage"]
@@ -266,14 +272,14 @@ def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
                 f"{key}: resume={path} goes on with the settings that the sweep has; leave it out "
                 f"(what may change is {', '.join([*_OF_THE_JOB, *free])})"
             )
-    model = header.settings["model"]
+    model = settings["model"]
     return {
         "name": header.job["name"],
         "paths": {"root": header.job["root"], "registry": header.job.get("registry")},
         "force": False,
         **job,
         "model": {"name": model["name"], **model["options"]},
-        "train": header.settings["train"],
-        "calibration": header.settings["calibration"],
+        "train": settings["train"],
+        "calibration": settings["calibration"],
         "search": search,
     }

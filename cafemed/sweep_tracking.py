@@ -10,7 +10,7 @@ from cafemed import config, console, tracking
 from cafemed.errors import ArtifactError, TrackingError, TrackingRefusedError, UserError
 from cafemed.invocation import Invocation
 from cafemed.ledger import Ledger
-from cafemed.sweep_plan import SweepPlan
+from cafemed.sweep_plan import SweepPlan, completed
 from cafemed.tracking import Background, Progress, Tell, TensorBoard, TrackingConfig
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _sweep_runs(client: "Client", folder: Path, runs: "Runs") -> "SweepRuns":
     from cafemed.mlflow_sweep import About, SweepRuns
 
     made = artifacts.read_manifest(folder, sweep.STAGE)
-    about = About(folder.parent.name, made.config, made.inputs)
+    about = About(folder.parent.name, completed(made.config), made.inputs)
     return SweepRuns(client, runs, about, lambda _: None)
 
 

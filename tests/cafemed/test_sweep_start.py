@@ -1,5 +1,6 @@
 """A sweep begins anew, from its history or from a finished one; another's is left alone."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -108,6 +109,41 @@ def test_an_unfinished_sweep_goes_on_unless_it_is_another(place: Place, sweeps: 
     assert place.ledger.entries()  # refused, not touched
     assert not place.prepare(other, force=True)
     assert place.ledger.entries() == []
+
+
+def without(settings: Any) -> dict[str, Any]:
+    """Settings as they were written before there were some of them."""
+    later = {"search": ("num_workers", "max_hours"), "train": ("precision",)}
+    return {
+        section: {k: v for k, v in values.items() if k not in later.get(section, ())}
+        for section, values in settings.items()
+    }
+
+
+def test_a_sweep_from_before_a_setting_goes_on_with_its_default(place: Place, sweeps: Any):
+    plan, more = sweeps.plan_of(num_samples=4), sweeps.plan_of(num_samples=6)
+    place.prepare(plan)
+    with pytest.raises(sweeps.SweepCutError):
+        sweeps.play(Conductor(plan, place.ledger), cut(sweeps, 12))
+    header, before = place.ledger.header(), place.ledger.entries()
+    old = without(header.settings)
+    made_then = artifacts.fingerprint(sweep.STAGE, INPUTS, old)
+    place.ledger.open(dataclasses.replace(header, settings=old, fingerprint=made_then))
+    assert resumed(place)["search"]["num_workers"] == 1
+    with pytest.raises(ConfigError, match=r"\(search\.num_workers is 1, now 2\)"):
+        place.prepare(sweeps.plan_of(num_samples=4, num_workers=2))
+    assert place.prepare(plan)
+    assert place.ledger.entries() == before
+    place.run(plan)
+
+    manifest = place.folder / "manifest.json"  # and a finished one is extended
+    content = json.loads(manifest.read_text())
+    content["config"] = without(content["config"])
+    content["fingerprint"] = artifacts.fingerprint(sweep.STAGE, INPUTS, content["config"])
+    manifest.write_text(json.dumps(content))
+    assert place.is_done(plan)
+    assert place.prepare(more)
+    assert len(place.ledger.entries()) == 4
 
 
 def cut(sweeps: Any, events: int) -> Any:

@@ -207,6 +207,8 @@ def restore_model(bundle: Bundle, build: Callable[..., nn.Module]) -> nn.Module:
 
 def _read(folder: Path, manifest: artifacts.Manifest) -> Bundle:
     """Reads the files of a bundle in today's format."""
+    for path in sorted(folder.glob("*.json")):
+        bundle_files.require_encodable(path)
     model = bundle_files.read_json(folder / "config.json")
     if not isinstance(model.get("name"), str) or not isinstance(model.get("options"), dict):
         raise ArtifactError("config.json: expected keys name and options")

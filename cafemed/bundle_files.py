@@ -73,6 +73,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def require_encodable(path: Path) -> None:
+    """Refuses a bundle's JSON file that has text which is not UTF-8.
+
+    Raises:
+        ArtifactError: if it has any, or is too large.
+    """
+    untrusted.require_size(path, _MAX_JSON_BYTES)
+    try:
+        text = path.read_text()
+    except ValueError as err:
+        raise ArtifactError(f"{path.name}: not JSON ({type(err).__name__})") from err
+    untrusted.require_encodable(path.name, text)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a bundle's JSON file; NaN and infinity are refused."""
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from cafemed import bundle_files, paths
+from cafemed import bundle_files, paths, untrusted
 from cafemed.errors import ArtifactError
 from cafemed.registry_folder import VERSION_DIGITS, FolderStore
 
@@ -323,6 +323,7 @@ def _checked(found: tuple[str, str], *keys: str) -> dict[str, Any]:
         missing = [key for key in keys if key not in content]
         if not isinstance(content, dict):
             raise TypeError("not a mapping")
+        untrusted.require_encodable(place, text)
     except (ValueError, TypeError, RecursionError) as err:
         raise ArtifactError(
             f"{place}: not a record of the registry ({type(err).__name__})"

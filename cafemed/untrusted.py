@@ -7,6 +7,7 @@ read: a few kilobytes can otherwise stand for terabytes.
 import contextlib
 import json
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ MAX_ROWS = 10_000_000
 MAX_TABLE_BYTES = 64 << 20
 MAX_TABLE_COLUMNS = 64
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CODECS = {"SNAPPY", "UNCOMPRESSED"}
 
 #: What reading a damaged or strange file may raise.
@@ -48,6 +50,22 @@ STRANGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
+
+
+def require_encodable(name: str, text: str) -> None:
+    r"""Refuses JSON with text that is not UTF-8: "\ud800" is read, but can never be answered.
+
+    Raises:
+        ArtifactError: if it has any.
+    """
+    if not _SURROGATE.search(text):
+        return
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError as err:
+        raise ArtifactError(f"{name}: has text that is not UTF-8 (half a surrogate pair)") from err
+    except (ValueError, RecursionError):
+        return  # no JSON, as its reader will say
 
 
 def read_json(path: Path, max_bytes: int) -> Any:

@@ -18,10 +18,12 @@ from cafemed import bundle as bundles
 from cafemed.batches import Batch, input_adjacencies
 from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE, LIMITS
+from cafemed.errors import ArtifactError
 from serve.answering import Answerer, Explains
-from serve.answers import ModelCard, ModelName, Recommendation
+from serve.answers import ModelCard, ModelName, Recommendation, RecommendResponse
 from serve.batching import Edges, Shape, batch_of, kinds_of, shape_of
 from serve.encoding import EncodedPatient, Encoder
+from serve.example import example_request
 from serve.explanation import Explainer
 from serve.schema import Options, RecommendRequest
 from serve.vocabulary import Vocabulary
@@ -73,13 +75,28 @@ class Recommender:
 
     @classmethod
     def load(cls, folder: Path, version: int, device: str = "cpu") -> "Recommender":
-        """Loads a bundle folder.
+        """Loads a bundle folder and answers an example request with it.
 
         Raises:
-            ArtifactError: if it is not a whole, unedited bundle, or as the constructor.
+            ArtifactError: if it is not a whole, unedited bundle, if it cannot answer, or as the
+                constructor.
             ConfigError: as the constructor.
         """
-        return cls(bundles.load(folder), version, device)
+        recommender = cls(bundles.load(folder), version, device)
+        try:
+            recommender.require_answer()
+        except Exception as err:
+            raise ArtifactError(f"{folder}: cannot answer ({type(err).__name__})") from err
+        return recommender
+
+    def require_answer(self) -> None:
+        """Answers the bundle's invented patient, as it would be sent; raises what fails."""
+        request = RecommendRequest.model_validate(example_request(self.bundle))
+        answer = RecommendResponse(
+            request_id="", model=self.name, recommendations=self.recommend(request)
+        )
+        answer.model_dump_json()
+        self.card.model_dump_json()
 
     @property
     def card(self) -> ModelCard:

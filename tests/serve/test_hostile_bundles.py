@@ -143,6 +143,31 @@ def require_refused(told: dict[str, Any], folder: Path, said: str = "") -> None:
     assert told["mib"] < MAX_MIB, told
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names.json", '{"medication": {"atc:A01B": "name\\ud800"}}'),
+        ("names.json", '{"diagnosis": {"icd9:4010": "\\uDFFF"}}'),
+        ("metrics.json", '{"jaccard": "\\ud83d"}'),
+        ("config.json", None),
+        ("vocabulary.json", None),
+    ],
+)
+def test_text_that_could_never_be_sent_is_refused(
+    loader: Loader, folder: Path, name: str, text: str | None
+) -> None:
+    path = folder / name
+    path.write_text(path.read_text().replace("a", "\\ud800", 1) if text is None else text)
+    seal(folder)
+    require_refused(loader.load(folder), folder, f"{name}: has text that is not UTF-8")
+
+
+def test_whole_surrogate_pairs_are_text(loader: Loader, folder: Path) -> None:
+    (folder / "names.json").write_text('{"medication": {"atc:A01B": "\\ud83d\\ude00 \\\\ud800"}}')
+    seal(folder)
+    assert loader.load(folder)["kind"] == ""
+
+
 def test_a_whole_bundle_is_loaded(loader: Loader, folder: Path) -> None:
     seal(folder)
     assert loader.load(folder)["kind"] == ""

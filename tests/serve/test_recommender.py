@@ -335,3 +335,17 @@ def test_a_registrys_bundle_loads_and_an_edited_one_does_not(root: Path, tmp_pat
     vocabulary.write_text(vocabulary.read_text().replace("4010", "4999"))
     with pytest.raises(ArtifactError, match=r"vocabulary\.json: expected SHA-256"):
         Recommender.load(broken, 1)
+
+
+def test_a_bundle_that_cannot_answer_is_not_loaded(
+    served: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundles.write(tmp_path / "bundle", served)
+    Recommender.load(tmp_path / "bundle", 1)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("details")
+
+    monkeypatch.setattr(Recommender, "answer", fails)
+    with pytest.raises(ArtifactError, match=r"bundle: cannot answer \(RuntimeError\)$"):
+        Recommender.load(tmp_path / "bundle", 1)

@@ -43,8 +43,8 @@ _REPORT_S = 2.0
 _RAY_RETRY_S = 5.0
 #: A replica that ended is missed at the next check, and only then replaced.
 _HEALTH_CHECK_S = 2.0
-#: One that lives and says nothing may be busy, or its machine: it is taken for dead only after three
-#: checks that each waited this long. A shorter wait finds nothing sooner that has ended.
+#: One that lives and says nothing may be busy, or its machine: it is replaced only after three
+#: checks that each waited this long. What has ended would not be missed sooner with less.
 _HEALTH_TIMEOUT_S = 30.0
 _LOGGING = {"encoding": "JSON", "enable_access_log": False}  # our own line a request says more
 

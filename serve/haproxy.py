@@ -82,7 +82,8 @@ def environment(http: HttpConfig) -> Iterator[None]:
     folder = parent / "haXXXXXXXX"
     if len(str(folder)) > _MAX_FOLDER_CHARS:
         parent = Path("/tmp")
-    fallback = _reserved(http.host)
+    ports = [_reserved(http.host), _reserved("127.0.0.1"), _reserved("127.0.0.1")]
+    fallback, stats, metrics = (str(port.getsockname()[1]) for port in ports)
     own = tempfile.mkdtemp(prefix="ha", dir=parent)  # for its user alone: the socket commands it
     settings = {
         **_ENVIRONMENT,
@@ -91,20 +92,22 @@ def environment(http: HttpConfig) -> Iterator[None]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": own,
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{own}/server-state",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{own}/metrics.sock",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        _FALLBACK_PORT: str(fallback.getsockname()[1]),
+        "RAY_SERVE_HAPROXY_STATS_PORT": stats,
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
+        _FALLBACK_PORT: fallback,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_START_SCRIPT),
         "CAFEMED_HAPROXY": _binary() or "",
         "CAFEMED_HAPROXY_STATS_HOST": http.stats_host,
     }
     added = {name: value for name, value in settings.items() if name not in os.environ}
     try:
-        with fallback, _set({**added, _SWITCH: "1"}):
+        with _set({**added, _SWITCH: "1"}):
             if os.environ.get(_REUSE_PORT, "1") != "1":
-                fallback.close()  # Ray could not listen beside it
+                ports[0].close()  # Ray could not listen beside it
             yield
     finally:
+        for port in ports:
+            port.close()
         shutil.rmtree(own, ignore_errors=True)
 
 
@@ -138,23 +141,19 @@ def _binary() -> str | None:
 
 
 def _reserved(host: str) -> socket.socket:
-    """Holds a free port of a host for a Ray of this user until it is closed.
+    """Holds a free port of a host for HAProxy, or a proxy of this user's Ray, until it is closed.
 
-    Ray's proxies listen with SO_REUSEPORT, which they need: without it (and SO_REUSEADDR, which
-    goes with it) one that was killed could not come back while old connections are closing. But
-    two Rays of one user on one port then answer each other's requests. A socket that is bound
-    and never listens gets no connection, and the port is given to nobody who asks for a free one.
+    A socket that is bound and never listens gets no connection, and nobody who asks for a free
+    port is given this one: among the many that Ray opens while it starts, one might be. Ray's
+    proxies listen with SO_REUSEPORT and need that: without it (and SO_REUSEADDR, which goes with
+    it) one that was killed could not come back while old connections are closing. But two Rays of
+    one user on one port then answer each other's requests.
     """
     family, kind, _, _, address = socket.getaddrinfo(
         host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     holder = socket.socket(family, kind)
     holder.bind(address)
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # after it is ours alone
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):  # after it is ours alone
+        holder.setsockopt(socket.SOL_SOCKET, option, 1)
     return holder
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port

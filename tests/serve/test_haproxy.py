@@ -174,6 +174,17 @@ def test_the_proxy_behind_haproxy_has_a_port_of_its_own(host: str) -> None:
         another.bind((host, first))
 
 
+def test_haproxys_pages_have_ports_that_nobody_gets_before_it() -> None:
+    with haproxy.environment(HttpConfig()):
+        ports = [int(os.environ[f"RAY_SERVE_HAPROXY_{name}_PORT"]) for name in ("STATS", "METRICS")]
+        assert len({*ports, fallback_port()}) == 3
+        for port in ports:
+            with pytest.raises(OSError, match="in use"), socket.socket() as another:
+                another.bind(("127.0.0.1", port))
+            with socket.create_server(("127.0.0.1", port)):  # SO_REUSEADDR alone, as HAProxy
+                socket.create_connection(("127.0.0.1", port), 5).close()
+
+
 def test_where_ports_are_not_shared_none_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVE_SOCKET_REUSE_PORT_ENABLED", "0")
     with haproxy.environment(HttpConfig()), socket.socket() as rays:

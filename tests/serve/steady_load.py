@@ -9,12 +9,13 @@ requests (0: once its standard input is closed), a JSON list with a Sent of each
 
 import dataclasses
 import json
-import logging
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from cafemed.client import Client, ClientError
 
@@ -40,16 +41,6 @@ class Sent:
     version: int = 0
     right: bool = False
     error: str = ""
-
-
-class _Statuses(logging.Handler):
-    """Remembers the status of a thread's last answer; httpx logs each."""
-
-    seen = threading.local()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if isinstance(record.args, tuple):
-            self.seen.status = record.args[3]
 
 
 class Load:
@@ -81,15 +72,20 @@ class Load:
 
     def _one(self, place: int) -> None:
         """One client; it never catches up on what it missed while it waited for an answer."""
-        firsts: list[int] = []
+        attempts: list[int] = []
 
         def sleep(seconds: float) -> None:
             """What the client does between its attempts."""
-            firsts.append(_Statuses.seen.status)
+            attempts.append(0)
             time.sleep(seconds)
 
+        def received(response: httpx.Response) -> None:
+            attempts[-1] = response.status_code
+
         with Client(self._url, sleep=sleep) as client:
+            client._http.event_hooks = {"response": [received]}
             number = place
+            attempts[:] = [0]
             try:
                 self._ask(client, number % len(self._requests))
             except BaseException:
@@ -100,15 +96,13 @@ class Load:
             while not self._stop.is_set() and (not self._count or number < self._count):
                 time.sleep(max(0.0, due - time.monotonic()))
                 due = max(time.monotonic(), due + self._period_s)
-                firsts.clear()
+                attempts[:] = [0]
                 sent = self._ask(client, number % len(self._requests))
-                sent.attempts += len(firsts)
-                sent.first = [*firsts, _Statuses.seen.status][0]
+                sent.attempts, sent.first = len(attempts), attempts[0]
                 self._sent.append(sent)
                 number += self._clients
 
     def _ask(self, client: Client, which: int) -> Sent:
-        _Statuses.seen.status = 0
         sent = Sent(time.monotonic())
         try:
             answer = client.recommend(**self._requests[which])
@@ -123,9 +117,6 @@ class Load:
 def main() -> None:
     """See the module."""
     url, path, clients, rate, count = sys.argv[1:]
-    logging.getLogger("httpx").setLevel(logging.INFO)
-    logging.getLogger("httpx").addHandler(_Statuses())
-    logging.getLogger("httpx").propagate = False
     with Path(path).open() as file:
         content = json.load(file)
     sent = Load(url, content, int(clients), float(rate), int(count)).run()

@@ -70,8 +70,8 @@ class EncodedPatient:
             values in the items' units; what may be seen at the visit.
         unknown: the request's codes and items that the vocabularies do not have.
         allergies: ATC prefixes in capitals.
-        unknown_share: of the diagnoses, procedures and medications of all visits; 0 without any.
-            Laboratory items do not count: a model may use none.
+        unknown_share: of the distinct codes that are inputs of the model, the same at two visits
+            being two; 0 without any. Laboratory items do not count: a model may use none.
     """
 
     known: tuple[tuple[tuple[int, ...], ...], ...]
@@ -124,14 +124,15 @@ class Encoder:
         """
         return [self._encode(patient, p) for p, patient in enumerate(request.patients)]
 
-    def index(self, k: int, system: str, code: str) -> int:
-        """The index of a code of the k-th kind; -1 if the vocabulary does not have it.
+    def index(self, k: int, system: str, code: str) -> tuple[int, str]:
+        """The index of a code of the k-th kind, -1 if the vocabulary does not have it; its name.
 
         Raises:
             RefusedError: if it is no code, or of an unknown system.
         """
         asked = _checked(lambda: Code(system=system, code=code))
-        return self._index[k].get(self._name(k, asked, (_FIELDS[k],)), -1)
+        name = self._name(k, asked, (_FIELDS[k],))
+        return self._index[k].get(name, -1), name
 
     def item(self, name: str) -> int:
         """The index of a laboratory item; -1 if the vocabulary does not have it.
@@ -156,16 +157,16 @@ class Encoder:
                 field_path(("patients", p, "allergies")),
                 "the model's medications are not in ATC, so allergies cannot be kept to",
             )
-        num_codes = sum(
-            len(visit.diagnoses) + len(visit.procedures) + len(visit.medications)
-            for visit in patient.visits
-        )
-        num_unknown = sum(one.kind != LABORATORY for one in unknown)
         diagnoses, procedures, medications = (tuple(lists) for lists in zip(*visits, strict=True))
         if not self._uses_current:
             diagnoses, procedures = _shifted(diagnoses), _shifted(procedures)
             laboratory = _shifted(laboratory)
         previous = _shifted(medications)
+        num_known = sum(
+            len(indices) for lists in (diagnoses, procedures, previous) for indices in lists
+        )
+        num_unknown = self._num_unknown_inputs(unknown, len(patient.visits) - 1)
+        num_codes = num_known + num_unknown
         return EncodedPatient(
             known=(diagnoses, procedures, previous),
             taken=medications[-1] if patient.visits[-1].medications else previous[-1],
@@ -175,6 +176,17 @@ class Encoder:
             unknown=tuple(unknown),
             allergies=tuple(patient.allergies),
             unknown_share=num_unknown / num_codes if num_codes else 0.0,
+        )
+
+    def _num_unknown_inputs(self, unknown: Sequence[UnknownCode], current: int) -> int:
+        """How many distinct codes would be inputs of the model, if it knew them."""
+        return len(
+            {
+                (one.visit, one.kind, one.code)
+                for one in unknown
+                if one.kind != LABORATORY
+                and (one.visit < current or (self._uses_current and one.kind != "medication"))
+            }
         )
 
     def _visit(

@@ -11,6 +11,7 @@ Names, order, limits and meaning are those of a request (serve/schema.py). What 
 with its column and row, counted from 1, and never with its content.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -89,24 +90,31 @@ class TableReader:
         self._refuse(_nulls(visits), rows, "visits", "expected a visit, got none")
         fields = dict(zip(visits.type.names, visits.flatten(), strict=True))
         unknown = np.zeros(len(rows), np.int64)
-        lists = [self._codes(k, fields.get(name), rows, unknown) for k, name in enumerate(_LISTS)]
-        codes = sum(
-            (_lengths(fields[name]) for name in _LISTS if name in fields), np.zeros_like(unknown)
-        )
-        of_codes, codes = (np.add.reduceat(x, offsets[:-1]) for x in (unknown, codes))
+        distinct = np.zeros((len(_LISTS), len(rows)), np.int64)  # unknown ones
+        lists = [
+            self._codes(k, fields.get(name), rows, unknown, distinct[k])
+            for k, name in enumerate(_LISTS)
+        ]
         laboratory = self._laboratory(fields.get("laboratory"), rows, unknown)
         diagnoses, procedures, medications = lists
         if not self._uses_current:
             diagnoses, procedures = _shifted(diagnoses, offsets), _shifted(procedures, offsets)
             laboratory = _shifted_laboratory(laboratory, offsets)
+        known = (diagnoses, procedures, _shifted(medications, offsets))
+        current = offsets[1:] - 1
+        distinct[2 if self._uses_current else slice(None), current] = 0  # no inputs of the model
+        num_known = sum(np.diff(one.offsets) for one in known)
+        num_known, num_unknown = (
+            np.add.reduceat(x, offsets[:-1]) for x in (num_known, distinct.sum(axis=0))
+        )
         return Patients(
             offsets=offsets,
-            known=(diagnoses, procedures, _shifted(medications, offsets)),
+            known=known,
             sex=self._sex(table, first_row),
             age=self._age(table, first_row),
             laboratory=laboratory,
             unknown=np.add.reduceat(unknown, offsets[:-1]),
-            unknown_share=of_codes / np.maximum(codes, 1),
+            unknown_share=num_unknown / np.maximum(num_known + num_unknown, 1),
         )
 
     def _codes(
@@ -115,15 +123,21 @@ class TableReader:
         column: pa.Array | None,
         rows: NDArray[np.int64],
         unknown: NDArray[np.int64],
+        distinct: NDArray[np.int64],
     ) -> CodeLists:
-        """Indices of a kind at each visit, in the table's order, repeated codes once."""
+        """Indices of a kind at each visit, in the table's order, repeated codes once.
+
+        Adds to each visit's unknown codes: all of them, and distinct ones.
+        """
         if column is None:
             return CodeLists(np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64))
         name = _LISTS[k]
         visit, codes = self._entries(column, rows, name)
         system, code = codes.flatten() if codes.type.names[0] == "system" else codes.flatten()[::-1]
         found = self._index(rows[visit], name, (system, code), lambda s, c: self._lookup(k, s, c))
-        np.add.at(unknown, visit[found < 0], 1)
+        strange = np.stack([visit, found])[:, found < 0]
+        np.add.at(unknown, strange[0], 1)
+        np.add.at(distinct, np.unique(strange, axis=1)[0], 1)
         visit, found = visit[found >= 0], found[found >= 0]
         first = _first_of_each(visit * (int(found.max(initial=0)) + 1) + found)
         first.sort()
@@ -175,7 +189,7 @@ class TableReader:
         texts: tuple[pa.Array, pa.Array],
         lookup: Callable[[str, str], int],
     ) -> NDArray[np.int64]:
-        """Looks up each distinct pair of texts once; -1 for what the vocabulary does not have."""
+        """Looks up each distinct pair of texts once; negative where the vocabulary has none."""
         pairs, spellings = np.zeros(len(rows), np.int64), []
         for text in texts:
             self._refuse(_nulls(text), rows, name, "expected a text, got none")
@@ -199,7 +213,11 @@ class TableReader:
         if found is None:
             if len(self._known) >= _MAX_REMEMBERED:
                 self._known.clear()
-            found = self._known[key] = self._encoder.index(k, system, code)
+            found, name = self._encoder.index(k, system, code)
+            if found < 0:  # a number of the name's own, so that its spellings count once
+                digest = hashlib.blake2b(name.encode(), digest_size=7).digest()
+                found = -1 - int.from_bytes(digest, "big")
+            self._known[key] = found
         return found
 
     def _sex(self, table: pa.Table, first_row: int) -> NDArray[np.int8]:

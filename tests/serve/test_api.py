@@ -306,7 +306,7 @@ def test_a_patient_mostly_unknown_is_refused_and_no_code_named(
     known, unknown = ("icd9", "4010"), ("icd9", MARKER)
     [half], [more] = (
         body(known, unknown)["patients"],
-        body(known, unknown, (" ICD9", MARKER.lower()))["patients"],
+        body(known, unknown, (" ICD9", MARKER.lower()), ("icd9", "4321"))["patients"],
     )
     assert client.post("/v1/recommend", json={"patients": [half]}).status_code == 200
     got = client.post("/v1/recommend", json={"patients": [half, more]})

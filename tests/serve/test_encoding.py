@@ -125,16 +125,27 @@ def test_an_unknown_system_is_refused_by_field(visit: Any, field: str, expected:
     assert str(caught.value) == f"unknown code system; expected one of {expected}"
 
 
-def test_the_share_of_unknown_codes_is_of_all_codes_as_listed() -> None:
-    known, unknown = codes("icd9:4019"), codes("icd9:V99", "icd9:V99")
+def test_the_share_of_unknown_codes_is_of_distinct_inputs() -> None:
+    known, unknown = codes("icd9:4019"), codes("icd9:V99", "icd9:v9.9")
     visit = {"diagnoses": known, "procedures": codes("icd9:1.1")}
-    assert (
-        encode(visit, {"diagnoses": unknown, "medications": codes("atc:A02B")}).unknown_share == 0.6
-    )
+    # Three: what is taken now is no input.
+    current = {"diagnoses": unknown, "medications": codes("atc:A02B", "atc:Z99Z")}
+    assert encode(visit, current).unknown_share == pytest.approx(2 / 3)
     assert encode({}).unknown_share == 0
     assert encode({"diagnoses": unknown}).unknown_share == 1
+    repeated = known * 10 + codes(*(f"icd9:Z{i}" for i in range(9)))
+    assert encode({"diagnoses": repeated}).unknown_share == 0.9
+    # At two visits a code is two inputs; earlier medications are inputs.
+    assert encode({"diagnoses": known + unknown}, {"diagnoses": unknown}).unknown_share == 2 / 3
+    assert encode({"medications": codes("atc:Z99Z")}, {"diagnoses": known}).unknown_share == 0.5
     # A model may use no laboratory values; to send them is no fault.
     assert encode({"diagnoses": known, "laboratory": MEASURED[0]["laboratory"]}).unknown_share == 0
+
+
+def test_what_is_taken_now_does_not_make_up_for_unknown_codes() -> None:
+    unknown = codes(*(f"icd9:Z{i}" for i in range(5)))
+    visit = {"diagnoses": unknown, "medications": codes("atc:A02B")}
+    assert encode(visit).unknown_share == 1
 
 
 def test_allergies_are_kept_to_only_where_medications_are_in_atc() -> None:

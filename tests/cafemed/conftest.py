@@ -83,14 +83,25 @@ def small_arrays():
     )
 
 
+def _module(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def sweeps():
     """The module sweeps.py: sweeps without Ray."""
-    spec = importlib.util.spec_from_file_location("sweeps", Path(__file__).parent / "sweeps.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sweeps"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return _module("sweeps")
+
+
+@pytest.fixture(scope="session")
+def group(sweeps):
+    """The module group_member.py: processes that train one model together, without Ray."""
+    assert sys.modules["sweeps"] is sweeps  # which it imports
+    return _module("group_member")
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,10 @@ them. What came of each is written to OUT, as JSON.
 import dataclasses
 import hashlib
 import json
+import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,9 @@ import torch
 from torch import distributed
 
 import models
-from cafemed import stepping, training
+from cafemed import paths, stepping, training
 from cafemed.errors import UserError
 from cafemed.training import EpochReport, FitConfig, FitResult
-
-warnings.simplefilter("error")
 
 
 def experiment() -> Any:
@@ -72,6 +72,27 @@ def outcome(result: FitResult) -> dict[str, Any]:
     }
 
 
+def together(folder: Path, cases: Sequence[dict[str, Any]], size: int = 2) -> list[list[Any]]:
+    """What each process of a group found, by rank; all have to end well."""
+    outs = [folder / f"out-{rank}" for rank in range(size)]
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, __file__, str(rank), str(size)),
+                *(str(folder / "store"), json.dumps(cases), str(out)),
+            ],
+            cwd=paths.PROJECT_DIR,
+            env={"PYTHONPATH": str(paths.PROJECT_DIR), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
+    return [json.loads(out.read_text()) for out in outs]
+
+
 def main() -> None:
     """Trains the cases."""
     rank, size, store, cases, out = sys.argv[1:]
@@ -99,5 +120,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     main()

@@ -1,18 +1,13 @@
 """Two processes that train one model together, joined by gloo, against one process."""
 
-import importlib.util
 import itertools
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cafemed import checkpoints, paths, process_group
+from cafemed import checkpoints, process_group
 from cafemed.process_group import Group
 
 PLAIN = {"dimension": 8, "dropout": 0.0}
@@ -47,40 +42,8 @@ DROPPING = {
 }
 
 
-def member() -> Any:
-    path = Path(__file__).parent / "group_member.py"
-    spec = importlib.util.spec_from_file_location("group_member", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def together(folder: Path, cases: Sequence[dict[str, Any]], size: int = 2) -> list[list[Any]]:
-    """What each process of a group found, by rank; all have to end well."""
-    program = Path(__file__).parent / "group_member.py"
-    outs = [folder / f"out-{rank}" for rank in range(size)]
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, str(program), str(rank), str(size)),
-                *(str(folder / "store"), json.dumps(cases), str(out)),
-            ],
-            cwd=paths.PROJECT_DIR,
-            env={"PYTHONPATH": str(paths.PROJECT_DIR), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(errors)
-    return [json.loads(out.read_text()) for out in outs]
-
-
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory, group: Any) -> dict[str, Any]:
     """Case → what each of two processes found; all cases in one pair of processes."""
     folder = tmp_path_factory.mktemp("pair")
     cut = DROPPING | {"checkpoint": str(folder / "cut")}
@@ -91,7 +54,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "resumed": cut,
         "diverges": DROPPING | {"train": TRAIN | {"learning_rate": 1e30}},
     }
-    by_rank = together(folder, list(cases.values()))
+    by_rank = group.together(folder, list(cases.values()))
     results = {
         name: list(both) for name, both in zip(cases, zip(*by_rank, strict=True), strict=True)
     }
@@ -100,10 +63,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_as_one(found: dict[str, Any], sweeps: Any, name: str):
-    sys.modules.setdefault("sweeps", sweeps)
-    one = member()
-    expected = one.outcome(one.fit_case(CASES[name], one.experiment()))
+def test_two_processes_train_as_one(found: dict[str, Any], group: Any, name: str):
+    expected = group.outcome(group.fit_case(CASES[name], group.experiment()))
     first, second = found[name]
     assert first["history"] == second["history"]
     assert first["weights"] == second["weights"]
@@ -151,15 +112,13 @@ def test_what_one_process_refuses_all_of_them_refuse(found: dict[str, Any]):
 
 
 @pytest.mark.slow
-def test_five_processes_train_as_one(tmp_path: Path, sweeps: Any):
-    sys.modules.setdefault("sweeps", sweeps)
-    one = member()
+def test_five_processes_train_as_one(tmp_path: Path, group: Any):
     # The last of the batches of 12 has 4 patients: one process borrows one of theirs.
     cases = [
         CASES[n] | {"train": CASES[n]["train"] | {"batch_size": 12}} for n in ("mixture", "sum")
     ]
-    for case, *by_rank in zip(cases, *together(tmp_path, cases, size=5), strict=True):
-        expected = one.outcome(one.fit_case(case, one.experiment()))
+    for case, *by_rank in zip(cases, *group.together(tmp_path, cases, size=5), strict=True):
+        expected = group.outcome(group.fit_case(case, group.experiment()))
         for (losses, metrics), (wanted, wanted_metrics) in zip(
             by_rank[4]["history"], expected["history"], strict=True
         ):

@@ -68,8 +68,11 @@ def test_a_taken_port_is_one_line(root: Path, home: Path) -> None:
 
 
 def test_an_edited_bundle_is_one_line(root: Path, home: Path, tmp_path: Path) -> None:
+    """Although an earlier version works."""
     shutil.copytree(root / "registry", tmp_path / "registry")
-    path = registry.resolve(tmp_path / "registry" / "tiny", "production") / "preprocessing.json"
+    own = tmp_path / "registry" / "tiny"
+    registry.promote(own, registry.publish(own, registry.resolve(own, "production"), {}))
+    path = registry.resolve(own, "production") / "preprocessing.json"
     path.write_text(path.read_text().replace("0.5", "0.4"))
     assert "preprocessing.json: expected SHA-256" in refusal(tmp_path, home, "http.port=0")
 

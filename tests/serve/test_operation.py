@@ -247,6 +247,23 @@ def test_promoted_and_rolled_back_under_load_every_answer_is_one_versions(
         return refused == 1 and value(page, "ray_cafemed_model_version") == 2
 
     wait_for(told)
+    # A replica that starts while the promoted version does not work.
+    registry.promote(own, published)
+    [replica] = [
+        p for p in psutil.Process().children(recursive=True) if "ServeReplica" in command(p)
+    ]
+    replica.kill()
+    replica.wait(10)
+
+    def version() -> int:
+        try:
+            answer = httpx.post(f"{running.url}/v1/recommend", json=body, timeout=5)
+        except httpx.HTTPError:
+            return 0
+        return int(answer.json()["model"]["version"]) if answer.status_code == 200 else 0
+
+    assert wait_for(version) == 2
+    wait_for(told)
 
 
 def value(page: str, name: str, **labels: str) -> float:

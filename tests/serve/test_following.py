@@ -1,7 +1,9 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -116,6 +118,29 @@ def test_storage_that_fails_once_is_asked_again(
     with monkeypatch.context() as patch:
         patch.setattr(model, "_load", fail)
         assert not model.refresh()
+    assert model.refresh()
+    assert (model.recommender.name.version, model.refused) == (2, None)
+
+
+def test_an_object_store_that_fails_while_a_promoted_version_is_fetched(
+    registry_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAFEMED_CACHE", str(tmp_path / "cache"))
+    url = f"memory://{tmp_path.name}/registry"
+    for version in (1, 2):
+        registry.publish(url, registry.resolve(registry_dir, version), {})
+    registry.promote(url, 1)
+    model = FollowingModel(url, "production", retry_s=0.0)
+    registry.promote(url, 2)
+    memory = type(fsspec.filesystem("memory"))
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("Connection reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "get_file", cut)
+        assert not model.refresh()
+        assert (model.recommender.name.version, model.refused) == (1, 2)
     assert model.refresh()
     assert (model.recommender.name.version, model.refused) == (2, None)
 

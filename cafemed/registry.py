@@ -31,6 +31,9 @@ Location: TypeAlias = Path | str
 class Store(Protocol):
     """Where a registry lies. Every method raises ArtifactError if it cannot be read or written."""
 
+    def require_ready(self) -> None:
+        """Tries what publishing will need, and leaves nothing behind."""
+
     def publish(self, bundle: Path, record: Mapping[str, Any]) -> int:
         """Adds a version, whole or not at all, under a number that nobody else gets."""
 
@@ -110,6 +113,15 @@ def store(registry: Location) -> Store:
     from cafemed.registry_objects import ObjectStore
 
     return ObjectStore(place)
+
+
+def require_ready(registry: Location) -> None:
+    """Makes sure that a version could be published now and an alias moved to it.
+
+    Raises:
+        ArtifactError: if the registry cannot be read or written, or cannot move an alias.
+    """
+    store(registry).require_ready()
 
 
 def publish(registry: Location, bundle_folder: Path, produced_by: Mapping[str, Any]) -> int:

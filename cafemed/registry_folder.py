@@ -39,6 +39,15 @@ class FolderStore:
         self._folder = folder
         self._versions = folder / "versions"
 
+    def require_ready(self) -> None:
+        """See Store."""
+        try:
+            places = (self._versions, *self._versions.parents)
+            with tempfile.TemporaryFile(dir=next(place for place in places if place.exists())):
+                pass
+        except OSError as err:
+            raise ArtifactError(f"{self._folder}: cannot write: {err.strerror}") from err
+
     def publish(self, bundle: Path, record: Mapping[str, Any]) -> int:
         """See Store."""
 

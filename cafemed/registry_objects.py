@@ -72,6 +72,11 @@ class ObjectStore:
             raise ArtifactError(f"{self._url}: no such kind of store: {_told(err)}") from err
         self._root = str(root).rstrip("/")
 
+    def require_ready(self) -> None:
+        """See Store."""
+        self.numbers()
+        self._require_exclusive()
+
     def publish(self, bundle: Path, record: Mapping[str, Any]) -> int:
         """See Store."""
         with self._speaking():

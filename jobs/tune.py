@@ -39,6 +39,7 @@ def main(cfg: DictConfig) -> None:
             experiment,
             knowledge,
             promotion,
+            registry,
             retraining,
             sweep,
             sweep_plan,
@@ -63,6 +64,7 @@ def main(cfg: DictConfig) -> None:
                     job |= {"retrain": retrain, "tracking": values["tracking"]}
                     job["registry"] = told.registries
                     tracked.require_ready(ledger)
+                    registry.require_ready(told.registry)
                     sweep_start.prepare(target, ledger, plan, inputs, job, told.force)
                     sweep_run.run(folder, plan, ledger, inputs, models.build, tracked)
                 again = retraining.run(folder, plan, models.build, told.force) if retrain else None

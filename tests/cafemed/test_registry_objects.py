@@ -206,6 +206,23 @@ def test_an_alias_is_not_moved_where_the_store_cannot_create_exclusively(
         registry.promote(url, 1)
 
 
+def test_a_store_is_tried_before_it_is_needed(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    registry.require_ready(url)
+    assert objects(url) == []
+    registry.require_ready(tmp_path / "there" / "demo")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="file/demo: cannot write: "):
+        registry.require_ready(tmp_path / "file" / "demo")
+    with pytest.raises(ArtifactError, match="foo://x/demo: no such kind of store"):
+        registry.require_ready("foo://x/demo")
+    monkeypatch.setattr(registry_objects, "_EXCLUSIVE", ("s3", "gs"))
+    with pytest.raises(ArtifactError, match="no exclusive create"):
+        registry.require_ready(url)
+
+
 def test_a_file_url_is_the_folder(tmp_path: Path):
     assert registry.publish(f"file://{tmp_path}/demo", MADE, {}) == 1
     assert registry.resolve(tmp_path / "demo", 1) == tmp_path / "demo/versions/0001/bundle"

@@ -198,6 +198,18 @@ def test_what_is_missing_is_one_line(root: Path, job: str, arguments: list[str],
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_a_registry_that_cannot_be_used_is_refused_before_the_first_trial(
+    root: Path, experiment: Path
+):
+    place = ["paths.registry=foo://x", "search.seed=7"]
+    status, out, err = run(root, "tune", *FEW, *place)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "foo://x/small: no such kind of store" in err
+    assert "trial" not in out
+    assert not (experiment / "trials").exists()
+
+
 def test_a_model_of_another_cohort_is_refused(root: Path, experiment: Path, tmp_path: Path):
     folder = tmp_path / "bundle"
     weights = tmp_path / "weights"

@@ -86,8 +86,8 @@ def read(values: Mapping[str, Any], sections: Collection[str]) -> Invocation:
     """Reads the common settings.
 
     Raises:
-        ConfigError: for an unknown key, a wrong type, a name that is no folder's name, or a root
-            that cannot be a folder.
+        ConfigError: for an unknown key, a wrong type, a name that is no folder's name, a root
+            that cannot be a folder, or a registry that is neither a folder nor a URL.
     """
     own = {key: value for key, value in values.items() if key not in sections}
     known = [field.name for field in dataclasses.fields(Common)]
@@ -107,4 +107,6 @@ def read(values: Mapping[str, Any], sections: Collection[str]) -> Invocation:
     for folder in (root, *root.parents):
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"paths.root: expected a folder, {folder} is a file")
+    if common.paths.registry is not None:
+        paths.require_place(common.paths.registry, "paths.registry")
     return Invocation(root, name, common.force, common.paths.registry)

@@ -130,7 +130,8 @@ class SweepRuns:
         there = self._client.read(run)
         params = {k: v for k, v in _params(self._about).items() if k not in there.params}
         search = self._about.settings["search"]
-        self._client.log(run, (), params, {f"search.{name}": search[name] for name in FREE})
+        free = {f"search.{name}": search[name] for name in FREE if name != "storage"}
+        self._client.log(run, (), params, free)
         if there.status != "RUNNING":
             self._client.reopen(run)
         self._open = True

@@ -5,7 +5,22 @@ throw-away copy of the project.
 """
 
 import os
+import re
 from pathlib import Path
+from urllib.parse import parse_qsl
+
+from cafemed.errors import ConfigError
+
+_URL = re.compile(
+    r"(?P<scheme>[a-z][\w+.-]*):/{1,2}(?P<host>[^/?]*)[^?]*\??(?P<options>.*)", re.I | re.S
+)
+#: In the name of a URL's option.
+_SECRET = re.compile("secret|password|token|key|sig", re.IGNORECASE)
+#: Schemes that have a container or a user, which is no secret, before the host: name@host.
+_NAMED_BEFORE_HOST = ("abfs", "abfss", "hdfs")
+_CREDENTIALS = dict.fromkeys(("s3", "s3a"), "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") | (
+    dict.fromkeys(("gs", "gcs"), "the file that GOOGLE_APPLICATION_CREDENTIALS names")
+)
 
 PROJECT_DIR = Path(__file__).resolve().parent.parent
 CONF_DIR = PROJECT_DIR / "platform" / "conf"
@@ -46,6 +61,43 @@ def place(text: str) -> Path | str:
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     return text if "://" in text else Path(text)
+
+
+def require_place(text: str, key: str) -> None:
+    """Refuses what is neither an absolute folder nor a URL, and a URL with secrets in it.
+
+    Args:
+        text: as it was configured.
+        key: the configuration key.
+
+    Raises:
+        ConfigError: says which of the two it is.
+    """
+    require_no_secrets(text, key)
+    found = place(text)
+    if isinstance(found, Path) and not found.expanduser().is_absolute():
+        raise ConfigError(f"{key}: expected an absolute folder or a URL, got {text!r}")
+
+
+def require_no_secrets(url: str, key: str) -> None:
+    """Refuses a URL that would bring a secret into files and messages; it is not told here either.
+
+    Raises:
+        ConfigError: if it has a user, a password or options that hold secrets.
+    """
+    parts = _URL.match(url)
+    if parts is None:
+        return
+    scheme, host = parts["scheme"].lower(), parts["host"]
+    user = "@" in host and (":" in host.rpartition("@")[0] or scheme not in _NAMED_BEFORE_HOST)
+    options = [name for name, _ in parse_qsl(parts["options"], keep_blank_values=True)]
+    # A colon before no port: a password with a slash in it.
+    if user or re.search(r":(?!\d*$)", host) or any(map(_SECRET.search, options)):
+        names = _CREDENTIALS.get(scheme, "the environment variables of its store")
+        raise ConfigError(
+            f"{key}: expected a URL without a user's name, password or key, which would get into "
+            f"files and messages; put them into {names}"
+        )
 
 
 def cache_dir() -> Path:

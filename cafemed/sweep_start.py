@@ -175,6 +175,7 @@ def storage_of(plan: SweepPlan, experiment: Path) -> str:
 def _storage(chosen: str | None, experiment: Path) -> str:
     if chosen is None:
         return str(experiment / "trials")
+    paths.require_no_secrets(chosen, "search.storage")
     if "://" not in chosen and not Path(chosen).is_absolute():
         raise ConfigError(f"search.storage: expected an absolute folder or a URL, got {chosen!r}")
     base, mark, options = chosen.partition("?")  # what a URL says of its store stays behind it
@@ -248,6 +249,7 @@ def resumed(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, An
         ArtifactError: if there is no sweep to go on with in PATH, or it would go on elsewhere.
     """
     path = config.checked(str, values["resume"], "resume")
+    paths.require_no_secrets(path, "resume")
     ledger = Ledger(path if "://" in path else Path(path).expanduser().absolute())
     header = ledger.header()
     settings = completed(header.settings)

@@ -70,3 +70,18 @@ def test_the_job_prints_its_root_and_runs(capsys):
     with invocation.job(settings(), ["data"]) as told:
         assert told.name == "a"
     assert capsys.readouterr().out == "root      /r\n"
+
+
+@pytest.mark.parametrize("place", ["models", "s3:/bucket", "file:/x", "file://x", ""])
+def test_a_registry_is_an_absolute_folder_or_a_url(place: str):
+    message = r"^paths\.registry: expected an absolute folder or a URL, got "
+    with pytest.raises(ConfigError, match=message):
+        invocation.read(settings(paths={"root": "/r", "registry": place}), ["data"])
+    for fine in ("/models", "~/models", "s3://bucket/models", "file:///models"):
+        invocation.read(settings(paths={"root": "/r", "registry": fine}), ["data"])
+
+
+def test_a_registry_with_a_password_is_refused():
+    with pytest.raises(ConfigError, match=r"^paths\.registry: .* AWS_ACCESS_KEY_ID") as caught:
+        invocation.read(settings(paths={"root": "/r", "registry": "s3://K:SECRET@b/x"}), ["data"])
+    assert "SECRET@" not in str(caught.value)

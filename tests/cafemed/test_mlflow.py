@@ -392,6 +392,17 @@ def test_a_folder_takes_it_with_the_client_alone(
     assert not (Path.cwd() / "mlruns").exists()
 
 
+def test_where_the_storage_is_is_not_told(sweeps: Any, tmp_path: Path):
+    one = Sweeper(tmp_path, "x", sweeps, str(tmp_path / "runs"))
+    one.run(sweeps.plan_of(num_samples=1, storage="/somewhere"))
+    with contextlib.closing(sqlite3.connect(tmp_path / "runs" / "mlflow.db")) as store:
+        told = store.execute("select key, value from tags union select key, value from params")
+        found = dict(told.fetchall())
+    assert found["search.num_samples"] == "1"
+    assert "search.storage" not in found
+    assert "/somewhere" not in found.values()
+
+
 def statuses(place: Path) -> list[str]:
     """Of the runs in a folder, the parents' first."""
     with contextlib.closing(sqlite3.connect(place / "mlflow.db")) as store:

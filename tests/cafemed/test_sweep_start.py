@@ -271,6 +271,16 @@ def test_resume_takes_the_sweeps_own_settings(place: Place, sweeps: Any):
         resumed(place, "search.seed=1", seed=1)
 
 
+def test_resume_refuses_secrets_and_does_not_tell_those_of_an_older_sweep(
+    place: Place, sweeps: Any
+):
+    place.prepare(sweeps.plan_of(storage="s3://KEY:HUSH@bucket/sweeps"))
+    with pytest.raises(ConfigError, match=r"^search\.storage: .* AWS_SECRET_ACCESS_KEY$"):
+        resumed(place)
+    with pytest.raises(ConfigError, match=r"^resume: .* AWS_SECRET_ACCESS_KEY$"):
+        sweep_start.resumed({"resume": "s3://KEY:HUSH@bucket/sweeps"}, [])
+
+
 def test_a_copied_history_is_not_taken_for_the_one_that_would_go_on(place: Place, sweeps: Any):
     place.prepare(sweeps.plan_of())
     there, before = Path(place.ledger.storage), Ledger(place.ledger.storage)
@@ -333,3 +343,6 @@ def test_storage_has_a_folder_for_each_experiment(sweeps: Any, tmp_path: Path):
     assert where("s3://bucket/x?region=eu") == "s3://bucket/x/mimic3?region=eu"
     with pytest.raises(ConfigError, match=r"search\.storage: expected an absolute folder or a URL"):
         where("here")
+    with pytest.raises(ConfigError, match=r"search\.storage: .* AWS_SECRET_ACCESS_KEY$") as caught:
+        where("s3://KEY:HUSH@bucket/sweeps")
+    assert "HUSH" not in str(caught.value)

@@ -221,6 +221,8 @@ def application(registry_dir: registry.Location, config: ServeConfig) -> Applica
 def _log_with_ray() -> logging.Logger:
     """Sends this package's log lines to the replica's file; gives its logger."""
     logger = logging.getLogger(_LOGGER)
+    for handler in logger.handlers:
+        handler.addFilter(observing.OwnId())
     own = logging.getLogger("serve")
     own.handlers = list(logger.handlers)
     own.setLevel(logging.INFO)

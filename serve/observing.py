@@ -38,6 +38,8 @@ _KNOWN = frozenset({"/v1/recommend", "/v1/codes", "/v1/model"})
 #: Not worth a line a second: they are asked by proxies and monitors.
 _UNLOGGED = ("/healthz", "/readyz")
 _LOG_STATUS_MAX = 399
+#: Ray gives every line the header as it came, under this name; `OwnId` puts the answer's id there.
+_LOGGED_ID = "request_id"
 
 
 @dataclasses.dataclass
@@ -189,7 +191,7 @@ class Observer:
         if self._logger is None or (route in _UNLOGGED and status <= _LOG_STATUS_MAX):
             return
         told = {
-            "request_id": record.request_id,
+            _LOGGED_ID: record.request_id,
             "method": method,
             "route": route,
             "status": status,
@@ -200,6 +202,22 @@ class Observer:
             "key": record.key,
         }
         self._logger.info("%s %s %d", method, route, status, extra={**told, "log_to_stderr": False})
+
+
+class OwnId(logging.Filter):
+    """Gives log lines the id of the answer, and never the header of the request.
+
+    To be added behind Ray's own filters, which take the header as it came: a client's own text.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Replaces the id of a line; always keeps the line."""
+        of_request = current()
+        if of_request is not None:
+            setattr(record, _LOGGED_ID, of_request.request_id)
+        elif hasattr(record, _LOGGED_ID):
+            delattr(record, _LOGGED_ID)
+        return True
 
 
 class Observed:

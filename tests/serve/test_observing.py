@@ -16,6 +16,8 @@ import pytest
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from ray._common.formatters import JSONFormatter  # as in a replica
+from ray.serve._private.logging_utils import ServeContextFilter
+from ray.serve.context import _RequestContext, _serve_request_context
 
 from cafemed import paths
 from cafemed.bundle import Bundle
@@ -24,7 +26,7 @@ from serve.api import create_api
 from serve.encoding import EncodedPatient
 from serve.example import example_request
 from serve.metrics import METRICS
-from serve.observing import Observer
+from serve.observing import Observer, OwnId
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
 
@@ -104,6 +106,8 @@ def admission() -> Admission:
 def observer(noted: Noted, written: io.StringIO, served: Bundle) -> Observer:
     handler = logging.StreamHandler(written)
     handler.setFormatter(JSONFormatter())
+    handler.addFilter(ServeContextFilter())  # as in a replica
+    handler.addFilter(OwnId())
     logger = logging.Logger("test")
     logger.addHandler(handler)
     observer = Observer(noted, logger, drift_patients=10)
@@ -157,6 +161,28 @@ def test_a_recommendation_is_a_line_and_counted(
     }
     assert len(noted.values["cafemed_request_latency_ms"]) == 1
     assert noted.gauges["cafemed_model_version"] == 7
+
+
+@pytest.mark.parametrize("header", [f"{MARKER} john smith", "mine-1"])
+def test_the_log_has_the_id_of_the_answer_and_not_the_header(
+    client: Client, written: io.StringIO, served: Bundle, header: str
+) -> None:
+    """Ray gives every line of a request its header as it came."""
+    token = _serve_request_context.set(_RequestContext(request_id=header))
+    try:
+        headers = {"X-Request-ID": header}
+        answer = client.post("/v1/recommend", json=example_request(served), headers=headers)
+        [line] = lines(written)
+        assert line["request_id"] == answer.json()["request_id"]
+        assert MARKER not in written.getvalue()
+        # What is logged before and after the request is ours has no id at all.
+        record = logging.makeLogRecord({"msg": "x"})
+        assert ServeContextFilter().filter(record)
+        assert vars(record)["request_id"] == header
+        assert OwnId().filter(record)
+        assert "request_id" not in vars(record)
+    finally:
+        _serve_request_context.reset(token)
 
 
 def test_nothing_of_a_request_is_told(client: Client, noted: Noted, written: io.StringIO) -> None:

@@ -24,6 +24,9 @@ _ALWAYS = [
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
 
+#: A browser that has been answered over HTTPS asks no other way, for a year.
+_HTTPS_ALONE = (b"strict-transport-security", b"max-age=31536000")
+
 
 class Hardened:
     """ASGI middleware: adds the headers, and answers where the application fails."""
@@ -43,6 +46,8 @@ class Hardened:
                 started = True
                 headers = message["headers"] = list(message.get("headers", ()))
                 headers += _missing(headers)
+                if scope.get("scheme") == "https":
+                    headers.append(_HTTPS_ALONE)
             await send(message)
 
         try:

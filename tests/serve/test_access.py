@@ -394,3 +394,17 @@ def test_a_fault_anywhere_is_an_answer_without_its_message(
             assert MARKER not in got.text
     assert MARKER not in caplog.text
     assert "failed: KeyError at " in caplog.text
+
+
+@pytest.mark.parametrize(("scheme", "told"), [("https", "max-age=31536000"), ("http", None)])
+def test_over_https_browsers_are_told_to_stay_there(
+    service: Direct, scheme: str, told: str | None
+) -> None:
+    api = create_api(service)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=api)
+        async with httpx.AsyncClient(transport=transport, base_url=f"{scheme}://ward") as client:
+            return await client.get("/healthz")
+
+    assert asyncio.run(ask()).headers.get("strict-transport-security") == told

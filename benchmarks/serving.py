@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the endpoint against a no-op on Ray Serve and against plain FastAPI with the same model.
 
-    python benchmarks/serving.py --quick                   # 1 and 32 clients, under a minute
+    python benchmarks/serving.py --quick                   # 1 and 32 clients, a minute or so
     python benchmarks/serving.py --json benchmarks/results/serving.json
 
 All three get the same requests, one invented patient each with the visits and codes of MIMIC-III's

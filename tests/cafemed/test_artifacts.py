@@ -116,7 +116,10 @@ def test_a_stage_is_current_only_if_whole_and_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format_version 99, this program reads 1; a newer program .* jobs/discover.py"),
+        (
+            {"format_version": 99},
+            "format_version 99, this program reads 1; a newer program .* jobs/discover.py",
+        ),
         ({"stage": "bundle"}, "expected stage 'graph', got 'bundle'"),
         ({"surprise": 1}, "not a manifest"),
     ],

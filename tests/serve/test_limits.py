@@ -288,7 +288,7 @@ def long_body(patients: int, visits: int, codes: int) -> bytes:
     """Of so many visits a patient and codes a visit."""
     of_visit = [{"system": "icd9", "code": str(i)} for i in range(codes)]
     lists = ("diagnoses", "procedures", "medications")
-    visit = dict.fromkeys(lists[:-(-codes // 128)], of_visit[:128])
+    visit = dict.fromkeys(lists[: -(-codes // 128)], of_visit[:128])
     one = {"visits": [visit] * visits}
     return json.dumps({"patients": [one] * patients}, separators=(",", ":")).encode()
 

@@ -10,6 +10,7 @@ So the workers need no folder in common with the caller, nor with each other.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import tempfile
@@ -131,6 +132,7 @@ def fit(
                 running.join(_END_S)
         except BaseException:
             placement.release(workers, number)
+            running.end(relay)
             raise
     if isinstance(outcome, Exception):
         raise outcome
@@ -216,6 +218,21 @@ class _Running:
         """Waits until the workers are gone and what they reserved is free; says whether it is."""
         self._thread.join(seconds)
         return self.over
+
+    def end(self, relay: Any) -> None:
+        """Ends the trainer's controller, known by the owner that it shares with the relay.
+
+        Else it would start the workers again; and were Ray shut down while the thread waits for it,
+        Ray would end this process on the spot.
+        """
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, ConnectionError, KeyError):
+            actors = ray._private.state.actors()
+            owner = actors[relay._actor_id.hex()]["OwnerAddress"]
+            worker: Any = ray._private.worker.global_worker
+            for name, actor in actors.items():
+                if actor["ActorClassName"] == "TrainController" and actor["OwnerAddress"] == owner:
+                    worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
+        self._thread.join(_END_S)
 
     def error(self) -> Exception:
         """Why the workers ended before they said what came of the fit."""

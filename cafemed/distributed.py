@@ -128,11 +128,11 @@ def fit(
             outcome = _follow(relay, running, on_epoch, checkpoint_dir)
             if not running.join(_END_S):
                 # One waits for another that gave up, or for room to be started again.
+                running.end(relay)
                 placement.release(workers, number)
-                running.join(_END_S)
         except BaseException:
-            placement.release(workers, number)
             running.end(relay)
+            placement.release(workers, number)
             raise
     if isinstance(outcome, Exception):
         raise outcome

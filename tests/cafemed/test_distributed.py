@@ -65,7 +65,12 @@ def fit(given: Experiment, options: Mapping[str, Any], **more: Any) -> FitResult
 
 def is_free() -> bool:
     """Whether no worker reserves anything; it takes Ray a moment to say so."""
-    return ray.available_resources().get("CPU") == 2.0
+    deadline = time.monotonic() + 10
+    while ray.available_resources().get("CPU") != 2.0:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def deadly(marks: Path, victims: Sequence[Callable[[], int]]) -> Any:

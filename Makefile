@@ -38,7 +38,7 @@ test: $(STAMP) ## the default tests, under ten minutes
 	@$(BIN)/python -m pytest -q -rs --durations=10 -n 2 --dist loadfile
 
 test-slow: $(STAMP) ## tests that kill processes, submit jobs or open a browser, under forty minutes
-	@$(BIN)/python -m pytest -q -rs --durations=10 -m slow
+	@$(BIN)/python -m pytest -q -rs --durations=10 -m slow -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff, mypy and the layout tests
 	@$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +241,19 @@ def test_promoted_and_rolled_back_under_load_every_answer_is_one_versions(
     said = [text for text in running.logs().values() if "staying with version 1" in text]
     assert any("model.safetensors: expected SHA-256" in text for text in said)
 
-    def told() -> bool:
-        page = running.scrape()
-        refused = value(page, "ray_cafemed_refused_versions_total")
-        return refused == 1 and value(page, "ray_cafemed_model_version") == 2
+    def told(before: Collection[str] = ()) -> set[str]:
+        """Samples of a replica that refused one version and serves 2, none of them from before."""
+        page, found = running.scrape(), set[str]()
+        for name, wanted in (("refused_versions_total", 1), ("model_version", 2)):
+            # One that was killed is told of for some time.
+            own = samples(page, f"ray_cafemed_{name}").items()
+            new = {labels: number for labels, number in own if labels not in before}
+            if set(new.values()) != {wanted}:
+                return set()
+            found |= set(new)
+        return found
 
-    wait_for(told)
+    before = wait_for(told)
     # A replica that starts while the promoted version does not work.
     registry.promote(own, published)
     [replica] = [
@@ -263,16 +270,21 @@ def test_promoted_and_rolled_back_under_load_every_answer_is_one_versions(
         return int(answer.json()["model"]["version"]) if answer.status_code == 200 else 0
 
     assert wait_for(version) == 2
-    wait_for(told)
+    wait_for(lambda: told(before))
+
+
+def samples(page: str, name: str) -> dict[str, float]:
+    """Labels, as they are written, and value of the samples with that name."""
+    lines = (line for line in page.splitlines() if line.startswith(f"{name}{{"))
+    pairs = (line.removeprefix(name).rsplit(" ", 1) for line in lines)
+    return {labels: float(number) for labels, number in pairs}
 
 
 def value(page: str, name: str, **labels: str) -> float:
     """The sum of the samples with that name and these labels."""
-    total = 0.0
-    for line in page.splitlines():
-        if line.startswith(f"{name}{{") and all(f'{k}="{v}"' in line for k, v in labels.items()):
-            total += float(line.rsplit(" ", 1)[1])
-    return total
+    wanted = [f'{k}="{v}"' for k, v in labels.items()]
+    found = samples(page, name).items()
+    return sum(number for written, number in found if all(w in written for w in wanted))
 
 
 def test_every_metric_is_on_the_nodes_port_and_nothing_of_a_patient_anywhere(
@@ -304,8 +316,12 @@ def test_every_metric_is_on_the_nodes_port_and_nothing_of_a_patient_anywhere(
 
     def complete() -> str:
         page = running.scrape()
+        # Not all of them are exported at the same moment.
         compared = value(page, "ray_cafemed_shadow_requests_total", result="compared")
-        there = compared >= 18 and value(page, "ray_cafemed_requests_total", status="422") == 2
+        measured = value(page, "ray_cafemed_shadow_jaccard_count")
+        asked = value(page, "ray_cafemed_request_latency_ms_count", route="/v1/recommend")
+        refused = value(page, "ray_cafemed_requests_total", status="422")
+        there = compared >= 18 and measured >= 18 and asked == 22 and refused == 2
         return page if there else ""
 
     page = wait_for(complete)

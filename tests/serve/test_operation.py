@@ -322,7 +322,7 @@ def test_every_metric_is_on_the_nodes_port_and_nothing_of_a_patient_anywhere(
         asked = value(page, "ray_cafemed_request_latency_ms_count", route="/v1/recommend")
         refused = value(page, "ray_cafemed_requests_total", status="422")
         there = compared >= 18 and measured >= 18 and asked == 22 and refused == 2
-        return page if there else ""
+        return page if there and value(page, "ray_cafemed_score_drift_psi") > 0 else ""
 
     page = wait_for(complete)
     unseen = {"cafemed_refused_requests", "cafemed_refused_versions"}  # nothing was refused

@@ -66,6 +66,7 @@ from benchmarks.sweeps.plain import Fixed, Study  # noqa: E402
 from cafemed import cluster, experiment, training  # noqa: E402
 from cafemed.experiment import Experiment  # noqa: E402
 from cafemed.sweep_plan import SweepPlan  # noqa: E402
+from cafemed.trials import TrialData  # noqa: E402
 
 SLOTS = 2
 CASES = ("sweep", "optuna_joblib", "ddp", "tpe_asha_vs_random")
@@ -189,7 +190,7 @@ def measure_sweeps(given: Experiment, size: Size, seed: int, compared: bool) -> 
     """The cases `sweep` and, if `compared`, `optuna_joblib`."""
     epochs = epochs_of(given, size.trial_s)
     plan = sweep_plan(size.trials, epochs, seed)
-    data = measured.data_of(plan, given)
+    data = TrialData.of(plan, given, models.build)
     sweeps: list[Sweep] = []
     studies: list[Study] = []
     for name in size.rounds.split():
@@ -207,7 +208,7 @@ def measure_sweeps(given: Experiment, size: Size, seed: int, compared: bool) -> 
 def measure_workers(given: Experiment, size: Size, seed: int) -> Iterator[Row]:
     """The case `ddp`."""
     plan = sweep_plan(1, size.epochs, seed)
-    data = measured.data_of(plan, given)
+    data = TrialData.of(plan, given, models.build)
     large = dataclasses.replace(data, config=dataclasses.replace(data.config, batch_size=128))
     cases = {f"ddp workers={SLOTS}": data}
     if size.trials > QUICK.trials:

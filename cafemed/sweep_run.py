@@ -56,8 +56,10 @@ def run(
         TrainingError: if all trials failed, or more than `search.max_failed_trials`.
         ArtifactError: if the chosen trial has no checkpoint that can be read.
     """
+    from cafemed.trials import TrialData  # loads Ray
+
     given = experiment.load_inputs(folder)
-    data = _trial_data(plan, given, build)
+    data = TrialData.of(plan, given, build)
     console.say("tune", f"{plan.search.num_samples} trials over {', '.join(plan.space.entries)}")
     with tracked.following(plan, ledger, inputs) as tell:
         result, seconds = _search(plan, ledger, data, tell)
@@ -80,21 +82,6 @@ def run(
         report |= sweep.summary(result, seconds)
     ledger.remove()
     _summarise(result, chosen)
-
-
-def _trial_data(plan: SweepPlan, given: "Experiment", build: "Builder") -> "TrialData":
-    from cafemed.trials import TrialData
-
-    return TrialData(
-        build=build,
-        model_name=plan.model_name,
-        models=plan.models,
-        inputs=given.inputs,
-        arrays=given.arrays,
-        train_patients=given.cohort.patients_of("train"),
-        validation_patients=given.cohort.patients_of("validation"),
-        config=plan.fit,
-    )
 
 
 def _search(

@@ -18,7 +18,9 @@ from torch import Tensor
 from cafemed import checkpoints, search_space, shared_storage, training
 from cafemed.batches import ModelInputs, VisitArrays
 from cafemed.errors import ArtifactError, UserError
+from cafemed.experiment import Experiment
 from cafemed.sweep import EPOCH, ERROR, HISTORY, SECONDS, STARTED
+from cafemed.sweep_plan import SweepPlan
 from cafemed.training import Builder, EpochReport, FitConfig
 
 
@@ -46,6 +48,20 @@ class TrialData:
     train_patients: NDArray[np.int64]
     validation_patients: NDArray[np.int64]
     config: FitConfig
+
+    @classmethod
+    def of(cls, plan: SweepPlan, given: Experiment, build: Builder) -> "TrialData":
+        """What the trials of a sweep over a cohort share."""
+        return cls(
+            build=build,
+            model_name=plan.model_name,
+            models=plan.models,
+            inputs=given.inputs,
+            arrays=given.arrays,
+            train_patients=given.cohort.patients_of("train"),
+            validation_patients=given.cohort.patients_of("validation"),
+            config=plan.fit,
+        )
 
     def model_of(self, parameters: Mapping[str, Any]) -> str:
         """The name of a trial's model."""

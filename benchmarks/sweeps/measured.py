@@ -17,7 +17,6 @@ import models
 from cafemed import paths, sweep_plan, tuning
 from cafemed.batches import ModelInputs
 from cafemed.conductor import Conductor
-from cafemed.experiment import Experiment
 from cafemed.ledger import Header, Ledger
 from cafemed.sweep import TrialRecord
 from cafemed.sweep_plan import SweepPlan
@@ -56,20 +55,6 @@ def plan_of(*overrides: str) -> SweepPlan:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(paths.CONF_DIR)):
         values = OmegaConf.to_container(hydra.compose("tune", list(overrides)), resolve=True)
     return sweep_plan.read(dict(values), models.options_class, models.NAMES)  # type: ignore[arg-type]
-
-
-def data_of(plan: SweepPlan, given: Experiment) -> TrialData:
-    """What the trials of a sweep over a cohort share."""
-    return TrialData(
-        build=models.build,
-        model_name=plan.model_name,
-        models=plan.models,
-        inputs=given.inputs,
-        arrays=given.arrays,
-        train_patients=given.cohort.patients_of("train"),
-        validation_patients=given.cohort.patients_of("validation"),
-        config=plan.fit,
-    )
 
 
 def noting_build(

@@ -5,11 +5,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import models
 from benchmarks.sweeps import measured
 from cafemed import tuning
 from cafemed.conductor import Conductor
 from cafemed.experiment import Experiment
 from cafemed.ledger import Header, Ledger
+from cafemed.trials import TrialData
 
 #: search → its settings.
 SEARCHES = {
@@ -66,6 +68,6 @@ def search(name: str, given: Experiment, seconds: float, slots: int, seed: int) 
         ledger = Ledger(Path(folder) / "trials")
         ledger.open(Header("", {}, plan.settings(), {}))
         conductor = Conductor(plan, ledger)
-        tuning.run(conductor, measured.data_of(plan, given))
+        tuning.run(conductor, TrialData.of(plan, given, models.build))
         usable = conductor.result().usable
     return Found(max(trial.best_so_far[-1] for trial in usable), len(usable))

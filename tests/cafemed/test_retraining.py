@@ -56,16 +56,7 @@ def swept(
 ) -> tuple[Path, sweep.TrialRecord]:
     """An experiment whose sweep has one trial, trained for real, and its bundle."""
     folder = tmp_path_factory.mktemp("experiment")
-    data = TrialData(
-        models.build,
-        plan.model_name,
-        plan.models,
-        given.inputs,
-        given.arrays,
-        given.cohort.patients_of("train"),
-        given.cohort.patients_of("validation"),
-        plan.fit,
-    )
+    data = TrialData.of(plan, given, models.build)
     options, config = data.varied(PARAMETERS, SEED)
     found = training.fit(
         models.build,

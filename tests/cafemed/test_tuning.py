@@ -101,24 +101,11 @@ def plan_of(**search: Any) -> sweep_plan.SweepPlan:
     return sweep_plan.read(values, models.options_class, models.NAMES)
 
 
-def data_of(plan: sweep_plan.SweepPlan, given: Experiment, build: Any) -> TrialData:
-    return TrialData(
-        build=build,
-        model_name=plan.model_name,
-        models=plan.models,
-        inputs=given.inputs,
-        arrays=given.arrays,
-        train_patients=given.cohort.patients_of("train"),
-        validation_patients=given.cohort.patients_of("validation"),
-        config=plan.fit,
-    )
-
-
 def run(
     given: Experiment, storage: Path, build: Any = models.build, **search: Any
 ) -> tuple[SweepResult, list[TrialRecord], TrialData]:
     plan = plan_of(**search)
-    data, ended = data_of(plan, given, build), list[TrialRecord]()
+    data, ended = TrialData.of(plan, given, build), list[TrialRecord]()
     ledger = Ledger(storage / "trials")
     if not ledger.exists():
         ledger.open(Header("f", {}, plan.settings(), {}))
@@ -257,7 +244,7 @@ def test_a_bundle_has_the_best_epochs_weights_and_they_are_tested_again(
     plan = plan_of()
     # Steps so large that the last epoch is not the best one.
     data = dataclasses.replace(
-        data_of(plan, given, models.build), config=FitConfig(epochs=6, learning_rate=0.3)
+        TrialData.of(plan, given, models.build), config=FitConfig(epochs=6, learning_rate=0.3)
     )
     fitted = training.fit(
         models.build,

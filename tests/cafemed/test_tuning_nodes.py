@@ -60,16 +60,7 @@ def test_trials_of_a_lost_node_go_on_elsewhere_from_their_checkpoints(
     train = {"epochs": EPOCHS, "patience": EPOCHS, "batch_size": 8}
     values = {"model": MODEL, "train": train, "search": search}
     plan = sweep_plan.read(values, models.options_class, models.NAMES)
-    data = TrialData(
-        build=slow,
-        model_name=plan.model_name,
-        models=plan.models,
-        inputs=given.inputs,
-        arrays=given.arrays,
-        train_patients=given.cohort.patients_of("train"),
-        validation_patients=given.cohort.patients_of("validation"),
-        config=plan.fit,
-    )
+    data = TrialData.of(plan, given, slow)
     ledger = Ledger(tmp_path / "trials")
     ledger.open(Header("f", {}, plan.settings(), {}))
     ended: list[TrialRecord] = []

@@ -150,19 +150,33 @@ def _start_local(num_cpus: float, num_gpus: float, temp: Path) -> None:
 
 
 def _end_processes_of(temp: Path) -> None:
-    """Ends what is left of a Ray of our own, which its environment tells from everybody else's.
+    """Ends what is left of a Ray of our own.
 
     After an interrupt while it starts, its agents would look for its store for another minute.
     """
     for _ in range(_ROUNDS):  # a process may have been starting another one
-        found = psutil.process_iter(["environ"])
-        left = [p for p in found if (p.info["environ"] or {}).get(_FOLDER) == str(temp)]
+        left = [process for process in psutil.process_iter() if _is_of(process, temp)]
         if not left:
             return
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(left, timeout=_KILL_S)
+
+
+def _is_of(process: psutil.Process, temp: Path) -> bool:
+    """Whether a process is of the Ray with this folder: so its environment or an open log says.
+
+    Ray's agents have written their title over their environment; their logs are in the folder.
+    """
+    if process.pid == os.getpid():
+        return False
+    with contextlib.suppress(psutil.Error):
+        if process.environ().get(_FOLDER) == str(temp):
+            return True
+    with contextlib.suppress(psutil.Error):
+        return any(temp in Path(file.path).parents for file in process.open_files())
+    return False
 
 
 def _describe(where: str) -> str:

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import signal
@@ -74,9 +75,19 @@ def short_folder() -> Iterator[Path]:
 
 
 def started_with(folder: Path) -> list[psutil.Process]:
-    """Processes that have this folder as their temporary one."""
-    every = psutil.process_iter(["environ", "cmdline"])
-    return [p for p in every if (p.info["environ"] or {}).get("TMPDIR") == str(folder)]
+    """Processes that have this folder as their temporary one, or a file in it open.
+
+    Where a process wrote its title over the start of its environment, psutil sees none.
+    """
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        own = Path(f"/proc/{process.pid}")
+        with contextlib.suppress(OSError):
+            told = f"TMPDIR={folder}\0".encode() in (own / "environ").read_bytes()
+            open_files = [str(link.readlink()) for link in (own / "fd").iterdir()]
+            if told or any(name.startswith(f"{folder}/") for name in open_files):
+                found.append(process)
+    return found
 
 
 _START = """
@@ -94,7 +105,13 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("part", "seconds"),
-    [("gcs_server", 0), ("raylet/raylet", 0), ("dashboard/agent.py", 0), ("dashboard/agent.py", 1)],
+    [
+        ("gcs_server", 0),
+        ("raylet/raylet", 0),
+        ("dashboard/agent.py", 0),
+        ("dashboard/agent.py", 1),
+        ("ray::DashboardAgent", 0),
+    ],
 )
 def test_an_interrupt_while_ray_starts_leaves_nothing(
     part: str, seconds: float, number: signal.Signals, short_folder: Path

@@ -25,6 +25,7 @@ from serve.admission import Admission
 from serve.api import create_api
 from serve.encoding import EncodedPatient
 from serve.following import FollowingModel
+from serve.lines import GatheredLines
 from serve.metrics import Meters
 from serve.observing import Observer
 from serve.recommender import Recommender
@@ -70,9 +71,8 @@ class Endpoint:
         if compared is not None:
             ask = compared.compare.remote
             sampling = Sampling(ask, meters, config.shadow_share, config.shadow_queue)
-        self._observer = Observer(
-            meters, logger if config.log_requests else None, config.drift_patients, sampling
-        )
+        lines = GatheredLines(logger) if config.log_requests else None
+        self._observer = Observer(meters, lines, config.drift_patients, sampling)
         self._admission = Admission(config.max_admitted_requests)
         self._runs = Runs(config.max_batch_size, config.batch_wait_s, self._observer.ran)
         device = "cuda" if config.num_gpus else "cpu"

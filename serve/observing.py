@@ -23,6 +23,7 @@ from cafemed.reference import ScoreHistogram
 from serve.answers import Recommendation
 from serve.asgi import Application, Message, Receive, Send
 from serve.encoding import EncodedPatient
+from serve.lines import Lines
 from serve.schema import RecommendRequest
 
 if TYPE_CHECKING:  # these import this module
@@ -100,7 +101,7 @@ class Observer:
     def __init__(
         self,
         meters: Counts,
-        logger: logging.Logger | None,
+        lines: Lines | None,
         drift_patients: int,
         sampling: "Sampling | None" = None,
     ) -> None:
@@ -108,13 +109,13 @@ class Observer:
 
         Args:
             meters: where numbers go.
-            logger: gets a line a request; None: no lines.
+            lines: gets one a request; None: none.
             drift_patients: width of the window that drift is measured over.
             sampling: sends requests to the shadow, where there is one.
         """
         self._meters = meters
         self._sampling = sampling
-        self._logger = logger
+        self._lines = lines
         self._drift_patients = drift_patients
         self._scores: ScoreWindow | None = None
 
@@ -188,7 +189,7 @@ class Observer:
             meters.count("cafemed_medications", record.medications)
             meters.count("cafemed_pairs", record.pairs)
             meters.count("cafemed_interacting_pairs", record.interacting)
-        if self._logger is None or (route in _UNLOGGED and status <= _LOG_STATUS_MAX):
+        if self._lines is None or (route in _UNLOGGED and status <= _LOG_STATUS_MAX):
             return
         told = {
             _LOGGED_ID: record.request_id,
@@ -201,7 +202,7 @@ class Observer:
             "model_version": record.version,
             "key": record.key,
         }
-        self._logger.info("%s %s %d", method, route, status, extra={**told, "log_to_stderr": False})
+        self._lines.info("%s %s %d", method, route, status, extra=told)
 
 
 class OwnId(logging.Filter):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cafemed.errors import TrainingError
+from cafemed.lease import TakenOverError
 from cafemed.ledger import Entry, Ledger
 from cafemed.sampling import Proposer, trial_seed
 from cafemed.stopping import make_rule
@@ -123,7 +124,12 @@ class Conductor:
         return f"goes on: {len(self._records)} of {total} trials ended{more}"
 
     def over(self) -> bool:
-        """Says whether no trial goes on: time is up, too many failed, or nothing can be written."""
+        """Says whether no trial goes on.
+
+        Time is up, too many failed, nothing can be written, or another process took the sweep over.
+        """
+        if self.broken is None:
+            self.broken = self.ledger.lost
         return self._time_is_up() or self.failed is not None or self.broken is not None
 
     def next(self) -> Start | None:
@@ -321,7 +327,7 @@ class Conductor:
         self._running[entry.number] = entry
         try:
             self.ledger.write(entry)
-        except OSError as err:
+        except (OSError, TakenOverError) as err:
             self.broken = err
             return False
         return True

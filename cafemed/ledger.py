@@ -5,6 +5,7 @@ A folder, or a URL of an object store, that every node sees:
     sweep.json                           settings, inputs, and how the job was called
     00003.json                           trial 3: number, parameters, seed, state, epochs, error, …
     tracking.json                        where the sweep is tracked, if it is
+    lease-000001-….json                  which process runs the sweep (cafemed/lease.py)
     run-001/trial-00003/checkpoint_…     its checkpoint, which Ray Tune puts there
 
 Each JSON file is replaced whole by the process that runs the sweep, and holds nothing that is
@@ -16,11 +17,7 @@ that are beaten keep none.
 import contextlib
 import dataclasses
 import datetime
-import fcntl
-import json
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,15 +25,15 @@ from typing import Any, Literal, TypeAlias
 
 from pyarrow import fs
 
-from cafemed import artifacts, checkpoints
+from cafemed import checkpoints, lease
 from cafemed.errors import ArtifactError
 from cafemed.sweep import TrialRecord
+from cafemed.sweep_storage import Storage
 
 FILE = "sweep.json"
-LOCK = ".lock"
 TRACKING = "tracking.json"
 FORMAT_VERSION = 1
-#: What a sweep has in its folder, besides the lock.
+#: What a sweep has in its folder, besides lock and lease.
 _OURS = re.compile(r"sweep\.json|tracking\.json|\d+\.json|run-\d+")
 
 State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
@@ -84,64 +81,71 @@ class Header:
 class Ledger:
     """Reads and writes the files of a sweep's history.
 
+    What changes them raises TakenOverError once another process runs the sweep that was `locked`.
+
     Args:
         storage: absolute folder, or URL (`s3://bucket/folder`, `gs://…`, `file:///…`).
     """
 
     def __init__(self, storage: str | Path) -> None:
-        self.storage = str(storage)
-        if "://" in self.storage:
-            self._files, self._root = fs.FileSystem.from_uri(self.storage)
-        else:
-            self._files, self._root = fs.LocalFileSystem(), self.storage
-        if self.folder is not None:
-            self.storage = self._root
+        self._place = Storage(storage)
+        self._leases: tuple[lease.Lease, ...] = ()
+
+    @property
+    def storage(self) -> str:
+        """The folder or URL."""
+        return self._place.name
 
     @property
     def folder(self) -> Path | None:
         """The folder, where it is one of this machine's file system."""
-        return Path(self._root) if isinstance(self._files, fs.LocalFileSystem) else None
+        return self._place.folder
 
     def is_at(self, other: "Ledger") -> bool:
         """Says whether another one is the same place."""
-        if self.folder is not None and other.folder is not None:
-            return self.folder.resolve() == other.folder.resolve()
-        return self.storage.rstrip("/") == other.storage.rstrip("/")
+        return self._place.is_at(other._place)
 
     def exists(self) -> bool:
         """Says whether there is a sweep that is not over."""
-        return bool(self._files.get_file_info(self._path(FILE)).type == fs.FileType.File)
+        return self._place.has(FILE)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Makes sure that one process runs the sweep; the lock goes with the process that has it.
+    def locked(self, beside: "Ledger | None" = None) -> Iterator[None]:
+        """Makes sure that one process runs the sweep; see cafemed/lease.py.
+
+        Args:
+            beside: a locked one, without which this one may not be written either.
 
         Raises:
-            ArtifactError: if another process has it. (Object stores have no locks.)
+            ArtifactError: if another process runs it, or if it is somewhere that cannot be written.
         """
-        if self.folder is None:
-            yield
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            os.close(handle)
-            raise ArtifactError(
-                f"{self.storage}: another process runs this sweep; let it end, or stop it first"
-            ) from err
-        try:
-            yield
-        finally:
-            if self._names() == [LOCK]:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(handle)
+        with lease.held(self._place) as held:
+            self._leases = (held, *(() if beside is None else beside._leases))
+            try:
+                yield
+            finally:
+                self._leases = ()
+
+    @property
+    def lost(self) -> lease.TakenOverError | None:
+        """Why another process runs the sweep that this one had locked; None if it does not."""
+        return next((held.lost for held in self._leases if held.lost is not None), None)
+
+    def require_ours(self) -> None:
+        """Makes sure that nobody took the sweep over since it was locked.
+
+        Raises:
+            TakenOverError: if somebody did.
+            OSError: if that cannot be found out.
+        """
+        for held in self._leases:
+            held.require()
 
     def open(self, header: Header) -> None:
         """Writes `sweep.json`: begins a sweep, or notes how it goes on."""
+        self.require_ours()
         content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(header)}
-        self._write(FILE, content)
+        self._place.write(FILE, content)
 
     def header(self) -> Header:
         """Reads `sweep.json`.
@@ -156,7 +160,7 @@ class Ledger:
                 "finished one lies in the experiment's folder `sweep`"
             )
         try:
-            content = self._read(FILE)
+            content = self._place.read(FILE)
             version = content.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ArtifactError(
@@ -171,8 +175,9 @@ class Ledger:
 
     def write(self, entry: Entry) -> None:
         """Notes a trial: when it is drawn, and when it ends."""
+        self.require_ours()
         content = dataclasses.asdict(entry) | {"record": _plain(entry.record)}
-        self._write(f"{entry.number:05d}.json", content)
+        self._place.write(f"{entry.number:05d}.json", content)
 
     def entries(self) -> list[Entry]:
         """All trials, by number.
@@ -180,11 +185,11 @@ class Ledger:
         Raises:
             ArtifactError: if a file is damaged.
         """
-        return [self._entry(name) for name in sorted(self._names()) if name[:1].isdigit()]
+        return [self._entry(name) for name in sorted(self._place.names()) if name[:1].isdigit()]
 
     def keep_tracking(self, content: Mapping[str, Any]) -> None:
         """Notes where the sweep is tracked; see cafemed/mlflow_sweep.py."""
-        self._write(TRACKING, content)
+        self._place.write(TRACKING, content)
 
     def tracking(self) -> dict[str, Any] | None:
         """Where the sweep is tracked; None if it is not.
@@ -192,10 +197,10 @@ class Ledger:
         Raises:
             ArtifactError: if the file is damaged.
         """
-        if TRACKING not in self._names():
+        if TRACKING not in self._place.names():
             return None
         try:
-            return self._read(TRACKING)
+            return self._place.read(TRACKING)
         except (ValueError, TypeError) as err:
             raise ArtifactError(
                 f"{self.storage}/{TRACKING}: not the runs of a sweep ({type(err).__name__}); "
@@ -204,7 +209,7 @@ class Ledger:
 
     def next_run(self) -> str:
         """The name of a new folder for Ray Tune's files; every run of the job has its own."""
-        runs = [int(name[4:]) for name in self._names() if name.startswith("run-")]
+        runs = [int(name[4:]) for name in self._place.names() if name.startswith("run-")]
         return f"run-{max(runs, default=0) + 1:03d}"
 
     def checkpoint(self, number: int) -> tuple[str, checkpoints.Checkpoint] | None:
@@ -212,7 +217,7 @@ class Ledger:
 
         A checkpoint that was cut off while it was written, or damaged since, is passed over.
         """
-        for path in map(self._url, self._checkpoints(number)):
+        for path in map(self._place.url, self._checkpoints(number)):
             with self.local(path) as folder:
                 try:
                     found = checkpoints.load(folder, None)
@@ -230,37 +235,36 @@ class Ledger:
             return
         with tempfile.TemporaryDirectory() as name:
             source = path.split("?")[0].removeprefix(f"{self.storage.split('?')[0]}/")
-            fs.copy_files(self._path(source), name, source_filesystem=self._files)
+            fs.copy_files(self._place.path(source), name, source_filesystem=self._place.files)
             yield Path(name)
 
     def remove(self) -> None:
         """Removes the sweep, its checkpoints too; `sweep.json` first, so never half a sweep."""
-        for name in sorted(filter(_OURS.fullmatch, self._names()), key=lambda name: name != FILE):
-            info = self._files.get_file_info(self._path(name))
-            if info.type == fs.FileType.Directory:
-                self._files.delete_dir(info.path)
-            else:
-                self._files.delete_file(info.path)
+        self.require_ours()
+        ours = filter(_OURS.fullmatch, self._place.names())
+        for name in sorted(ours, key=lambda name: name != FILE):
+            self._place.remove(name)
 
     def discard(self, number: int) -> None:
         """Removes a trial's checkpoints; what cannot be removed stays until the sweep is over."""
+        self.require_ours()
         for name in self._checkpoints(number):
             with contextlib.suppress(OSError):
-                self._files.delete_dir(self._path(name))
+                self._place.remove(name)
 
     def _checkpoints(self, number: int) -> list[str]:
         """Folders of a trial's checkpoints below the storage, the newest first."""
-        runs = sorted((n for n in self._names() if n.startswith("run-")), reverse=True)
+        runs = sorted((n for n in self._place.names() if n.startswith("run-")), reverse=True)
         found = []
         for run in runs:
             folder = f"{run}/trial-{number:05d}"
-            names = [n for n in self._names(folder) if n.startswith("checkpoint_")]
+            names = [n for n in self._place.names(folder) if n.startswith("checkpoint_")]
             found += [f"{folder}/{name}" for name in sorted(names, reverse=True)]
         return found
 
     def _entry(self, name: str) -> Entry:
         try:
-            content = self._read(name)
+            content = self._place.read(name)
             record = content["record"]
             if record is not None:
                 started = record["started"]
@@ -276,37 +280,6 @@ class Ledger:
                 f"{self.storage}/{name}: not a trial of a sweep's history ({type(err).__name__}); "
                 "remove it to run the trial again"
             ) from err
-
-    def _url(self, name: str) -> str:
-        """How a place below the storage is written; a URL's options stay behind it."""
-        base, mark, options = self.storage.partition("?")
-        return f"{base}/{name}{mark}{options}"
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    def _names(self, folder: str = "") -> list[str]:
-        place = self._path(folder).rstrip("/")
-        selector = fs.FileSelector(place, allow_not_found=True)
-        return [info.base_name for info in self._files.get_file_info(selector)]
-
-    def _read(self, name: str) -> dict[str, Any]:
-        with self._files.open_input_stream(self._path(name)) as file:
-            return dict(json.loads(file.read()))
-
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        """The one function that writes; a reader sees the file before or after, never half of it.
-
-        Raises:
-            OSError: if the disk is full, among others.
-        """
-        text = json.dumps(content) + "\n"
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            artifacts.write_text(self.folder / name, text)
-            return
-        with self._files.open_output_stream(self._path(name)) as file:  # there once it is closed
-            file.write(text.encode())
 
 
 def _plain(record: TrialRecord | None) -> dict[str, Any] | None:

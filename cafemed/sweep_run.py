@@ -54,7 +54,8 @@ def run(
     Raises:
         ConfigError: if a local Ray has less than one trial reserves.
         TrainingError: if all trials failed, or more than `search.max_failed_trials`.
-        ArtifactError: if the chosen trial has no checkpoint that can be read.
+        ArtifactError: if the chosen trial has no checkpoint that can be read, or another process
+            took the sweep over.
     """
     from cafemed.trials import TrialData  # loads Ray
 
@@ -80,6 +81,7 @@ def run(
         sweep.write(result, partial, fingerprint)
         tracked.keep(ledger, partial)
         report |= sweep.summary(result, seconds)
+        ledger.require_ours()
     ledger.remove()
     _summarise(result, chosen)
 

@@ -12,6 +12,7 @@ from typing import Any
 from cafemed import artifacts, config, console, knowledge, paths, reproduction, sweep
 from cafemed.artifacts import Manifest
 from cafemed.errors import ArtifactError, ConfigError
+from cafemed.lease import TakenOverError
 from cafemed.ledger import Entry, Header, Ledger
 from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, completed, kept
 
@@ -199,19 +200,19 @@ def locked(ledger: Ledger, experiment: Path) -> Iterator[None]:
     """Makes sure that one process runs an experiment's sweep, and uses its storage.
 
     Args:
-        ledger: of the sweep; of object stores, which have no locks, it needs none.
-        experiment: its folder, which is always one of a file system.
+        ledger: of the sweep.
+        experiment: its folder, which holds what becomes of the sweep.
 
     Raises:
         ArtifactError: if another process has one of the two.
     """
     own = Ledger(experiment / "trials")
-    with own.locked():
-        if own.is_at(ledger):
-            yield
-            return
+    if own.is_at(ledger):
         with ledger.locked():
             yield
+        return
+    with own.locked(), ledger.locked(beside=own):
+        yield
 
 
 @contextlib.contextmanager
@@ -219,6 +220,8 @@ def resumable(ledger: Ledger) -> Iterator[None]:
     """Says how the sweep goes on, if the block ends before the sweep does."""
     try:
         yield
+    except TakenOverError:
+        raise  # it goes on elsewhere
     except BaseException:
         with contextlib.suppress(OSError):
             if ledger.exists():

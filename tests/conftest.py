@@ -86,6 +86,13 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of a bucket of a real S3 server; skips where there is none."""
+    with _module("s3_server").bucket() as url:
+        yield url
+
+
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
     """A Browser of the module browsers.py; skips where there is none."""

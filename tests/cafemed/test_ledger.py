@@ -25,9 +25,9 @@ def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Ledger:
     if request.param == "url":
         return Ledger(f"file://{tmp_path}/trials")
     made = Ledger(tmp_path / "trials")
-    made._files = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
-    made._root = "trials"
-    made._files.create_dir("trials")
+    made._place.files = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    made._place.root = "trials"
+    made._place.files.create_dir("trials")
     return made
 
 

@@ -3,12 +3,9 @@
 import collections
 import itertools
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +300,6 @@ def test_a_replica_follows_a_registry_in_a_store(url: str):
 
 
 PROJECT = Path(__file__).resolve().parents[2]
-BENCH = PROJECT / ".bench" / "s3"
 
 # Publishes and promotes until it is killed, or so many times.
 WORK = """
@@ -325,37 +321,9 @@ def start(url: str, name: str, times: int) -> subprocess.Popen[bytes]:
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    server = BENCH / "bin" / "moto_server"
-    if not server.exists():
-        pytest.skip("no S3 server here: make bench-env")
+def bucket(bucket: str) -> str:
     pytest.importorskip("s3fs", reason="the extra s3 is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [server, "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    endpoint = f"http://127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", endpoint)
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        try:
-            for _ in range(300):
-                try:
-                    request = urllib.request.Request(f"{endpoint}/models", method="PUT")
-                    urllib.request.urlopen(request, timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield "s3://models"
-        finally:
-            process.terminate()
-            process.wait(30)
+    return bucket
 
 
 @pytest.mark.slow

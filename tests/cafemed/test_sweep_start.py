@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from cafemed import artifacts, sweep, sweep_start
 from cafemed.conductor import Conductor
 from cafemed.errors import ArtifactError, ConfigError
+from cafemed.lease import TakenOverError
 from cafemed.ledger import Ledger
 from cafemed.sweep import SweepResult
 
@@ -320,17 +321,42 @@ def test_an_experiment_that_was_moved_goes_on(tmp_path: Path, sweeps: Any):
     assert Place(tmp_path / "b", sweeps).prepare(plan)
 
 
-@pytest.mark.parametrize("storage", [None, "folder", "object store"])
+@pytest.mark.parametrize("storage", [None, "folder"])
 def test_one_process_runs_an_experiments_sweep(tmp_path: Path, storage: str | None):
     experiment = tmp_path / "experiments" / "x"
     ledger = Ledger(tmp_path / "elsewhere" if storage else experiment / "trials")
-    if storage == "object store":
-        ledger = Ledger("s3://bucket/sweeps?region=eu-west-1")
     taken = pytest.raises(ArtifactError, match="another process runs this sweep")
     with sweep_start.locked(ledger, experiment), taken, sweep_start.locked(ledger, experiment):
         pass
     with sweep_start.locked(ledger, experiment):
         pass
+    with sweep_start.locked(Ledger(tmp_path / "elsewhere"), experiment):  # of another experiment
+        other = tmp_path / "experiments" / "y"
+        with taken, sweep_start.locked(Ledger(tmp_path / "elsewhere"), other):
+            pass
+
+
+def test_what_both_places_say_decides_whether_a_sweep_goes_on(tmp_path: Path, sweeps: Any):
+    """The experiment's folder may be taken over, too, by a sweep with its storage elsewhere."""
+    experiment = tmp_path / "experiments" / "x"
+    plan = sweeps.plan_of(num_samples=4)
+    place = Place(tmp_path, sweeps, tmp_path / "elsewhere")
+    with sweep_start.locked(place.ledger, experiment):
+        place.prepare(plan)
+        conductor = Conductor(plan, place.ledger)
+        assert conductor.next() is not None
+        (claim,) = (experiment / "trials").glob("lease-*.json")
+        claim.rename(claim.with_name("lease-000002-00aa.json"))  # somebody else's, a later one
+        next(held for held in place.ledger._leases if held._storage.folder == claim.parent).renew()
+        assert conductor.over()
+        with pytest.raises(TakenOverError, match="another process took this sweep over"):
+            conductor.result()
+        before = [entry.number for entry in place.ledger.entries()]
+        for harm in (place.ledger.remove, lambda: place.ledger.discard(0)):
+            with pytest.raises(TakenOverError):
+                harm()
+        assert conductor.next() is None
+    assert [entry.number for entry in place.ledger.entries()] == before == [0]
 
 
 def test_storage_has_a_folder_for_each_experiment(sweeps: Any, tmp_path: Path):

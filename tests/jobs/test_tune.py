@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
@@ -382,6 +383,33 @@ def test_a_killed_sweep_goes_on_to_the_same_scores(
     # One that was drawn and not started yet was started once; between two trials there is none.
     assert again in ([before] if told[2] else [], [])
     assert not (other / "trials").exists()
+    shutil.rmtree(root / "tmp")
+    (root / "tmp").mkdir()
+
+
+@pytest.mark.slow
+def test_a_sweep_in_a_bucket_is_run_by_one_process_and_goes_on_when_that_is_killed(
+    root: Path, other: Path, whole: list[dict[str, Any]], bucket: str
+):
+    options = ["name=other", *ONE_BY_ONE, f"search.storage={bucket}/sweeps"]
+    process = start(root, "tune", "force=true", *options)
+    assert process.stdout
+    next(line for line in process.stdout if line.startswith("trial "))
+    status, out, err = run(root, "tune", *options)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert re.search(rf"runs this sweep \(.* process {process.pid}, since .*\); let it end", err)
+    assert "trial" not in out
+    process.kill()
+    with process:
+        process.communicate(timeout=120)
+    status, out, err = run(root, "tune", *options)
+    assert (status, err) == (0, "")
+    assert "goes on: " in out
+    assert "waiting" not in out  # it was this machine's
+    assert scores(other) == whole
+    files, folder = pyarrow.fs.FileSystem.from_uri(f"{bucket}/sweeps/other")
+    selector = pyarrow.fs.FileSelector(folder, allow_not_found=True)
+    assert files.get_file_info(selector) == []
     shutil.rmtree(root / "tmp")
     (root / "tmp").mkdir()
 

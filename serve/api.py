@@ -18,6 +18,7 @@ from serve.access import Access, Gate, document_keys
 from serve.admission import Admission, Admitted
 from serve.answers import CodesFound, Health, Kind, ModelCard, Ready, RecommendResponse
 from serve.asgi import Message
+from serve.asking import Asked, of_request
 from serve.encoding import RefusedError
 from serve.hardening import Hardened
 from serve.limits import BodyLimit, StrictRoute, UnreadableError
@@ -35,7 +36,9 @@ from serve.schema import (
     field_path,
 )
 from serve.settings import MAX_UNKNOWN_SHARE
+from serve.straight import Straight
 
+_RECOMMEND = "/v1/recommend"
 _INVALID = "the request is not valid"
 _MAX_FIELD_LENGTH = 200
 _REFUSED_BY_FRAMEWORK = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
@@ -79,7 +82,22 @@ def create_api(
     )
     api.router.route_class = StrictRoute
     document_keys(api)
+
+    async def answer(asked: Asked, scope: Message) -> Response:
+        recommender = service.recommender
+        try:
+            patients = await encoded(recommender, asked, max_unknown_share)
+        except RefusedError as err:
+            return _refuse_content(scope, err)
+        try:
+            identity = request_id(scope)
+            content = await replied(service, recommender, asked, patients, identity, observer)
+        except Exception as err:  # noqa: BLE001 - the server would log the message with its codes
+            return failed(scope, err)
+        return Response(content, media_type="application/json")
+
     # What is added later is further out.
+    api.add_middleware(Straight, path=_RECOMMEND, answer=answer)
     refuse = functools.partial(_refuse_busy, observer)
     if admission is not None:
         api.add_middleware(Admitted, admission=admission, refuse=refuse)
@@ -94,21 +112,13 @@ def create_api(
         api.add_middleware(Observed, observer=observer)
     api.add_exception_handler(RequestValidationError, _refuse_invalid)
     api.add_exception_handler(UnreadableError, _refuse_unreadable)
-    api.add_exception_handler(RefusedError, _refuse_content)
     for status in _REFUSED_BY_FRAMEWORK:
         api.add_exception_handler(status, functools.partial(_refuse_other, status=status))
 
-    @api.post("/v1/recommend", response_model=RecommendResponse, responses=_PROBLEMS)
+    @api.post(_RECOMMEND, response_model=RecommendResponse, responses=_PROBLEMS)
     async def recommend(body: RecommendRequest, request: Request) -> Response:
         """Recommends medications for the current visit of every patient."""
-        recommender = service.recommender
-        patients = await encoded(recommender, body, max_unknown_share)
-        try:
-            identity = request_id(request.scope)
-            content = await replied(service, recommender, body, patients, identity, observer)
-        except Exception as err:  # noqa: BLE001 - the server would log the message with its codes
-            return failed(request.scope, err)
-        return Response(content, media_type="application/json")
+        return await answer(of_request(body), request.scope)
 
     @api.get("/v1/codes", responses=_INVALID_QUERY)
     async def codes(
@@ -168,10 +178,9 @@ async def _refuse_unreadable(request: Request, err: Exception) -> JSONResponse:
     return problem(request.scope, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [wrong])
 
 
-async def _refuse_content(request: Request, err: Exception) -> JSONResponse:
-    assert isinstance(err, RefusedError)
+def _refuse_content(scope: Message, err: RefusedError) -> JSONResponse:
     wrong = FieldProblem(field=err.field, message=str(err))
-    return problem(request.scope, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [wrong])
+    return problem(scope, HTTPStatus.UNPROCESSABLE_ENTITY, _INVALID, [wrong])
 
 
 async def _refuse_other(request: Request, err: Exception, status: HTTPStatus) -> JSONResponse:

@@ -23,6 +23,7 @@ from serve import observing, shadow
 from serve.access import Access, listening_host, require_guarded, with_keys_file
 from serve.admission import Admission
 from serve.api import create_api
+from serve.asking import Asked
 from serve.encoding import EncodedPatient
 from serve.following import FollowingModel
 from serve.lines import GatheredLines
@@ -67,9 +68,13 @@ class Endpoint:
         self._access = config.access
         self._max_unknown_share = config.max_unknown_share
         meters = Meters()
-        sampling: Sampling | None = None
+        sampling: Sampling[Asked] | None = None
         if compared is not None:
-            ask = compared.compare.remote
+            compare = compared.compare.remote
+
+            async def ask(asked: Asked, answered: Answered) -> str:
+                return str(await compare(asked.request(), answered))
+
             sampling = Sampling(ask, meters, config.shadow_share, config.shadow_queue)
         lines = GatheredLines(logger) if config.log_requests else None
         self._observer = Observer(meters, lines, config.drift_patients, sampling)

@@ -3,15 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from cafemed.bundle import Preprocessing
-from cafemed.codes import KINDS, LABORATORY
+from cafemed.codes import KINDS, LABORATORY, LABORATORY_SYSTEM, normalise
 from cafemed.cohort import SEXES
 from serve.answers import Kind, UnknownCode
-from serve.schema import Code, LaboratoryValue, Patient, RecommendRequest, Visit, field_path
+from serve.asking import AskedPatient, AskedVisit, Measured, Pair, of_request
+from serve.schema import Code, LaboratoryValue, RecommendRequest, field_path
 
 #: Systems that may be asked for although a model was not trained on them; their codes are
 #: then unknown. Any other system must be one of the model's.
@@ -122,7 +123,15 @@ class Encoder:
         Raises:
             RefusedError: naming the field.
         """
-        return [self._encode(patient, p) for p, patient in enumerate(request.patients)]
+        return self.encode_all(of_request(request).patients)
+
+    def encode_all(self, patients: Sequence[AskedPatient]) -> list[EncodedPatient]:
+        """Encodes the patients of a request.
+
+        Raises:
+            RefusedError: naming the field.
+        """
+        return [self._encode(patient, p) for p, patient in enumerate(patients)]
 
     def index(self, k: int, system: str, code: str) -> tuple[int, str]:
         """The index of a code of the k-th kind, -1 if the vocabulary does not have it; its name.
@@ -131,7 +140,7 @@ class Encoder:
             RefusedError: if it is no code, or of an unknown system.
         """
         asked = _checked(lambda: Code(system=system, code=code))
-        name = self._name(k, asked, (_FIELDS[k],))
+        name = self._name(k, asked.system, asked.code, (_FIELDS[k],))
         return self._index[k].get(name, -1), name
 
     def item(self, name: str) -> int:
@@ -143,14 +152,12 @@ class Encoder:
         asked = _checked(lambda: LaboratoryValue(item=name, value=0.0))
         return self._item.get(asked.normalised(), -1)
 
-    def _encode(self, patient: Patient, p: int) -> EncodedPatient:
+    def _encode(self, patient: AskedPatient, p: int) -> EncodedPatient:
         unknown: list[UnknownCode] = []
-        visits = [
-            self._visit(visit, ("patients", p, "visits", t), unknown)
-            for t, visit in enumerate(patient.visits)
-        ]
+        visits = [self._visit(visit, p, t, unknown) for t, visit in enumerate(patient.visits)]
         laboratory = tuple(
-            self._laboratory(visit, t, unknown) for t, visit in enumerate(patient.visits)
+            self._laboratory(visit.laboratory, t, unknown) if visit.laboratory else ()
+            for t, visit in enumerate(patient.visits)
         )
         if patient.allergies and not self._is_atc:
             raise AllergyError(
@@ -162,20 +169,20 @@ class Encoder:
             diagnoses, procedures = _shifted(diagnoses), _shifted(procedures)
             laboratory = _shifted(laboratory)
         previous = _shifted(medications)
-        num_known = sum(
-            len(indices) for lists in (diagnoses, procedures, previous) for indices in lists
-        )
-        num_unknown = self._num_unknown_inputs(unknown, len(patient.visits) - 1)
-        num_codes = num_known + num_unknown
+        unknown_share = 0.0
+        if unknown:
+            num_unknown = self._num_unknown_inputs(unknown, len(patient.visits) - 1)
+            known = sum(sum(map(len, lists)) for lists in (diagnoses, procedures, previous))
+            unknown_share = num_unknown / (known + num_unknown) if num_unknown else 0.0
         return EncodedPatient(
             known=(diagnoses, procedures, previous),
-            taken=medications[-1] if patient.visits[-1].medications else previous[-1],
+            taken=medications[-1] if patient.visits[-1].codes[2] else previous[-1],
             sex=SEXES.index(patient.sex),
             age=math.nan if patient.age is None else patient.age,
             laboratory=laboratory,
             unknown=tuple(unknown),
             allergies=tuple(patient.allergies),
-            unknown_share=num_unknown / num_codes if num_codes else 0.0,
+            unknown_share=unknown_share,
         )
 
     def _num_unknown_inputs(self, unknown: Sequence[UnknownCode], current: int) -> int:
@@ -190,39 +197,54 @@ class Encoder:
         )
 
     def _visit(
-        self, visit: Visit, location: tuple[str | int, ...], unknown: list[UnknownCode]
+        self, visit: AskedVisit, p: int, t: int, unknown: list[UnknownCode]
     ) -> tuple[tuple[int, ...], ...]:
         """Indices of the three kinds, in the request's order, repeated codes once."""
         encoded = []
-        lists = (visit.diagnoses, visit.procedures, visit.medications)
-        for k, (asked, usual) in enumerate(zip(lists, self._usual, strict=True)):
-            found = [usual.get((code.system, code.code)) for code in asked]
+        for k, (asked, usual) in enumerate(zip(visit.codes, self._usual, strict=True)):
+            found: Sequence[Any] = list(map(usual.get, asked))
             if None in found:
-                for i, code in enumerate(asked):
-                    if found[i] is None:
-                        name = self._name(k, code, (*location, _FIELDS[k], i, "system"))
-                        found[i] = self._index[k].get(name)
-                        if found[i] is None:
-                            unknown.append(UnknownCode(int(location[-1]), _KINDS[k], name))
-            encoded.append(tuple(dict.fromkeys(index for index in found if index is not None)))
+                found = self._looked_up(k, asked, found, p, t, unknown)
+            encoded.append(tuple(dict.fromkeys(found)))
         return tuple(encoded)
 
+    def _looked_up(
+        self,
+        k: int,
+        asked: Sequence[Pair],
+        usual: Sequence[int | None],
+        p: int,
+        t: int,
+        unknown: list[UnknownCode],
+    ) -> list[int]:
+        """Indices of a list's codes that are not all written as usual."""
+        found = []
+        for i, (pair, index) in enumerate(zip(asked, usual, strict=True)):
+            if index is None:
+                name = self._name(k, *pair, ("patients", p, "visits", t, _FIELDS[k], i, "system"))
+                index = self._index[k].get(name)
+                if index is None:
+                    unknown.append(UnknownCode(t, _KINDS[k], name))
+                    continue
+            found.append(index)
+        return found
+
     def _laboratory(
-        self, visit: Visit, t: int, unknown: list[UnknownCode]
+        self, measured: Sequence[Measured], t: int, unknown: list[UnknownCode]
     ) -> tuple[tuple[int, float], ...]:
         """Items and values of a visit, ordered by item; of an item asked twice the first value."""
         values: dict[int, float] = {}
-        for asked in visit.laboratory:
-            name = asked.normalised()
+        for asked, value in measured:
+            name = normalise(LABORATORY_SYSTEM, asked)
             item = self._item.get(name)
             if item is None:
                 unknown.append(UnknownCode(t, "laboratory", name))
             else:
-                values.setdefault(item, asked.value)
+                values.setdefault(item, value)
         return tuple(sorted(values.items()))
 
-    def _name(self, k: int, code: Code, location: tuple[str | int, ...]) -> str:
-        name = code.normalised()
+    def _name(self, k: int, system: str, code: str, location: tuple[str | int, ...]) -> str:
+        name = normalise(system, code)
         system, _, value = name.partition(":")
         if system not in self._accepted[k]:
             expected = ", ".join(sorted(self._accepted[k]))

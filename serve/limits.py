@@ -20,19 +20,17 @@ from fastapi.routing import APIRoute
 from serve.access import is_open
 from serve.asgi import Application, Message, Receive, Send
 from serve.problems import problem
-from serve.schema import MAX_CODES_OF_REQUEST, MAX_PATIENTS, MAX_VISITS_OF_REQUEST
+from serve.schema import MAX_OBJECTS
 
 #: Fields of one JSON object; no object of the schema has half as many.
 MAX_FIELDS = 32
-#: Objects of one body, which are counted before any is made; no valid body has more.
-MAX_OBJECTS = MAX_CODES_OF_REQUEST + MAX_VISITS_OF_REQUEST + MAX_PATIENTS + 2
 #: Bytes of all headers together.
 MAX_HEADER_BYTES = 16 * 1024
 #: Bodies that a replica gathers at once, and their bytes together. Nearly all come in one piece.
 MAX_GATHERED = 256
 MAX_GATHERED_BYTES = 32 * 1024 * 1024
 #: Longer bodies are read in a thread, one at a time: a thousand codes take about ten milliseconds.
-_SHORT_BYTES = 32 * 1024
+SHORT_BYTES = 32 * 1024
 #: Where the length of a body is told to what is further in.
 SIZE = "cafemed.body_bytes"
 #: When a client whose body found no room should come again, in seconds: most bodies are there by
@@ -171,7 +169,7 @@ class StrictRoute(APIRoute):
             body = await request.body()
             if not body:  # FastAPI says that it is required
                 return await handle(request)
-            if len(body) <= _SHORT_BYTES:
+            if len(body) <= SHORT_BYTES:
                 content = _valid(field, body)
             else:
                 async with one_at_a_time:  # each takes many times its length of memory meanwhile

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from cafemed.drift import ScoreWindow
 from cafemed.reference import ScoreHistogram
 from serve.answers import Recommendation
-from serve.asgi import Application, Message, Receive, Send
+from serve.asgi import Application, Message, Receive, Send, route_path
+from serve.asking import Asked
 from serve.encoding import EncodedPatient
 from serve.lines import Lines
-from serve.schema import RecommendRequest
 
 if TYPE_CHECKING:  # these import this module
     from serve.recommender import Recommender
@@ -103,7 +103,7 @@ class Observer:
         meters: Counts,
         lines: Lines | None,
         drift_patients: int,
-        sampling: "Sampling | None" = None,
+        sampling: "Sampling[Asked] | None" = None,
     ) -> None:
         """Starts with nothing seen.
 
@@ -129,7 +129,7 @@ class Observer:
 
     def recommended(
         self,
-        request: RecommendRequest,
+        asked: Asked,
         recommender: "Recommender",
         patients: Sequence[EncodedPatient],
         rows: Sequence[NDArray[np.float32]],
@@ -144,16 +144,14 @@ class Observer:
             return
         record.version = recommender.name.version
         record.patients = len(patients)
-        record.codes = sum(
-            visit.num_codes for patient in request.patients for visit in patient.visits
-        )
+        record.codes = asked.num_codes
         record.unknown = sum(len(patient.unknown) for patient in patients)
         sizes = [len(answer.medications) for answer in recommendations]
         record.medications = sum(sizes)
         record.pairs = sum(size * (size - 1) // 2 for size in sizes)
         record.interacting = sum(len(answer.interactions) for answer in recommendations)
         if self._sampling is not None:
-            offer = functools.partial(self._sampling.offer, request, recommender, rows)
+            offer = functools.partial(self._sampling.offer, asked, recommender, rows)
             record.after = offer
 
     def ran(self, patients: int) -> None:
@@ -246,7 +244,8 @@ class Observed:
         try:
             await self._app(scope, receive, watch)
         finally:
-            path = scope["path"] if scope["path"] in _KNOWN else _NO_ROUTE
+            asked = route_path(scope)
+            path = asked if asked in _KNOWN else _NO_ROUTE
             route = str(getattr(scope.get("route"), "path", path))
             took_s = time.perf_counter() - started
             self._observer.answered(scope["method"], route, status, took_s, record)

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from serve.answers import Recommendation, RecommendResponse
+from serve.asking import Asked
 from serve.encoding import EncodedPatient, UnknownCodesError
 from serve.explanation import Plan
 from serve.observing import Observer
 from serve.recommender import Recommender
-from serve.schema import RecommendRequest
 
 #: Patients whose codes are looked up and who are answered in the event loop: 0.1 ms each
 #: (measured), no more than a thread takes to start.
@@ -40,16 +40,15 @@ class Service(Protocol):
 
 
 async def encoded(
-    recommender: Recommender, request: RecommendRequest, max_unknown_share: float
+    recommender: Recommender, asked: Asked, max_unknown_share: float
 ) -> list[EncodedPatient]:
     """Looks up the codes of a request.
 
     Raises:
         RefusedError: naming the field; also for a patient with a larger share of unknown codes.
     """
-    visits = [visit for patient in request.patients for visit in patient.visits]
-    many = len(request.patients) > _FEW or sum(v.num_codes for v in visits) > _FEW_CODES
-    patients = await _run(many, lambda: recommender.encode(request))
+    many = len(asked.patients) > _FEW or asked.num_codes > _FEW_CODES
+    patients = await _run(many, lambda: recommender.encoder.encode_all(asked.patients))
     for place, patient in enumerate(patients):
         if patient.unknown_share > max_unknown_share:
             raise UnknownCodesError(place, patient.unknown_share, max_unknown_share)
@@ -59,7 +58,7 @@ async def encoded(
 async def replied(
     service: Service,
     recommender: Recommender,
-    request: RecommendRequest,
+    asked: Asked,
     patients: Sequence[EncodedPatient],
     request_id: str,
     observer: Observer | None = None,
@@ -69,12 +68,12 @@ async def replied(
     Args:
         service: runs the model.
         recommender: of the service, the one that has encoded the patients.
-        request: as asked.
+        asked: the request.
         patients: its patients.
         request_id: as in the answer.
         observer: is told what is recommended.
     """
-    explainer, options = recommender.explainer, request.options
+    explainer, options = recommender.explainer, asked.options
     plans: list[Plan] = []
     if options.explain:
         plans = await asyncio.to_thread(lambda: [explainer.plan(p) for p in patients])
@@ -97,7 +96,7 @@ async def replied(
     long = len(patients) > _FEW or options.explain or options.max_ddi_rate is not None
     answers, content = await _run(long, answer)
     if observer is not None:
-        observer.recommended(request, recommender, patients, rows, answers)
+        observer.recommended(asked, recommender, patients, rows, answers)
     return content
 
 

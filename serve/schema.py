@@ -20,6 +20,8 @@ MAX_CODES = 128
 MAX_VISITS_OF_REQUEST = 4096
 #: Codes and laboratory values of all of them: 256 patients with four visits of 32 each.
 MAX_CODES_OF_REQUEST = 32_768
+#: Objects of one body, which are counted before any is made; no valid body has more.
+MAX_OBJECTS = MAX_CODES_OF_REQUEST + MAX_VISITS_OF_REQUEST + MAX_PATIENTS + 2
 #: Patients of a request that asks for explanations, each of which takes the model once a code.
 MAX_EXPLAINED_PATIENTS = 8
 MAX_SYSTEM_LENGTH = 32

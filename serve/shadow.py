@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ from serve.recommender import Recommender
 from serve.schema import RecommendRequest
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 #: Longest that a comparison is waited for; then its place in the queue is free again.
 _PATIENCE_S = 60.0
@@ -111,12 +114,12 @@ class ShadowModel:
         return found
 
 
-class Sampling:
+class Sampling(Generic[R]):
     """Sends a replica's share of requests to the shadow, at most so many at a time."""
 
     def __init__(
         self,
-        ask: Callable[[RecommendRequest, Answered], Awaitable[str]],
+        ask: Callable[[R, Answered], Awaitable[str]],
         meters: Counts,
         share: float,
         most: int,
@@ -138,7 +141,7 @@ class Sampling:
 
     def offer(
         self,
-        request: RecommendRequest,
+        request: R,
         recommender: Recommender,
         rows: Sequence[NDArray[np.float32]],
     ) -> None:
@@ -158,7 +161,7 @@ class Sampling:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _send(self, request: RecommendRequest, answered: Answered) -> None:
+    async def _send(self, request: R, answered: Answered) -> None:
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 result = await self._ask(request, answered)

@@ -1,0 +1,193 @@
+"""What is asked, as the encoder takes it, read from the bytes of a request.
+
+A request that is well formed is read here in a third of the time that FastAPI takes: with the
+limits of serve/schema.py, but into plain lists rather than objects, and without Python code for
+each code. Whatever is not read here, be it wrong or merely unusual, is left to the schema, which
+says what is wrong.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, SchemaValidator, core_schema
+
+from serve.schema import (
+    MAX_AGE,
+    MAX_ALLERGIES,
+    MAX_CODE_LENGTH,
+    MAX_CODES,
+    MAX_CODES_OF_REQUEST,
+    MAX_EXPLAINED_PATIENTS,
+    MAX_OBJECTS,
+    MAX_PATIENTS,
+    MAX_SYSTEM_LENGTH,
+    MAX_VALUE,
+    MAX_VISITS,
+    MAX_VISITS_OF_REQUEST,
+    ATCPrefix,
+    Options,
+    RecommendRequest,
+)
+
+#: A code system and a code, or a laboratory item and its value.
+Pair = tuple[str, str]
+Measured = tuple[str, float]
+
+_FIELDS = ("diagnoses", "procedures", "medications")
+
+
+class AskedVisit(NamedTuple):
+    """One visit: codes of the three kinds as systems and codes, and items with their values."""
+
+    codes: tuple[list[Pair], ...]
+    laboratory: list[Measured]
+
+
+class AskedPatient(NamedTuple):
+    """One patient; see schema.Patient."""
+
+    visits: list[AskedVisit]
+    sex: str
+    age: float | None
+    allergies: Sequence[str]
+
+
+class Asked(NamedTuple):
+    """A request.
+
+    Attributes:
+        patients: at least one.
+        options: for all of them.
+        num_codes: codes and laboratory values of all patients.
+        request: gives the same as the schema has it.
+    """
+
+    patients: list[AskedPatient]
+    options: Options
+    num_codes: int
+    request: Callable[[], RecommendRequest]
+
+
+def of_request(request: RecommendRequest) -> Asked:
+    """What a request of the schema asks."""
+    patients = [
+        AskedPatient(
+            [
+                AskedVisit(
+                    tuple(list(map(_PAIR_OF, getattr(visit, field))) for field in _FIELDS),
+                    list(map(_MEASURED_OF, visit.laboratory)),
+                )
+                for visit in patient.visits
+            ],
+            patient.sex,
+            patient.age,
+            patient.allergies,
+        )
+        for patient in request.patients
+    ]
+    num_codes = sum(visit.num_codes for patient in request.patients for visit in patient.visits)
+    return Asked(patients, request.options, num_codes, lambda: request)
+
+
+def read(body: bytes) -> Asked | None:
+    """What a request asks, by its bytes; None where that is left to the schema.
+
+    What this reads the schema reads too, and alike.
+    """
+    if body.count(b"{") > MAX_OBJECTS:
+        return None
+    try:
+        content = _READER.validate_json(body)
+    except ValidationError:
+        return None
+    patients = content["patients"]
+    options = content.get("options")
+    visits = [visit for patient in patients for visit in patient["visits"]]
+    num_codes = sum(len(listed) for visit in visits for listed in visit.values())
+    # Every field has a colon, those among them that are given twice, of which only one was kept.
+    num_fields = len(content) + (len(options.model_fields_set) if options else 0)
+    num_fields += sum(map(len, patients)) + sum(map(len, visits)) + 2 * num_codes
+    if body.count(b":") != num_fields:
+        return None
+    if len(visits) > MAX_VISITS_OF_REQUEST or num_codes > MAX_CODES_OF_REQUEST:
+        return None
+    if options is None:
+        options = _NO_OPTIONS
+    elif options.explain and len(patients) > MAX_EXPLAINED_PATIENTS:
+        return None
+    request = functools.partial(RecommendRequest.model_validate_json, body)
+    return Asked(list(map(_patient, patients)), options, num_codes, request)
+
+
+def _patient(given: Mapping[str, Any]) -> AskedPatient:
+    visits = [
+        AskedVisit(
+            (
+                list(map(_PAIR, visit.get("diagnoses", ()))),
+                list(map(_PAIR, visit.get("procedures", ()))),
+                list(map(_PAIR, visit.get("medications", ()))),
+            ),
+            list(map(_MEASURED, visit.get("laboratory", ()))),
+        )
+        for visit in given["visits"]
+    ]
+    get = given.get
+    return AskedPatient(visits, get("sex", "unknown"), get("age"), get("allergies", []))
+
+
+_PAIR: Callable[[Mapping[str, str]], Pair] = itemgetter("system", "code")
+_MEASURED: Callable[[Mapping[str, Any]], Measured] = itemgetter("item", "value")
+_PAIR_OF: Callable[[Any], Pair] = attrgetter("system", "code")
+_MEASURED_OF: Callable[[Any], Measured] = attrgetter("item", "value")
+_NO_OPTIONS = Options()
+_SAYS_SOMETHING = r"[^. \t\r\n]"  # as schema's check that a text is not blank
+
+
+def _object(required: Mapping[str, CoreSchema], **optional: CoreSchema) -> CoreSchema:
+    """A JSON object as a dict, without fields of any other name."""
+    fields = {name: core_schema.typed_dict_field(of) for name, of in required.items()}
+    for name, of in optional.items():
+        fields[name] = core_schema.typed_dict_field(of, required=False)
+    return core_schema.typed_dict_schema(fields, extra_behavior="forbid", strict=True)
+
+
+def _text(max_length: int) -> CoreSchema:
+    return core_schema.str_schema(max_length=max_length, pattern=_SAYS_SOMETHING, strict=True)
+
+
+def _list(of: CoreSchema, max_length: int, min_length: int = 0) -> CoreSchema:
+    return core_schema.list_schema(
+        of, min_length=min_length, max_length=max_length, fail_fast=True, strict=True
+    )
+
+
+def _number(low: float, high: float) -> CoreSchema:
+    return core_schema.float_schema(ge=low, le=high, allow_inf_nan=False, strict=True)
+
+
+def _reader() -> SchemaValidator:
+    """Reads a RecommendRequest into dicts and lists."""
+    codes = _list(
+        _object({"system": _text(MAX_SYSTEM_LENGTH), "code": _text(MAX_CODE_LENGTH)}), MAX_CODES
+    )
+    value = _number(-MAX_VALUE, MAX_VALUE)
+    measured = _list(_object({"item": _text(MAX_CODE_LENGTH), "value": value}), MAX_CODES)
+    visit = _object({}, **dict.fromkeys(_FIELDS, codes), laboratory=measured)
+    allergy = TypeAdapter[str](ATCPrefix, config=ConfigDict(strict=True)).core_schema
+    patient = _object(
+        {"visits": _list(visit, MAX_VISITS, min_length=1)},
+        sex=core_schema.literal_schema(["female", "male", "unknown"]),
+        age=core_schema.nullable_schema(_number(0, MAX_AGE)),
+        allergies=_list(allergy, MAX_ALLERGIES),
+    )
+    request = _object(
+        {"patients": _list(patient, MAX_PATIENTS, min_length=1)},
+        options=Options.__pydantic_core_schema__,
+    )
+    return SchemaValidator(request)
+
+
+_READER = _reader()

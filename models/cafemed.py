@@ -15,14 +15,16 @@ from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
 from cafemed.errors import ConfigError
 from cafemed.stepping import moved
-from models.charm import Charm
+from models import blocks
+from models.charm import Charm, WideConvolution
 from models.cwg import CausalWeightGenerator, EntityWeights
-from models.direct import direct_path
+from models.direct import DirectPath, direct_path
 from models.dropout import FastDropout
 from models.embeddings import embedding_table, require_sizes
-from models.homogeneous import ClassMask
-from models.packing import Packing, pack
+from models.homogeneous import NUM_CLASSES, ClassMask
+from models.packing import Codes, Packing, pack
 from models.recurrent import ParallelGRU
+from models.sparse_map import Rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,19 @@ class CafeMedOptions:
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Folded:
+    """What follows from the weights alone, of each of N codes.
+
+    Attributes:
+        modulated: float32 (N, d), e~.
+        masked: float32 (N * 4, d), s of each class.
+    """
+
+    modulated: torch.Tensor
+    masked: torch.Tensor
+
+
 class CafeMed(nn.Module):
     """CafeMed over batches of patients.
 
@@ -139,8 +154,9 @@ class CafeMed(nn.Module):
         self.fusion = nn.Parameter(torch.ones(3, 2))
         self.dropout = FastDropout(options.dropout)
         self.grus = ParallelGRU(3, d)
-        self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
+        self.head = blocks.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
         self.direct = direct_path(inputs, options.direct, options.direct_start, options.direct_pace)
+        self._folded: _Folded | None = None
 
     def _build_cwg(self, options: CafeMedOptions) -> CausalWeightGenerator:
         return CausalWeightGenerator(
@@ -167,11 +183,40 @@ class CafeMed(nn.Module):
             gate_place=options.gate_place,
         )
 
-    def prepare(self, batch: Batch) -> Packing:
-        """Works out, on the host, what of a batch has a shape that depends on its content."""
+    def prepare(self, batch: Batch, codes: Codes | None = None) -> Packing:
+        """Works out, on the host, what of a batch has a shape that depends on its content.
+
+        Args:
+            batch: B patients.
+            codes: of a batch whose last visits are asked about.
+        """
         slot, window = self.options.first_visit_slot, self.charm is not None
-        # In evaluation an answer's last bits must not depend on the other patients.
-        return pack(batch, self.sizes, slot, window, distinct=self.training)
+        return pack(batch, self.sizes, slot, window, distinct=self.training, given=codes)
+
+    def fold(self) -> None:
+        """Works out once what follows from the weights alone, for answers in blocks.
+
+        For a model that no longer learns: nothing looks whether weights change afterwards.
+        """
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, WideConvolution | DirectPath):
+                    module.fold()
+            if self.cwg is None or self.options.cwg_context == "entity":
+                self._folded = self._fold()
+
+    def _fold(self) -> "_Folded":
+        number = sum(self.sizes)
+        ids = torch.arange(number, device=self.embedding.device)
+        modality = (ids >= self.sizes[0]).long() + (ids >= sum(self.sizes[:2]))
+        modulated: torch.Tensor = self.embedding
+        if self.cwg is not None:
+            modulated = modulated * self.cwg(self.entity_weights.table, modality)
+        raw = self.options.homogeneous_input == "raw"
+        of_code = (self.embedding if raw else modulated).repeat_interleave(NUM_CLASSES, 0)
+        classes = torch.arange(NUM_CLASSES, device=ids.device).repeat(number)
+        masked = self.class_mask(of_code, modality.repeat_interleave(NUM_CLASSES), classes)
+        return _Folded(modulated, masked)
 
     def forward(self, batch: Batch, prepared: Packing | None = None) -> torch.Tensor:
         """Gives logits for every visit from the visits before it and its known codes.
@@ -181,7 +226,8 @@ class CafeMed(nn.Module):
             prepared: of this batch, on its device; None: it is prepared here.
 
         Returns:
-            float32 (B, T, N_m), y^ of docs/models.md 1.12; 0 after a patient's last visit.
+            float32 (B, T, N_m), y^ of docs/models.md 1.12; 0 after a patient's last visit. Where
+            some visits are asked about, those of these A alone, float32 (A, N_m).
 
         Raises:
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
@@ -190,16 +236,21 @@ class CafeMed(nn.Module):
         packing = moved(self.prepare(batch), batch.counts.device) if prepared is None else prepared
         visits = self.encode_visits(packing)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both in (16).
-        patient = torch.relu(self.grus(visits, packing.steps).flatten(1))
+        states = self.grus(visits, packing.steps).flatten(1)
+        if packing.asked is not None:
+            states = states.index_select(0, packing.asked.visits)
+        patient = torch.relu(states)
         if self.options.duplicate_state:
             patient = torch.cat([patient, patient], 1)
         logits = self.head(patient)
         if self.direct is not None:
             logits = self.direct(logits, packing)
-        return batch.pad(logits)
+        return batch.pad(logits) if packing.asked is None else logits
 
     def encode_visits(self, packing: Packing) -> torch.Tensor:
         """Equations (1) to (13) and (15): z, float32 (V, 3, d)."""
+        if self._folded is not None and blocks.is_fixed():
+            return self._encode_folded(packing, self._folded)
         looked_up = packing.of_codes(self.embedding.index_select(0, packing.distinct))
         embedded = modulated = self.dropout(looked_up)
         weights = self.entity_weights(packing)
@@ -221,6 +272,18 @@ class CafeMed(nn.Module):
             refined = self.charm(modulated, weights, packing)
         fusion = self.fusion[..., None]
         return fusion[:, 0] * self._sum(masked, packing) + fusion[:, 1] * refined
+
+    def _encode_folded(self, packing: Packing, folded: "_Folded") -> torch.Tensor:
+        row = packing.ids * NUM_CLASSES + packing.classes
+        starts = packing.to_groups.forward.starts
+        masked = Rows(row, starts, None).add_up(folded.masked).view(packing.num_visits, 3, -1)
+        modulated = folded.modulated.index_select(0, packing.ids)
+        if self.charm is None:
+            refined = self._sum(modulated, packing)
+        else:
+            refined = self.charm(modulated, self.entity_weights(packing), packing)
+        fusion = self.fusion[..., None]
+        return fusion[:, 0] * masked + fusion[:, 1] * refined
 
     def _sum(self, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Adds up rows (N, d) of each visit and modality; (V, 3, d)."""

@@ -13,11 +13,12 @@ from torch import nn
 from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
 from cafemed.stepping import moved
+from models import blocks
 from models.dropout import FastDropout
 from models.effect_edges import EffectRelations
 from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
-from models.packing import Packing, pack
+from models.packing import Codes, Packing, pack
 from models.recurrent import ParallelGRU
 from models.relational import HeterogeneousBranch, Messages
 
@@ -88,13 +89,19 @@ class CausalMed(nn.Module):
         )
         self.fusion = nn.Parameter(torch.ones(3, 2))
         self.grus = ParallelGRU(3, d)
-        self.head = nn.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
+        self.head = blocks.Linear((6 if options.duplicate_state else 3) * d, inputs.sizes[2])
 
-    def prepare(self, batch: Batch) -> Prepared:
-        """Works out, on the host, what of a batch has a shape that depends on its content."""
+    def prepare(self, batch: Batch, codes: Codes | None = None) -> Prepared:
+        """Works out, on the host, what of a batch has a shape that depends on its content.
+
+        Args:
+            batch: B patients.
+            codes: of a batch whose last visits are asked about.
+        """
         host = batch.to("cpu")
-        # In evaluation an answer's last bits must not depend on the other patients.
-        packing = pack(host, self.sizes, first_visit_slot=False, distinct=self.training)
+        packing = pack(
+            host, self.sizes, first_visit_slot=False, distinct=self.training, given=codes
+        )
         return Prepared(packing, self.heterogeneous.prepare(host, packing))
 
     def forward(self, batch: Batch, prepared: Prepared | None = None) -> torch.Tensor:
@@ -105,7 +112,8 @@ class CausalMed(nn.Module):
             prepared: of this batch, on its device; None: it is prepared here.
 
         Returns:
-            float32 (B, T, N_m), y^ of docs/models.md 2.4; 0 after a patient's last visit.
+            float32 (B, T, N_m), y^ of docs/models.md 2.4; 0 after a patient's last visit. Where
+            some visits are asked about, those of these A alone, float32 (A, N_m).
 
         Raises:
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
@@ -116,10 +124,14 @@ class CausalMed(nn.Module):
         packing = prepared.packing
         visits = self.encode_visits(batch, prepared)
         # A layer's last state is its last output, h_k = o_k^t: o stands for both.
-        patient = torch.relu(self.grus(visits, packing.steps).flatten(1))
+        states = self.grus(visits, packing.steps).flatten(1)
+        if packing.asked is not None:
+            states = states.index_select(0, packing.asked.visits)
+        patient = torch.relu(states)
         if self.options.duplicate_state:
             patient = torch.cat([patient, patient], 1)
-        return batch.pad(self.head(patient))
+        logits: torch.Tensor = self.head(patient)
+        return batch.pad(logits) if packing.asked is None else logits
 
     def encode_visits(self, batch: Batch, prepared: Prepared) -> torch.Tensor:
         """Both branches and their fusion: z, float32 (V, 3, d)."""

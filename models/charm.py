@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from models.packed import convolve, normalise, sum_slots
+from models import blocks
+from models.packed import FoldedConvolution, convolve, normalise, sum_slots
 from models.packing import KERNEL, Packing, sum_groups
 
 
@@ -25,8 +26,8 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
-        self.reduce = nn.Linear(channels, channels // reduction)
-        self.expand = nn.Linear(channels // reduction, channels)
+        self.reduce = blocks.Linear(channels, channels // reduction)
+        self.expand = blocks.Linear(channels // reduction, channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Weighs features (Q, W, C)."""
@@ -70,12 +71,21 @@ class WideConvolution(nn.Module):
         shape = (out_channels, in_channels, KERNEL, columns)
         self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(out_channels).uniform_(-bound, bound))
+        self._folded: FoldedConvolution | None = None
 
     def forward(self, features: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Convolves within each visit: (Q, W, C_in) → (Q, W, C_out)."""
         assert packing.window is not None
-        line = convolve(features.flatten(1), self._line_weight(), self._line_bias(), packing.window)
-        return line.view(len(features), self.width, -1)
+        if self._folded is not None and blocks.is_fixed():
+            line = self._folded(features.flatten(1), packing.window)
+        else:
+            weight, bias = self._line_weight(), self._line_bias()
+            line = convolve(features.flatten(1), weight, bias, packing.window)
+        return line.view(features.shape[0], self.width, -1)
+
+    def fold(self) -> None:
+        """See `CafeMed.fold`."""
+        self._folded = FoldedConvolution(self._line_weight(), self._line_bias())
 
     def _line_weight(self) -> torch.Tensor:
         """The kernel of the equal 1-D convolution, (W * C_out, W * C_in, 7)."""
@@ -156,7 +166,7 @@ class CausalGate(nn.Module):
     def __init__(self, channels: int, by: Literal["visit", "position"]) -> None:
         super().__init__()
         self.by = by
-        self.linear = nn.Linear(1, channels)
+        self.linear = blocks.Linear(1, channels)
 
     def of_visits(self, weights: torch.Tensor, packing: Packing) -> torch.Tensor:
         """The gate of each visit, (V, C), from w (N,) of the codes; for `by="visit"`."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cafemed.batches import ModelInputs
+from models.blocks import Linear
 from models.packing import Packing
 
 
@@ -79,8 +80,8 @@ class Modulation(nn.Module):
 
     def __init__(self, dimension: int, hidden: int, activation: Literal["relu", "tanh"]) -> None:
         super().__init__()
-        self.expand = nn.Linear(1, hidden)
-        self.project = nn.Linear(hidden, dimension)
+        self.expand = Linear(1, hidden)
+        self.project = Linear(hidden, dimension)
         self.activation = torch.relu if activation == "relu" else torch.tanh
 
     def forward(self, weights: torch.Tensor) -> torch.Tensor:

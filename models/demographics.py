@@ -5,6 +5,7 @@ from torch import nn
 
 from cafemed.batches import Batch
 from cafemed.cohort import SEXES
+from models.blocks import Linear
 from models.dropout import FastDropout
 from models.embeddings import EMBEDDING_BOUND, embedding_table
 
@@ -30,7 +31,7 @@ class Demographics(nn.Module):
             with torch.no_grad():
                 self.sex[SEXES.index("unknown")] = 0
         if "Y" in modalities:
-            self.age = nn.Linear(1, dimension)
+            self.age = Linear(1, dimension)
             nn.init.uniform_(self.age.weight, -EMBEDDING_BOUND, EMBEDDING_BOUND)
 
     @property

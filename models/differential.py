@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cafemed.batches import Batch
+from models import blocks
 from models.dropout import FastDropout
 from models.sparse_map import SparseMap
 
@@ -36,8 +37,8 @@ class IntraVisitAttention(nn.Module):
 
     def __init__(self, dimension: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.value = nn.Linear(dimension, dimension)
-        self.gate = nn.Linear(dimension, heads)
+        self.value = blocks.Linear(dimension, dimension)
+        self.gate = blocks.Linear(dimension, heads)
         self.output = nn.Linear(dimension, dimension)
         self.dropout = FastDropout(dropout)
 
@@ -58,7 +59,7 @@ class IntraVisitAttention(nn.Module):
         # W_o is linear, so the visits are added up before it.
         history = batch.flatten(batch.pad(contexts).cumsum(1))
         added = others.shape[1] * (batch.slots % batch.num_steps + 1)
-        out = history @ self.output.weight.T + added[:, None] * self.output.bias
+        out = blocks.product(history, self.output.weight.T) + added[:, None] * self.output.bias
         return torch.where(batch.is_first[:, None], 0.0, out)
 
 
@@ -101,10 +102,10 @@ class InterVisitAttention(nn.Module):
     def __init__(self, dimension: int, heads: int, dropout: float, bias_scale: float) -> None:
         super().__init__()
         self.heads, self.bias_scale = heads, bias_scale
-        self.query = nn.Linear(dimension, 2 * dimension)
-        self.key = nn.Linear(dimension, dimension)
-        self.value = nn.Linear(dimension, dimension)
-        self.gate = nn.Linear(dimension, heads)
+        self.query = blocks.Linear(dimension, 2 * dimension)
+        self.key = blocks.Linear(dimension, dimension)
+        self.value = blocks.Linear(dimension, dimension)
+        self.gate = blocks.Linear(dimension, heads)
         self.output = nn.Linear(dimension, dimension)
         self.dropout = FastDropout(dropout)
 
@@ -127,7 +128,7 @@ class InterVisitAttention(nn.Module):
         gate = torch.sigmoid(self.gate(tokens))[..., None]
         difference = contexts[:, :, :, 0] - gate * contexts[:, :, :, 1]
         summed = self.dropout(difference).sum(1).flatten(1)
-        out = summed @ self.output.weight.T + num_tokens * self.output.bias
+        out = blocks.product(summed, self.output.weight.T) + num_tokens * self.output.bias
         return torch.where(_has_earlier(pairs, len(tokens))[:, None], out, 0.0)
 
     def _contexts(

@@ -54,17 +54,32 @@ class DirectPath(nn.Module):
             effects = torch.tensor(inputs.effects, dtype=torch.float32)
             chance[: len(effects)] = effects.clamp(START_CHANCE, MAX_START_CHANCE)
         self.table = nn.Parameter(torch.logit(chance) / pace)
+        self._folded: torch.Tensor | None = None
 
     def forward(self, logits: torch.Tensor, packing: Packing) -> torch.Tensor:
-        """Gives logit p, float32 (V, N_m), from y, float32 (V, N_m), of the packing's visits."""
-        softplus = nn.functional.softplus
+        """Gives logit p, float32 (V, N_m), from y, float32 (V, N_m), of the packing's visits.
+
+        Where some are asked about, both are of these.
+        """
+        if packing.asked is not None:
+            table = self._hazards(self.table) if self._folded is None else self._folded
+            return self._joined(logits, self.pace * packing.asked.codes.add_up(table))
+        of_codes = self._hazards(self.table.index_select(0, packing.distinct))
+        return self._joined(logits, self.pace * packing.to_visits(of_codes))
+
+    def fold(self) -> None:
+        """Works out the hazards once, for a model that no longer learns."""
+        self._folded = self._hazards(self.table)
+
+    def _hazards(self, rows: torch.Tensor) -> torch.Tensor:
         # With this beta softplus gives its value at pace times theta's table, over pace.
-        of_codes = softplus(self.table.index_select(0, packing.distinct), beta=self.pace)
-        hazard = self.pace * packing.to_visits(of_codes)
+        return nn.functional.softplus(rows, beta=self.pace)
+
+    def _joined(self, logits: torch.Tensor, hazard: torch.Tensor) -> torch.Tensor:
         if self.link == "additive":
             return logits + hazard
         # softplus(x) = -log(1 - sigmoid(x)): hazards add where chances of no cause multiply.
-        hazard = (hazard + softplus(logits)).clamp(min=LEAST_HAZARD)
+        hazard = (hazard + nn.functional.softplus(logits)).clamp(min=LEAST_HAZARD)
         return hazard + torch.log(-torch.expm1(-hazard))
 
 

@@ -15,6 +15,7 @@ from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
 from cafemed.errors import ConfigError
 from cafemed.stepping import moved
+from models import blocks
 from models.demographics import Demographics
 from models.differential import InterVisitAttention, IntraVisitAttention, VisitPairs
 from models.direct import direct_path
@@ -23,7 +24,7 @@ from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
 from models.laboratory import LaboratoryEncoder
 from models.molecules import MoleculeBranch
-from models.packing import Packing, pack
+from models.packing import Codes, Packing, pack
 from models.recurrent import ParallelGRU
 from models.review import CausalReview, known_codes
 from models.sparse_map import Rows
@@ -129,18 +130,32 @@ class GraphDiffMed(nn.Module):
         )
         num_states = num_sequences * (2 if options.duplicate_state else 1)
         num_parts = num_states + self.demographics.number + 2
-        self.head = nn.Linear(num_parts * d, inputs.sizes[2])
+        self.head = blocks.Linear(num_parts * d, inputs.sizes[2])
         self.review = CausalReview(inputs, options.review_quantiles) if options.review else None
         self.direct = direct_path(inputs, options.direct, options.direct_start, options.direct_pace)
         self.register_buffer("ddi", torch.tensor(inputs.ddi, dtype=torch.float32), persistent=False)
 
-    def prepare(self, batch: Batch) -> Prepared:
-        """Works out, on the host, what of a batch has a shape that depends on its content."""
+    def prepare(self, batch: Batch, codes: Codes | None = None) -> Prepared:
+        """Works out, on the host, what of a batch has a shape that depends on its content.
+
+        Args:
+            batch: B patients.
+            codes: of a batch whose last visits are asked about.
+        """
         host = batch.to("cpu")
-        # In evaluation an answer's last bits must not depend on the other patients.
-        packing = pack(host, self.sizes, first_visit_slot=False, distinct=self.training)
-        known = None if self.review is None else known_codes(packing)
+        packing = pack(
+            host, self.sizes, first_visit_slot=False, distinct=self.training, given=codes
+        )
+        known = None
+        if self.review is not None:
+            known = known_codes(packing) if packing.asked is None else packing.asked.known
         return Prepared(packing, VisitPairs.of(host), known)
+
+    def fold(self) -> None:
+        """As `CafeMed.fold`."""
+        if self.direct is not None:
+            with torch.no_grad():
+                self.direct.fold()
 
     def forward(self, batch: Batch, prepared: Prepared | None = None) -> torch.Tensor:
         """Gives logits for every visit from the visits before it and its known codes.
@@ -150,7 +165,8 @@ class GraphDiffMed(nn.Module):
             prepared: of this batch, on its device; None: it is prepared here.
 
         Returns:
-            float32 (B, T, N_m), y of docs/models.md 3.6; 0 after a patient's last visit.
+            float32 (B, T, N_m), y of docs/models.md 3.6; 0 after a patient's last visit. Where
+            some visits are asked about, those of these A alone, float32 (A, N_m).
 
         Raises:
             ArtifactError: if the batch's codes are of vocabularies of other sizes.
@@ -175,12 +191,15 @@ class GraphDiffMed(nn.Module):
         parts = [state, about.flatten(1), *attended]
         if self.options.duplicate_state:
             parts.append(state)
-        logits = self.head(torch.relu(torch.cat(parts, 1)))
+        features = torch.cat(parts, 1)
+        if packing.asked is not None:
+            features = features.index_select(0, packing.asked.visits)
+        logits = self.head(torch.relu(features))
         if self.review is not None and prepared.known is not None:
             logits = self.review(logits, prepared.known)
         if self.direct is not None:
             logits = self.direct(logits, packing)
-        return batch.pad(logits)
+        return batch.pad(logits) if packing.asked is None else logits
 
     def encode_visits(self, packing: Packing) -> torch.Tensor:
         """Sums of each modality's masked codes: s, float32 (V, 3, d)."""

@@ -113,7 +113,10 @@ class MoleculeBranch(nn.Module):
 
         hidden = torch.relu(pass_on(self.first, embedded, [self.embedding, self.embedding]))
         # No message reaches a molecule.
-        molecules = [torch.relu(weights.own(self.embedding)) for weights in self.first.kinds]
+        molecules = [
+            torch.relu(torch.addmm(weights.bias, self.embedding, weights.root))
+            for weights in self.first.kinds
+        ]
         return torch.where(is_code, pass_on(self.second, hidden, molecules), embedded)
 
     def _is_alone(self, packing: Packing) -> torch.Tensor:

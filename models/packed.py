@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from models import blocks
 from models.packing import Packing, Window
 from models.precision import product_type
 
@@ -30,17 +31,46 @@ def convolve(
     Returns:
         (Q, C_out), in the type of products (`precision.py`).
     """
-    out_channels, in_channels, kernel = weight.shape
+    out_channels, in_channels, _ = weight.shape
     kind = product_type(features)
     features, weight, bias = features.to(kind), weight.to(kind), bias.to(kind)
-    # Whichever has fewer channels is the side on which the seven offsets are laid out.
+    matrix = _kernel_matrix(weight)
     if out_channels <= in_channels:
-        matrix = weight.permute(1, 2, 0).reshape(in_channels, kernel * out_channels)
         out: torch.Tensor = _ProjectThenSum.apply(features, matrix, bias, window)  # type: ignore[no-untyped-call]
     else:
-        matrix = weight.permute(2, 1, 0).reshape(kernel * in_channels, out_channels)
         out = _UnfoldThenProject.apply(features, matrix, bias, window)  # type: ignore[no-untyped-call]
     return out
+
+
+class FoldedConvolution:
+    """`convolve` with weights that no longer change, in blocks (models/blocks.py).
+
+    Args:
+        weight: (C_out, C_in, 7), as of `conv1d`.
+        bias: (C_out,).
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self._projects_first = weight.shape[0] <= weight.shape[1]
+        self._matrix, self._bias = _kernel_matrix(weight).contiguous(), bias
+
+    def __call__(self, features: torch.Tensor, window: Window) -> torch.Tensor:
+        """Convolves features (Q, C_in) within each visit, (Q, C_out)."""
+        if self._projects_first:
+            return _project_then_sum(features, self._matrix, self._bias, window)
+        unfolded = _spread(features, window.neighbour)
+        return blocks.product(unfolded, self._matrix, self._bias)
+
+
+def _kernel_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """The kernel (C_out, C_in, 7) as a matrix (C_in, 7 C_out) or (7 C_in, C_out).
+
+    Whichever has fewer channels is the side on which the seven offsets are laid out.
+    """
+    out_channels, in_channels, kernel = weight.shape
+    if out_channels <= in_channels:
+        return weight.permute(1, 2, 0).reshape(in_channels, kernel * out_channels)
+    return weight.permute(2, 1, 0).reshape(kernel * in_channels, out_channels)
 
 
 def normalise(features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -56,6 +86,8 @@ def normalise(features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor)
     """
     if features.dtype.itemsize < torch.float32.itemsize:
         features = features.float()
+    if blocks.is_fixed():
+        return _normalised(features, visit, starts)[0]
     out: torch.Tensor = _Normalise.apply(features, visit, starts)  # type: ignore[no-untyped-call]
     return out
 
@@ -70,6 +102,8 @@ def sum_slots(cells: torch.Tensor, packing: Packing) -> torch.Tensor:
     Returns:
         (V * 3, d), row visit * 3 + modality.
     """
+    if blocks.is_fixed():
+        return _bag(cells, packing.slot_cell, packing.slot_starts)
     out: torch.Tensor = _SumSlots.apply(cells, packing)  # type: ignore[no-untyped-call]
     return out
 
@@ -84,7 +118,26 @@ def _bag(
 def _spread(rows: torch.Tensor, neighbour: torch.Tensor) -> torch.Tensor:
     """Lays the seven neighbours of each position side by side, 0 where there is none."""
     padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    return padded.index_select(0, neighbour.flatten()).view(len(neighbour), -1)
+    return padded.index_select(0, neighbour.flatten()).view(neighbour.shape[0], -1)
+
+
+def _project_then_sum(
+    features: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor, window: Window
+) -> torch.Tensor:
+    projected = blocks.product(features, matrix).view(-1, bias.shape[0])
+    return _bag(projected, window.to_sum, window.to_sum_starts).add_(bias)
+
+
+def _normalised(
+    features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `normalise` gives, the inverse standard deviation of each row, and all rows' indices."""
+    every = torch.arange(visit.shape[0], device=visit.device)
+    mean = _bag(features, every, starts, mean=True)
+    centred = features - mean.index_select(0, visit)
+    variance = _bag(centred * centred, every, starts, mean=True)
+    inverse = torch.rsqrt(variance + NORM_EPS).index_select(0, visit)
+    return centred.mul_(inverse), inverse, every
 
 
 class _ProjectThenSum(torch.autograd.Function):
@@ -94,14 +147,13 @@ class _ProjectThenSum(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(features, matrix)
         ctx.window = window
-        projected = (features @ matrix).view(-1, len(bias))
-        return _bag(projected, window.to_sum, window.to_sum_starts).add_(bias)
+        return _project_then_sum(features, matrix, bias, window)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         features, matrix = ctx.saved_tensors
-        spread = _spread(gradient, ctx.window.opposite)
+        spread = _spread(gradient, ctx.window.backward.opposite)
         return spread @ matrix.T, features.T @ spread, gradient.sum(0), None
 
 
@@ -120,7 +172,8 @@ class _UnfoldThenProject(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         unfolded, matrix = ctx.saved_tensors
         rows = (gradient @ matrix.T).view(-1, ctx.channels)
-        of_features = _bag(rows, ctx.window.to_sum_back, ctx.window.to_sum_back_starts)
+        back = ctx.window.backward
+        of_features = _bag(rows, back.to_sum, back.to_sum_starts)
         return of_features, unfolded.T @ gradient, gradient.sum(0), None
 
 
@@ -129,12 +182,7 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor
     ) -> torch.Tensor:
-        every = torch.arange(len(visit), device=visit.device)
-        mean = _bag(features, every, starts, mean=True)
-        centred = features - mean.index_select(0, visit)
-        variance = _bag(centred * centred, every, starts, mean=True)
-        inverse = torch.rsqrt(variance + NORM_EPS).index_select(0, visit)
-        out = centred.mul_(inverse)
+        out, inverse, every = _normalised(features, visit, starts)
         ctx.save_for_backward(out, inverse, every, visit, starts)
         return out
 

@@ -6,6 +6,9 @@ belong to its own visit, and so where a convolution meets the zeros of its paddi
 
 All of it follows from how many codes each visit has, and is worked out on the host, in NumPy: on a
 GPU, shapes that depend on data would make every step wait for the device.
+
+For a server's answers (`Codes`) codes, positions and steps are filled up to whole blocks
+(models/blocks.py) by what belongs to nobody.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from cafemed.batches import Batch
 from cafemed.codes import KINDS
 from cafemed.errors import ArtifactError
+from models.blocks import BLOCK, whole
 from models.sparse_map import Rows, SparseMap
 
 #: Kernel width of equations (10) and (11), and the padding on each side.
@@ -27,23 +31,80 @@ PADDING = 3
 
 
 @dataclasses.dataclass(frozen=True)
+class Codes:
+    """The codes of a batch whose last visits are asked about, without gradients.
+
+    They take the place of the batch's own `codes` and `classes`. The batch has whole blocks of
+    visits, of which the last is its patient's only one, has no codes and is not asked about: what
+    fills up codes and positions is laid there.
+
+    Attributes:
+        ids: int64 (N,), indices into each modality's own vocabulary, ordered by visit, modality
+            and position, as `counts` of the batch says.
+        classes: int64 (N,), node classes.
+        asked: int64 (A,), the visit rows that are asked about; whole blocks of them.
+        room: None, or positions of own visits that there is room for: codes and positions are
+            filled up to the same numbers whatever patients there are.
+    """
+
+    ids: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    asked: NDArray[np.int64]
+    room: int | None = None
+
+    def num_codes(self) -> int:
+        """Codes, filled up; more than there are."""
+        return whole((len(self.ids) if self.room is None else 3 * self.room) + 1)
+
+    def num_positions(self, own: int) -> int:
+        """Positions, filled up, of a batch with so many."""
+        return whole(own if self.room is None else 2 * self.room + BLOCK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """The visits that are asked about.
+
+    Attributes:
+        visits: int64 (A,), visit rows.
+        codes: rows of the one table of all codes that belong to each.
+        known: of these the diagnoses and procedures.
+    """
+
+    visits: torch.Tensor
+    codes: Rows
+    known: Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """What the gradients of a `Window` need.
+
+    Attributes:
+        opposite: int64 (Q, 7); [q, o] is q - o + 3 if that lies in the visit of q, else Q.
+        to_sum, to_sum_starts: as those of the window, over `opposite`.
+    """
+
+    opposite: torch.Tensor
+    to_sum: torch.Tensor
+    to_sum_starts: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Window:
     """The neighbours of every position within its visit. Q positions.
 
     Attributes:
         neighbour: int64 (Q, 7); [q, o] is q + o - 3 if that lies in the visit of q, else Q.
-        opposite: int64 (Q, 7); [q, o] is q - o + 3 if that lies in the visit of q, else Q.
         to_sum, to_sum_starts: rows of a (Q * 7, ...) array, row q * 7 + o, that add up at each
             position: those at its neighbours, each under its own offset o.
-        to_sum_back, to_sum_back_starts: the same over `opposite`, for gradients.
+        backward: None where there will be no gradients.
     """
 
     neighbour: torch.Tensor
-    opposite: torch.Tensor
     to_sum: torch.Tensor
     to_sum_starts: torch.Tensor
-    to_sum_back: torch.Tensor
-    to_sum_back_starts: torch.Tensor
+    backward: Backward | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +112,20 @@ class Steps:
     """The visits of a batch in the order in which recurrent layers meet them.
 
     Step t holds the t-th visits of the patients who have one, those with most visits first, so
-    that the patients of a step are the first ones of the step before.
+    that the patients of a step are the first ones of the step before. In whole blocks, visits that
+    mean nothing fill up every step.
 
     Attributes:
-        order: int64 (V,), the visit row of each place.
+        order: int64 (V,), the visit row of each place; more than V in whole blocks.
         place: int64 (V,), the place of each visit row.
         previous: int64 (V - sizes[0],), the place of the visit before, for the places of all steps
-            but the first.
+            but the first; None where there will be no gradients.
         sizes: patients of each step.
     """
 
     order: torch.Tensor
     place: torch.Tensor
-    previous: torch.Tensor
+    previous: torch.Tensor | None
     sizes: tuple[int, ...]
 
 
@@ -96,6 +158,7 @@ class Packing:
         starts: int64 (V,), the first position of each visit.
         steps: see Steps.
         window: the positions' neighbours; None where nobody asked for them.
+        asked: the visits that are asked about; None: all are.
     """
 
     ids: torch.Tensor
@@ -116,6 +179,7 @@ class Packing:
     starts: torch.Tensor
     steps: Steps
     window: Window | None
+    asked: Asked | None = None
 
     def of_codes(self, rows: torch.Tensor) -> torch.Tensor:
         """Gives each code that exists its row, (N, ...), from those of `distinct`, (U, ...)."""
@@ -124,12 +188,12 @@ class Packing:
     @property
     def num_visits(self) -> int:
         """V."""
-        return len(self.lengths)
+        return self.lengths.shape[0]
 
     @property
     def num_positions(self) -> int:
         """Q."""
-        return len(self.position_visit)
+        return self.position_visit.shape[0]
 
 
 def pack(
@@ -138,6 +202,7 @@ def pack(
     first_visit_slot: bool = True,
     window: bool = False,
     distinct: bool = False,
+    given: Codes | None = None,
 ) -> Packing:
     """Finds the places of a batch's codes; reads codes only where `counts` says they exist.
 
@@ -149,10 +214,13 @@ def pack(
         window: whether the positions' neighbours are wanted.
         distinct: whether codes that several visits share are to be computed once. Which they are
             depends on the other patients of the batch, and with it a result's last bits.
+        given: see Codes; None: those of the batch.
 
     Raises:
         ArtifactError: if a code lies outside its vocabulary.
     """
+    if given is not None:
+        return _pack_blocks(batch, given, sizes, first_visit_slot, window)
     host = batch.to("cpu")
     counts, codes, classes = (x.numpy() for x in (host.counts, host.codes, host.classes))
     group, place = _ranges(counts.reshape(-1))
@@ -191,9 +259,85 @@ def pack(
         **_tensors(found),
         **_look_up(ids, visit, _starts(counts.sum(1)), distinct),
         to_groups=SparseMap(_rows(every, of_groups), _rows(group, every)),
-        steps=_steps(host),
-        window=_window(lengths) if window else None,
+        steps=_steps(host.lengths.numpy(), host.slots.numpy(), host.num_steps),
+        window=_window(lengths, gradients=True) if window else None,
     )
+
+
+def _pack_blocks(
+    batch: Batch,
+    given: Codes,
+    sizes: tuple[int, int, int],
+    first_visit_slot: bool,
+    window: bool,
+) -> Packing:
+    """The packing of codes that are asked about, in whole blocks and without gradients."""
+    counts = batch.counts.numpy()
+    num_visits, number = len(counts), len(given.ids)
+    filling = given.num_codes() - number
+    per_list = counts.reshape(-1).copy()
+    per_list[-1] += filling  # medications: the one kind that every cohort has codes of
+    group, place = _ranges(per_list)
+    visit = group // 3
+    modality = group - 3 * visit
+    ids = np.concatenate([given.ids, np.zeros(filling, np.int64)])
+    _require_inside(ids, modality, sizes)
+    ids += np.cumsum([0, *sizes[:2]])[modality]
+    lengths = counts.max(1, initial=1)
+    own = int(lengths.sum())
+    lengths[-1] += given.num_positions(own) - own
+    starts = _starts(lengths)
+    cell = (starts[visit] + place) * 3 + modality
+    cell[number:] = 3 * starts[-1] + 2
+    slots, slot_group, slot_cell = counts.reshape(-1), group[:number], cell[:number]
+    if first_visit_slot:
+        is_first = batch.slots.numpy() % batch.num_steps == 0
+        slots = counts.copy()
+        slots[:, 2] = np.maximum(counts[:, 2], is_first)
+        slots = slots.reshape(-1)
+        slot_group, slot_place = _ranges(slots)
+        slot_visit = slot_group // 3
+        slot_cell = (starts[slot_visit] + slot_place) * 3 + slot_group - 3 * slot_visit
+    found = {
+        "ids": ids,
+        "modality": modality,
+        "classes": np.concatenate([given.classes, np.zeros(filling, np.int64)]),
+        "visit": visit,
+        "group": group,
+        "cell": cell,
+        "distinct": ids,
+        "slot_cell": slot_cell,
+        "slot_group": slot_group,
+        "slot_starts": _starts(slots),
+        "position_visit": np.repeat(np.arange(num_visits), lengths),
+        "lengths": lengths,
+        "starts": starts,
+    }
+    every = np.arange(len(ids))
+    of_visits = per_list.reshape(-1, 3).sum(1)
+    return Packing(
+        **_tensors(found),
+        spread=None,
+        to_visits=SparseMap(_rows(every, _starts(of_visits)), None),
+        to_groups=SparseMap(_rows(every, _starts(per_list)), None),
+        steps=_steps(batch.lengths.numpy(), batch.slots.numpy(), batch.num_steps, BLOCK),
+        window=_window(lengths, gradients=False) if window else None,
+        asked=_asked(given.asked, ids, _starts(of_visits), counts),
+    )
+
+
+def _asked(
+    visits: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    counts: NDArray[np.int64],
+) -> Asked:
+    """The codes of the visits asked about; those of a visit begin with diagnoses and procedures."""
+    found = []
+    for number in (counts[visits].sum(1), counts[visits, :2].sum(1)):
+        row, place = _ranges(number)
+        found.append(_rows(ids[starts[visits][row] + place], _starts(number)))
+    return Asked(torch.from_numpy(visits), *found)
 
 
 def _require_inside(
@@ -253,13 +397,21 @@ def _look_up(
     }
 
 
-def _steps(host: Batch) -> Steps:
-    lengths, slots = host.lengths.numpy(), host.slots.numpy()
+def _steps(
+    lengths: NDArray[np.int64], slots: NDArray[np.int64], num_steps: int, block: int = 0
+) -> Steps:
+    """The steps of patients of these lengths; `block`: each has a multiple of so many patients."""
     rank = np.empty(len(lengths), np.int64)
     rank[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
-    patient = slots // host.num_steps
-    step = slots - patient * host.num_steps
+    patient = slots // num_steps
+    step = slots - patient * num_steps
     sizes = np.bincount(step, minlength=1)
+    if block:
+        sizes = -(-sizes // block) * block
+        place = _starts(sizes)[step] + rank[patient]
+        order = np.full(int(sizes.sum()), len(slots) - 1)
+        order[place] = np.arange(len(place))
+        return Steps(torch.from_numpy(order), torch.from_numpy(place), None, tuple(sizes.tolist()))
     place = _starts(sizes)[step] + rank[patient]
     order = np.empty(len(place), np.int64)
     order[place] = np.arange(len(place))
@@ -269,7 +421,7 @@ def _steps(host: Batch) -> Steps:
     return Steps(**_tensors(found), sizes=tuple(sizes.tolist()))
 
 
-def _window(lengths: NDArray[np.int64]) -> Window:
+def _window(lengths: NDArray[np.int64], gradients: bool) -> Window:
     visit, place = _ranges(lengths)
     number = len(visit)
     position, offset = np.arange(number)[:, None], np.arange(KERNEL)
@@ -280,16 +432,21 @@ def _window(lengths: NDArray[np.int64]) -> Window:
     own = np.minimum(high, KERNEL) - np.maximum(low, 0)
     # Row q * 7 + o of what is added up lies 7 (o - 3) rows from the position's, q' * 7 + o.
     rows = np.flatnonzero(inside)
-    opposite_rows = np.flatnonzero(inside[:, ::-1])
+    starts = _starts(own[:, 0])
     found = {
         "neighbour": neighbour,
-        "opposite": np.ascontiguousarray(neighbour[:, ::-1]),
         "to_sum": rows + KERNEL * (rows % KERNEL - PADDING),
-        "to_sum_starts": _starts(own[:, 0]),
-        "to_sum_back": opposite_rows - KERNEL * (opposite_rows % KERNEL - PADDING),
-        "to_sum_back_starts": _starts(own[:, 0]),
+        "to_sum_starts": starts,
     }
-    return Window(**_tensors(found))
+    if not gradients:
+        return Window(**_tensors(found), backward=None)
+    opposite_rows = np.flatnonzero(inside[:, ::-1])
+    back = {
+        "opposite": np.ascontiguousarray(neighbour[:, ::-1]),
+        "to_sum": opposite_rows - KERNEL * (opposite_rows % KERNEL - PADDING),
+        "to_sum_starts": starts,
+    }
+    return Window(**_tensors(found), backward=Backward(**_tensors(back)))
 
 
 def sum_groups(rows: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from models import blocks
 from models.packing import Steps
 from models.precision import without_autocast
 
@@ -49,6 +50,8 @@ class ParallelGRU(nn.Module):
         Returns:
             float32 (V, K, d), the output of each GRU at each visit.
         """
+        if blocks.is_fixed():
+            return self._in_blocks(visits, steps)
         with without_autocast(visits):  # many small steps: nothing to win
             weight, bias = self.weight_ih.transpose(1, 2), self.bias_ih[:, None]
             by_step = visits.to(weight.dtype).index_select(0, steps.order).transpose(0, 1)
@@ -56,6 +59,57 @@ class ParallelGRU(nn.Module):
             outputs = _Recurrence.apply(inputs, self.weight_hh, self.bias_hh, steps)  # type: ignore[no-untyped-call]
             of_visits: torch.Tensor = outputs.transpose(0, 1).index_select(0, steps.place)
         return of_visits
+
+    def _in_blocks(self, visits: torch.Tensor, steps: Steps) -> torch.Tensor:
+        """As `forward`, without gradients, every product of blocks.BLOCK rows."""
+        parts = zip(visits.unbind(1), self.weight_ih, self.bias_ih, strict=True)
+        inputs = torch.stack([blocks.product(rows, matrix.T, bias) for rows, matrix, bias in parts])
+        states = run_steps(
+            inputs.index_select(1, steps.order),
+            blocks.widened(self.weight_hh.transpose(1, 2)),
+            blocks.widened(self.bias_hh)[:, None],
+            list(steps.sizes),
+            blocks.BLOCK,
+        )
+        return states.index_select(1, steps.place).transpose(0, 1)
+
+
+def run_steps(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sizes: list[int], block: int
+) -> torch.Tensor:
+    """The recurrence on whole blocks.
+
+    Args:
+        inputs: projected inputs (K, V, 3d), in the places of the steps.
+        weight: (K, d, 3d), or wider (`blocks.widened`).
+        bias: (K, 1, 3d), or as wide.
+        sizes: patients of each step, multiples of `block`.
+        block: rows of a product.
+
+    Returns:
+        (K, V, d).
+    """
+    d = weight.shape[1]
+    states = inputs.new_empty((inputs.shape[0], inputs.shape[1], d))
+    begin, before = 0, 0
+    for t, size in enumerate(sizes):
+        given = inputs[:, begin : begin + size]
+        state = states[:, before : before + size]
+        own = bias.expand(-1, size, -1)  # before the first visit the state is 0
+        if t > 0:
+            parts: list[torch.Tensor] = []
+            for i in range(0, size, block):
+                parts.append(torch.baddbmm(bias, state[:, i : i + block], weight))
+            own = torch.cat(parts, 1)
+        gate = torch.sigmoid(given[:, :, : 2 * d] + own[:, :, : 2 * d])
+        reset, update = gate[:, :, :d], gate[:, :, d:]
+        new = torch.tanh(given[:, :, 2 * d :] + reset * own[:, :, 2 * d : 3 * d])
+        states[:, begin : begin + size] = (
+            torch.lerp(new, state, update) if t > 0 else new - update * new
+        )
+        before = begin
+        begin += size
+    return states
 
 
 class _Recurrence(torch.autograd.Function):

@@ -15,12 +15,10 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from cafemed.batches import Batch
+from models.blocks import BLOCK, is_fixed, product
 from models.effect_edges import EffectEdges, EffectRelations
 from models.packing import Packing
 from models.sparse_map import SparseMap
-
-#: Rows of one matrix product of a relation.
-BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ class RelationalLayer(nn.Module):
 
     def own(self, rows: torch.Tensor) -> torch.Tensor:
         """What nodes (N, d) keep of themselves: x W_root + bias."""
-        return torch.addmm(self.bias, rows, self.root)
+        return product(rows, self.root, self.bias)
 
     def messages(self, rows: torch.Tensor, messages: Messages) -> torch.Tensor:
         """Adds up share * rows[source] W_relation over the edges that lead to each target.
@@ -112,6 +110,12 @@ class RelationalLayer(nn.Module):
             (T, d).
         """
         sums = messages.to_blocks(rows)
+        if is_fixed():
+            # One by one: how many blocks a relation has depends on everybody in the batch.
+            relation = [r for r, number in enumerate(messages.num_blocks) for _ in range(number)]
+            parts = zip(sums.view(-1, BLOCK, sums.shape[1]), relation, strict=True)
+            own = [product(part, self.weight[r]) for part, r in parts] or [sums]
+            return messages.to_targets(torch.cat(own))
         projected = _ByRelation.apply(sums, self.weight, messages.num_blocks)  # type: ignore[no-untyped-call]
         return messages.to_targets(projected)
 
@@ -164,14 +168,13 @@ class HeterogeneousBranch(nn.Module):
             (V, 3, d).
         """
         received = self.first.messages(embedded, layers[0])
-        own = torch.addmm(self.first.bias, embedded, self.first.root)
-        hidden = torch.relu(own + received)
+        hidden = torch.relu(self.first.own(embedded) + received)
 
         sums = packing.to_groups(hidden).view(packing.num_visits, 3, -1)
         messages, counts = self.second.messages(hidden, layers[1]).view_as(sums), batch.counts
         if self.first_visit_slot:
             sums, messages, counts = self._add_slots(sums, messages, batch)
-        return sums @ self.second.root + counts[..., None] * self.second.bias + messages
+        return product(sums, self.second.root) + counts[..., None] * self.second.bias + messages
 
     def _add_slots(
         self, sums: torch.Tensor, messages: torch.Tensor, batch: Batch

@@ -37,11 +37,11 @@ class SparseMap:
 
     Attributes:
         forward: the rows that each target adds up.
-        backward: the targets whose gradients each source adds up.
+        backward: the targets whose gradients each source adds up; None where there will be none.
     """
 
     forward: Rows
-    backward: Rows
+    backward: Rows | None
 
     @classmethod
     def of(
@@ -73,6 +73,8 @@ class SparseMap:
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Maps (sources, d) to (targets, d)."""
+        if self.backward is None:
+            return self.forward.add_up(rows)
         out: torch.Tensor = _Apply.apply(rows, self)  # type: ignore[no-untyped-call]
         return out
 

@@ -1,20 +1,19 @@
-"""Batches of fixed shape: an answer must not depend on who else is in the batch, bit for bit.
+"""Runs of the model: an answer must not depend on who else is in the run, bit for bit.
 
-A matrix product gives a row other last bits among 64 rows than alone, so the model may only run at
-a few fixed shapes, and a patient's shape must follow from that patient alone. Padding the lists is
-not enough: a model may drop the padding and lay all codes of a batch end to end. So each patient
-is filled up with visits after the current one, which cannot influence it, until the number of
-visits, of codes, and of positions (the sum over visits of the longest list, at least 1) are all
-those of the shape; and a batch is filled up by repeating its first patient. A run of few patients
-has room for few (`Shape.room`), where that has been seen to give the bits of a whole one
-(serve/recommender.py). Fillers have codes of
-those kinds alone whose vocabulary is not empty: the others have no code to fill with.
+The visits of all patients of a run, of whatever lengths, are laid end to end. A matrix product
+gives a row other last bits among 64 rows than alone, so products are done in blocks of a fixed
+number of rows (models/blocks.py), and what a run has of visits, codes, positions (the sum over
+visits of the longest list, at least 1) and asked-about visits is filled up to whole blocks: by
+invented patients of one empty visit here, by codes and positions of the last of these in
+models/packing.py. They come last, so that no patient's row is among a tensor's last few elements.
+
+That the bits are a patient's own then is tried when a model is loaded (serve/recommender.py). Where
+they are not (a GPU, several threads, another build of torch), a run is filled up to its whole room.
 """
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,124 +21,45 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from cafemed.batches import Batch
-from cafemed.codes import KINDS
 from cafemed.graphs import CAUSE, EFFECT, MIDDLE, ORPHAN
 from cafemed.scaling import Scaling
+from models.blocks import whole
+from models.packing import Codes
 from serve.encoding import EncodedPatient
-from serve.schema import MAX_CODES
 
-#: Smallest of the shapes' positions. A hospital patient with two visits of fifteen codes takes 48.
-MIN_POSITIONS = 32
-MIN_VISITS = 2
-#: Positions of one run: the more, the better it fills the processor and the longer one waits.
-_RUN_POSITIONS = 512
-#: Smaller runs have room for a multiple of so many patients: products of fewer rows than these
-#: mostly go to other routines, which round in another way.
-_ROOM_STEP = 4
-_ALL_KINDS = tuple(range(len(KINDS)))
+#: Positions of a run, at most: the more, the less a patient costs and the longer one waits. A
+#: hospital patient with two visits of fifteen codes takes 30.
+RUN_POSITIONS = 1024
 #: [has incoming edges][has outgoing edges].
 _CLASSES = ((ORPHAN, CAUSE), (EFFECT, MIDDLE))
 _NOTHING: frozenset[int] = frozenset()
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class Shape:
-    """A shape that the model runs at.
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """What the model is given of P patients with V visits, N codes and M values, end to end.
 
     Attributes:
-        visits: that a patient has room for; fillers come on top.
-        positions: of every patient, fillers included.
-        kinds: indices of the kinds that have a vocabulary (`kinds_of`).
+        lengths: int64 (P,), visits of each patient, at least one.
+        counts: int64 (V, 3), codes of each kind.
+        ids: int64 (N,), indices into each kind's vocabulary, by visit and kind.
+        classes: int64 (N,), node classes in the graph of a visit's codes of that kind alone.
+        sex: int64 (P,).
+        age: float32 (P,), scaled; NaN if unknown.
+        num_values: int64 (V,), laboratory values.
+        items: int64 (M,).
+        values: float32 (M,), scaled.
     """
 
-    visits: int
-    positions: int
-    kinds: tuple[int, ...] = _ALL_KINDS
-
-    @property
-    def codes(self) -> int:
-        """Codes of every patient, fillers included.
-
-        Three eighths of the way from the fewest to the most that visits with codes can have, one to
-        K a position of K kinds: what hospital patients have, so that most find room where their
-        positions do. With a single kind, all positions but those of `visits` empty visits.
-        """
-        if len(self.kinds) == 1:
-            return self.positions - self.visits
-        return self.positions * (3 * len(self.kinds) + 5) // 8
-
-    @property
-    def patients(self) -> int:
-        """Patients of one run, at most."""
-        return max(1, _RUN_POSITIONS // self.positions)
-
-    def room(self, number: int) -> int:
-        """Patients of a run that is to hold so many, at most `patients`."""
-        return min(self.patients, -(-number // _ROOM_STEP) * _ROOM_STEP)
-
-    @property
-    def width(self) -> int:
-        """Codes that one list has room for."""
-        return min(MAX_CODES, self.positions)
-
-    @property
-    def num_fillers(self) -> int:
-        """Filling visits of either kind (`fillers_of`)."""
-        return math.ceil(self.positions / self.width)
-
-    @property
-    def steps(self) -> int:
-        """Visits of every patient, fillers included."""
-        room = self.visits if len(self.kinds) > 1 else 2 * self.visits
-        return room + 2 * self.num_fillers
-
-
-def kinds_of(vocabularies: Mapping[str, tuple[str, ...]]) -> tuple[int, ...]:
-    """Indices of the kinds that have a vocabulary; medications always do."""
-    return tuple(k for k, kind in enumerate(KINDS) if vocabularies[kind])
-
-
-def shape_of(patient: EncodedPatient, kinds: tuple[int, ...] = _ALL_KINDS) -> Shape:
-    """The shape for a patient: the smallest that has room for it and its fillers."""
-    visits = MIN_VISITS
-    while visits < patient.num_visits:
-        visits *= 2
-    for positions in position_sizes():
-        shape = Shape(visits, positions, kinds)
-        if _has_room(patient, shape):
-            return shape
-    raise AssertionError("unreachable")
-
-
-def position_sizes() -> Iterator[int]:
-    """The positions that shapes have, ascending: two to each doubling."""
-    for power in itertools.count():
-        yield MIN_POSITIONS << power
-        yield 3 * MIN_POSITIONS // 2 << power
-
-
-def fillers_of(patient: EncodedPatient, shape: Shape) -> NDArray[np.int64]:
-    """Codes of each list of the visits that come after a patient's last, int64 (visits, 3).
-
-    First empty visits, which have one position and no code; then visits with equally long lists of
-    all K kinds, which have K codes a position, and visits with the first kind alone, which have
-    one. So many of each are chosen that the sums come out. With a single kind there are no visits
-    of the former sort, and as many empty ones as make `shape.visits` with the patient's own.
-    """
-    kinds = shape.kinds
-    if len(kinds) == 1:
-        empty, lists, single = _missing_of_one(patient, shape)
-        fillers = np.zeros((empty + lists, 3), np.int64)
-        fillers[empty:, kinds[0]] = _split(single, lists)
-        return fillers
-    full, single, odd = _missing(patient, shape)
-    nothing = np.zeros((shape.visits - patient.num_visits, 3), np.int64)
-    wide = np.zeros((shape.num_fillers, 3), np.int64)
-    wide[:, kinds] = _split(full, shape.num_fillers)[:, None]
-    ones = np.zeros((shape.num_fillers, 3), np.int64)
-    ones[:, kinds[0]] = _split(single, shape.num_fillers)
-    ones[0, kinds[1]] = odd
-    return np.concatenate([nothing, wide, ones])
+    lengths: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    ids: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    sex: NDArray[np.int64]
+    age: NDArray[np.float32]
+    num_values: NDArray[np.int64]
+    items: NDArray[np.int64]
+    values: NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,108 +90,123 @@ class Edges:
         return found
 
 
-def batch_of(
-    patients: Sequence[EncodedPatient],
-    shape: Shape,
-    vocabularies: Mapping[str, tuple[str, ...]],
-    scaling: Scaling,
-    edges: Sequence[Edges],
-    room: int | None = None,
-) -> Batch:
-    """Makes the tensors of one run; what `batches.visit_arrays` and `collate` would, with fillers.
+def positions_of(patient: EncodedPatient) -> int:
+    """Positions of a patient: the longest list of each visit, at least 1, added up."""
+    return sum(max(1, *map(len, lists)) for lists in zip(*patient.known, strict=True))
+
+
+def room_for(positions: int) -> int:
+    """Positions of the runs that a patient with so many may be in, by itself or with others."""
+    room = RUN_POSITIONS
+    while room < positions:
+        room *= 2
+    return room
+
+
+def runs_of(positions: Sequence[int]) -> list[list[int]]:
+    """Divides patients with so many positions into runs: indices, in order within each run."""
+    runs: dict[int, list[list[int]]] = {}
+    left: dict[int, int] = {}
+    for i, number in enumerate(positions):
+        room = room_for(number)
+        if left.get(room, 0) < number:
+            runs.setdefault(room, []).append([])
+            left[room] = room
+        runs[room][-1].append(i)
+        left[room] -= number
+    return [run for of_room in runs.values() for run in of_room]
+
+
+def lay(patients: Sequence[EncodedPatient], edges: Sequence[Edges], scaling: Scaling) -> Visits:
+    """Lays patients end to end.
 
     Args:
-        patients: 1 to `room`, all of this shape.
-        shape: see Shape.
-        vocabularies: of the bundle.
-        scaling: of the bundle.
+        patients: at least one.
         edges: of the bundle's graph, one a kind.
-        room: patients of the run; None: shape.patients.
-
-    Returns:
-        a batch of exactly `room` patients with shape.steps visits each; the given ones come
-        first. Its laboratory arrays are as wide as there are items.
+        scaling: of the bundle.
     """
-    room = shape.patients if room is None else room
-    visits = (room, shape.steps)
-    codes = np.zeros((*visits, 3, shape.width), np.int64)
-    classes = np.full((*visits, 3, shape.width), ORPHAN, np.int64)
-    counts = np.zeros((*visits, 3), np.int64)
-    items = np.zeros((*visits, scaling.num_items), np.int64)
-    values = np.full((*visits, scaling.num_items), np.nan, np.float32)
-    num_values = np.zeros(visits, np.int64)
-    for p, patient in enumerate(patients):
-        for k, lists in enumerate(patient.known):
-            for t, ids in enumerate(lists):
-                if ids:
-                    codes[p, t, k, : len(ids)] = ids
-                    classes[p, t, k, : len(ids)] = edges[k].classes(ids)
-                    counts[p, t, k] = len(ids)
-        counts[p, patient.num_visits :] = fillers_of(patient, shape)
-        for t, measured in enumerate(patient.laboratory):
-            if measured:
-                own = np.array([item for item, _ in measured])
-                items[p, t, : len(own)] = own
-                given = np.array([value for _, value in measured], np.float32)
-                values[p, t, : len(own)] = scaling.values(own, given)
-                num_values[p, t] = len(own)
-    for array in (codes, classes, counts, items, values, num_values):
-        array[len(patients) :] = array[0]
-    ages = scaling.ages(np.array([patient.age for patient in patients], np.float32))
-    sexes = np.array([patient.sex for patient in patients], np.int64)
-    of = np.zeros(room, np.int64)  # the patient that each is, the first again at the end
-    of[: len(patients)] = np.arange(len(patients))
-    rows = room * shape.steps
-    num_diagnoses, num_procedures, num_medications = (len(vocabularies[kind]) for kind in KINDS)
-    return Batch(
-        codes=torch.from_numpy(codes.reshape(rows, 3, -1)),
-        counts=torch.from_numpy(counts.reshape(rows, 3)),
-        classes=torch.from_numpy(classes.reshape(rows, 3, -1)),
-        lengths=torch.full((room,), shape.steps),
-        targets=torch.zeros(rows, num_medications),
-        sex=torch.from_numpy(sexes[of]),
-        age=torch.from_numpy(np.repeat(ages[of], shape.steps)),
-        laboratory_items=torch.from_numpy(items.reshape(rows, -1)),
-        laboratory_values=torch.from_numpy(values.reshape(rows, -1)),
-        laboratory_counts=torch.from_numpy(num_values.reshape(rows)),
-        slots=torch.arange(rows),
-        num_steps=shape.steps,
-        sizes=(num_diagnoses, num_procedures, num_medications),
+    lists = [
+        (edges[k], kind[t])
+        for patient in patients
+        for t in range(patient.num_visits)
+        for k, kind in enumerate(patient.known)
+    ]
+    measured = [visit for patient in patients for visit in patient.laboratory]
+    values = list(itertools.chain.from_iterable(measured))
+    items = np.array([item for item, _ in values], np.int64)
+    return Visits(
+        lengths=np.array([patient.num_visits for patient in patients]),
+        counts=np.array([len(ids) for _, ids in lists]).reshape(-1, 3),
+        ids=np.array([i for _, ids in lists for i in ids], np.int64),
+        classes=np.array([c for of, ids in lists for c in of.classes(ids)], np.int64),
+        sex=np.array([patient.sex for patient in patients], np.int64),
+        age=scaling.ages(np.array([patient.age for patient in patients], np.float32)),
+        num_values=np.array([len(visit) for visit in measured]),
+        items=items,
+        values=scaling.values(items, np.array([value for _, value in values], np.float32)),
     )
 
 
-def _has_room(patient: EncodedPatient, shape: Shape) -> bool:
-    """Whether enough is missing for every filler with codes to have one of each of its lists."""
-    if len(shape.kinds) == 1:
-        _, lists, single = _missing_of_one(patient, shape)
-        return single >= lists
-    full, single, _ = _missing(patient, shape)
-    return min(full, single) >= shape.num_fillers
+def run_of(
+    visits: Visits, sizes: tuple[int, int, int], num_items: int, room: int | None = None
+) -> tuple[Batch, Codes]:
+    """Makes one run of patients: what the model is given to answer for the last visit of each.
+
+    Args:
+        visits: of P patients, at least one.
+        sizes: of the vocabularies.
+        num_items: laboratory items of the bundle.
+        room: positions that the run is filled up for; None: it has whole blocks alone.
+
+    Returns:
+        a batch whose first P patients are the given ones, as many visits asked about, and its
+        codes.
+    """
+    number = len(visits.lengths)
+    last = np.cumsum(visits.lengths) - 1
+    own = len(visits.counts)
+    rows = whole((own if room is None else room) + 1)
+    lengths = np.concatenate([visits.lengths, np.ones(rows - own, np.int64)])
+    patient = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.cumsum(lengths) - lengths
+    steps = int(lengths.max())
+    counts = np.zeros((rows, 3), np.int64)
+    counts[:own] = visits.counts
+    asked = np.full(whole((number if room is None else room) + 1), rows - 1)
+    asked[:number] = last
+    age = np.full(len(lengths), np.nan, np.float32)
+    age[:number] = visits.age
+    sex = np.zeros(len(lengths), np.int64)
+    sex[:number] = visits.sex
+    batch = Batch(
+        codes=torch.zeros(rows, 3, 0, dtype=torch.int64),
+        counts=torch.from_numpy(counts),
+        classes=torch.zeros(rows, 3, 0, dtype=torch.int64),
+        lengths=torch.from_numpy(lengths),
+        targets=torch.zeros(rows, 0),
+        sex=torch.from_numpy(sex),
+        age=torch.from_numpy(age[patient]),
+        **_laboratory(visits, rows, num_items),
+        slots=torch.from_numpy(np.arange(rows) + (np.arange(len(first)) * steps - first)[patient]),
+        num_steps=steps,
+        sizes=sizes,
+    )
+    return batch, Codes(visits.ids, visits.classes, asked, room)
 
 
-def _missing(patient: EncodedPatient, shape: Shape) -> tuple[int, int, int]:
-    """Positions to fill with K codes each and with one code each, and a code left over (K = 3)."""
-    sizes = _sizes(patient)
-    used = int(sizes.max(0).clip(min=1).sum())
-    positions = shape.positions - used - (shape.visits - patient.num_visits)
-    codes = shape.codes - int(sizes.sum())
-    full, odd = divmod(codes - positions, len(shape.kinds) - 1)
-    return full, positions - full, odd
-
-
-def _missing_of_one(patient: EncodedPatient, shape: Shape) -> tuple[int, int, int]:
-    """Of a single kind: empty visits to add, visits with codes to add, and their codes."""
-    sizes = _sizes(patient)
-    empty = shape.visits - int((sizes.sum(0) == 0).sum())
-    lists = shape.steps - patient.num_visits - empty
-    return empty, lists, shape.codes - int(sizes.sum())
-
-
-def _sizes(patient: EncodedPatient) -> NDArray[np.int64]:
-    """Codes of each list, int64 (3, visits)."""
-    return np.array([[len(codes) for codes in kind] for kind in patient.known], np.int64)
-
-
-def _split(total: int, parts: int) -> NDArray[np.int64]:
-    """Splits a number as evenly as can be, int64 (parts,)."""
-    return total // parts + (np.arange(parts) < total % parts).astype(np.int64)
+def _laboratory(visits: Visits, rows: int, num_items: int) -> dict[str, torch.Tensor]:
+    """Values of each visit side by side, always as many columns as there are items."""
+    items = np.zeros((rows, num_items), np.int64)
+    values = np.full((rows, num_items), np.nan, np.float32)
+    number = np.zeros(rows, np.int64)
+    number[: len(visits.num_values)] = visits.num_values
+    if len(visits.items):
+        row = np.repeat(np.arange(rows), number)
+        place = np.arange(len(row)) - (np.cumsum(number) - number)[row]
+        items[row, place] = visits.items
+        values[row, place] = visits.values
+    return {
+        "laboratory_items": torch.from_numpy(items),
+        "laboratory_values": torch.from_numpy(values),
+        "laboratory_counts": torch.from_numpy(number),
+    }

@@ -1,10 +1,9 @@
 """From encoded patients to recommendations: one bundle, one model, no Ray.
 
-The model only runs at the fixed shapes of serve/batching.py, so that an answer does not depend on
-who else is in the batch.
+The model only runs in the blocks of serve/batching.py, so that an answer does not depend on who
+else is in the run.
 """
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,24 @@ from numpy.typing import NDArray
 
 import models
 from cafemed import bundle as bundles
-from cafemed.batches import Batch, input_adjacencies
+from cafemed.batches import input_adjacencies
 from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE, LIMITS
+from cafemed.codes import KINDS
 from cafemed.errors import ArtifactError
+from cafemed.stepping import moved
+from models import blocks
 from serve.answering import Answerer, Explains
 from serve.answers import ModelCard, ModelName, Recommendation, RecommendResponse
-from serve.batching import Edges, Shape, batch_of, kinds_of, shape_of
+from serve.batching import Edges, Visits, lay, positions_of, room_for, run_of, runs_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.example import example_request
 from serve.explanation import Explainer
 from serve.schema import Options, RecommendRequest
 from serve.vocabulary import Vocabulary
+
+#: Patients of the check that bits are a patient's own.
+_NUM_INVENTED = 40
 
 
 class Recommender:
@@ -39,6 +44,7 @@ class Recommender:
         vocabulary: to search.
         stored_card: the model card of the version; None: it was never evaluated.
         explainer: tells what a probability comes from.
+        is_exact: a patient's bits do not depend on how much else is in a run.
     """
 
     def __init__(self, bundle: Bundle, version: int, device: str = "cpu") -> None:
@@ -51,16 +57,24 @@ class Recommender:
         self.name = ModelName(name=bundle.model_name, version=version)
         self.bundle = bundle
         self._encoder = Encoder(bundle.vocabularies, bundle.preprocessing)
-        self._model = bundles.restore_model(bundle, models.build)
+        self._model: Any = bundles.restore_model(bundle, models.build)
         self._device = torch.device(device)
         if self._device.type != "cpu":
             self._model.to(self._device)
             bundles.self_check(bundle, self._model)
+        self._model.eval()
+        fold = getattr(self._model, "fold", None)
+        if fold is not None:
+            fold()
         adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
         self._edges = [Edges.of(adjacency) for adjacency in adjacencies]
-        self._kinds = kinds_of(bundle.vocabularies)
-        # Whether runs of a shape with so much room give the bits of whole ones.
-        self._exact: dict[tuple[Shape, int], bool] = {}
+        diagnoses, procedures, medications = (len(bundle.vocabularies[kind]) for kind in KINDS)
+        self._sizes = (diagnoses, procedures, medications)
+        # Several threads divide elementwise work by its amount, and a GPU's library chooses its
+        # routines by the number of blocks.
+        self.is_exact = (
+            self._device.type == "cpu" and torch.get_num_threads() == 1 and self._has_own_bits()
+        )
         self._medications = bundle.vocabularies["medication"]
         self.names = bundle.names
         self.vocabulary = Vocabulary(bundle.vocabularies, self.names)
@@ -142,14 +156,10 @@ class Recommender:
 
         A row depends on its own patient alone, bit for bit.
         """
+        positions = [positions_of(patient) for patient in patients]
         result = np.empty((len(patients), len(self._medications)), np.float32)
-        by_shape: dict[Shape, list[int]] = defaultdict(list)
-        for i, patient in enumerate(patients):
-            by_shape[self.shape(patient)].append(i)
-        for shape, members in by_shape.items():
-            for start in range(0, len(members), shape.patients):
-                run = members[start : start + shape.patients]
-                result[run] = self.run([patients[i] for i in run], shape)
+        for members in runs_of(positions):
+            result[members] = self.run([patients[i] for i in members], positions[members[0]])
         return result
 
     def recommend(self, request: RecommendRequest) -> list[Recommendation]:
@@ -175,58 +185,72 @@ class Recommender:
         """The recommendation for a patient with these probabilities, float32 (N_m,)."""
         return self._answerer.answer(patient, probabilities, options or Options(), explanation)
 
-    def shape(self, patient: EncodedPatient) -> Shape:
-        """The shape that a patient is run at."""
-        return shape_of(patient, self._kinds)
-
-    def run(self, patients: Sequence[EncodedPatient], shape: Shape) -> NDArray[np.float32]:
-        """One run of the model at a fixed shape, float32 (len(patients), N_m).
-
-        Few patients are run with less room, which costs less. What a smaller run gives is used at
-        a shape only after one has given, for the same patients, the bits of a whole one.
+    def run(self, patients: Sequence[EncodedPatient], positions: int) -> NDArray[np.float32]:
+        """One run of the model, float32 (len(patients), N_m).
 
         Args:
-            patients: 1 to shape.patients, all of this shape.
-            shape: see `shape`.
+            patients: at least one, all of whom `batching.room_for` gives the same room, and who
+                fit into it together.
+            positions: of one of them.
         """
-        room = shape.room(len(patients))
-        if room == shape.patients or not self._exact.get((shape, room), True):
-            return self._run(patients, shape, shape.patients)
-        rows = self._run(patients, shape, room)
-        if (shape, room) in self._exact:
-            return rows
-        whole = self._run(patients, shape, shape.patients)
-        self._exact[shape, room] = np.array_equal(rows, whole)
-        return whole
+        return self.score(lay(patients, self._edges, self.bundle.preprocessing.scaling), positions)
 
-    def _run(
-        self, patients: Sequence[EncodedPatient], shape: Shape, room: int
-    ) -> NDArray[np.float32]:
-        bundle = self.bundle
-        batch = batch_of(
-            patients,
-            shape,
-            bundle.vocabularies,
-            bundle.preprocessing.scaling,
-            self._edges,
-            room,
+    def score(self, visits: Visits, positions: int) -> NDArray[np.float32]:
+        """As `run`, of patients that are laid end to end."""
+        logits = self._logits(visits, None if self.is_exact else room_for(positions))
+        scores = torch.sigmoid(logits / self.bundle.preprocessing.temperature)
+        return np.asarray(scores[: len(visits.lengths)].numpy(), np.float32)
+
+    def _logits(self, visits: Visits, room: int | None) -> torch.Tensor:
+        """Logits of the patients' last visits and, after them, of what fills up the run."""
+        batch, codes = run_of(
+            visits, self._sizes, self.bundle.preprocessing.scaling.num_items, room
         )
-        return self.score(batch, torch.tensor([patient.num_visits - 1 for patient in patients]))
+        with blocks.fixed():
+            ready = moved((batch, self._model.prepare(batch, codes)), self._device)
+            logits: torch.Tensor = self._model(*ready)
+            return logits.cpu()
 
-    def score(self, batch: Batch, last: torch.Tensor) -> NDArray[np.float32]:
-        """One run of the model on tensors of a fixed shape, float32 (n, N_m).
+    def _has_own_bits(self) -> bool:
+        """Whether invented patients get the same bits alone and together, in either order."""
+        scaling = self.bundle.preprocessing.scaling
+        patients = _invented(self._sizes, scaling.num_items)
 
-        Args:
-            batch: on the CPU; its first n patients are asked about.
-            last: int64 (n,), the step of each one's current visit.
-        """
-        with torch.inference_mode():
-            if self._device.type != "cpu":
-                batch = batch.to(self._device)
-            logits = self._model(batch).cpu()
-            logits = logits[torch.arange(len(last)), last]
-            logits = logits / self.bundle.preprocessing.temperature
-            # Row by row: the last few elements of a tensor, which fill no vector register, are
-            # computed by another exp.
-            scores = torch.stack([torch.sigmoid(row) for row in logits.unbind()])
-        return np.asarray(scores.numpy(), np.float32)
+        def logits(chosen: Sequence[EncodedPatient]) -> torch.Tensor:
+            return self._logits(lay(chosen, self._edges, scaling), None)[: len(chosen)]
+
+        together = logits(patients)
+        alone = [logits([patient])[0] for patient in patients]
+        turned = logits(patients[::-1]).flip(0)
+        return torch.equal(together, torch.stack(alone)) and torch.equal(together, turned)
+
+
+def _invented(sizes: tuple[int, int, int], num_items: int) -> list[EncodedPatient]:
+    """Patients of one to five visits with drawn codes and values, more of them than a block."""
+    random = np.random.default_rng(0)
+
+    def draw(size: int, most: int) -> tuple[int, ...]:
+        return tuple(random.permutation(size)[: random.integers(0, most)].tolist())
+
+    patients = []
+    for i in range(_NUM_INVENTED):
+        visits = range(1 + i % 5)
+        diagnoses, procedures = (tuple(draw(sizes[k], 20) for _ in visits) for k in range(2))
+        patients.append(
+            EncodedPatient(
+                known=(
+                    diagnoses,
+                    procedures,
+                    tuple(draw(sizes[2], 20 * (t > 0) + 1) for t in visits),
+                ),
+                taken=(),
+                sex=i % 3,
+                age=20.0 + i,
+                laboratory=tuple(
+                    tuple((item, float(random.normal())) for item in draw(num_items, 20))
+                    for _ in visits
+                ),
+                unknown=(),
+            )
+        )
+    return patients

@@ -1,8 +1,10 @@
 """Which waiting patients share the next run of the model.
 
-While one run works, others gather; the next is of the shape that fills it most, or of one that has
-been passed over too often. Those who ask take turns in it, so that a lone patient does not wait
-behind somebody's hundreds. A run costs much whether it is full or not, so a lone patient is
+While one run works, others gather. Nearly all patients may share one, whatever their lengths; the
+few with more positions than an ordinary run has room for wait in lines of their own
+(`batching.room_for`). The next run is of the line that fills it most, or of one that has been
+passed over too often. Those who ask take turns in it, so that a lone patient does not wait behind
+somebody's hundreds. A run has a cost of its own besides its patients', so a lone patient is
 answered at once, and the busier a replica is the less a patient costs.
 """
 
@@ -14,18 +16,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.batching import Shape
+from serve.batching import RUN_POSITIONS, positions_of, room_for
 from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
 
 _Row = NDArray[np.float32]
 
-#: Runs that a shape may be passed over for fuller ones.
+#: Runs that a line may be passed over for fuller ones.
 _MAX_PASSED = 1
 #: Positions of a run that is made in the event loop itself, some milliseconds: a thread would
 #: wrestle with the loop for the interpreter at each of the model's hundreds of small steps. Longer
 #: runs get a thread, so that the loop goes on answering.
-_MAX_INLINE_POSITIONS = 512
+_MAX_INLINE_POSITIONS = RUN_POSITIONS
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,6 +52,7 @@ class _Place:
     """A patient who waits: the i-th of an ask."""
 
     patient: EncodedPatient
+    positions: int
     ask: _Ask
     i: int
 
@@ -67,7 +70,7 @@ class Runs:
         """Starts with nobody waiting.
 
         Args:
-            max_patients: of one run, at most; a shape may have room for fewer.
+            max_patients: of one run, at most; it may have room for fewer.
             wait_s: how long a first patient waits for others before a run is made.
             on_run: told the patients of each run.
         """
@@ -76,7 +79,7 @@ class Runs:
         self._wait_s = wait_s
         self._on_run = on_run
         # Two recommenders are in use around a change of version; a run is of one of them.
-        self._places: dict[tuple[Recommender, Shape], dict[_Ask, deque[_Place]]] = {}
+        self._places: dict[tuple[Recommender, int], dict[_Ask, deque[_Place]]] = {}
         self._passed = 0
         self._working: asyncio.Task[None] | None = None
 
@@ -87,9 +90,9 @@ class Runs:
         loop = asyncio.get_running_loop()
         ask = _Ask([None] * len(patients), len(patients), loop.create_future())
         for i, patient in enumerate(patients):
-            key = (recommender, recommender.shape(patient))
-            line = self._places.setdefault(key, {})
-            line.setdefault(ask, deque()).append(_Place(patient, ask, i))
+            positions = positions_of(patient)
+            line = self._places.setdefault((recommender, room_for(positions)), {})
+            line.setdefault(ask, deque()).append(_Place(patient, positions, ask, i))
         self.waiting += len(patients)
         if self._working is None:
             self._working = loop.create_task(self._work())
@@ -108,44 +111,46 @@ class Runs:
                 await asyncio.sleep(0)
         self._working = None
 
-    def _next(self) -> tuple[Recommender, Shape]:
-        """The shape of the next run; the longest waiting one is first in line."""
+    def _next(self) -> tuple[Recommender, int]:
+        """Recommender and room of the next run; the longest waiting one is first in line."""
         oldest = next(iter(self._places))
         chosen = oldest if self._passed >= _MAX_PASSED else max(self._places, key=self._fullness)
         self._passed = 0 if chosen == oldest else self._passed + 1
         return chosen
 
-    def _fullness(self, key: tuple[Recommender, Shape]) -> float:
-        waiting = sum(len(places) for places in self._places[key].values())
-        return min(1.0, waiting / self._room(key[1]))
+    def _fullness(self, key: tuple[Recommender, int]) -> float:
+        waiting = [place.positions for line in self._places[key].values() for place in line]
+        return min(1.0, max(sum(waiting) / key[1], len(waiting) / self._max_patients))
 
-    def _room(self, shape: Shape) -> int:
-        return min(shape.patients, self._max_patients)
-
-    def _take(self, key: tuple[Recommender, Shape]) -> list[_Place]:
-        """The next members of a run; the shape's other patients go to the end of the line."""
+    def _take(self, key: tuple[Recommender, int]) -> list[_Place]:
+        """The next members of a run; who does not fit goes to the end of the line."""
         line = self._places.pop(key)
         members: list[_Place] = []
-        while line and len(members) < self._room(key[1]):
+        left = key[1]
+        while line and len(members) < self._max_patients:
             ask, places = next(iter(line.items()))
+            gone = ask.done.done()  # its client has gone, or another run failed
+            if not gone and places[0].positions > left:
+                break
             del line[ask]
             place = places.popleft()
             self.waiting -= 1
-            if not ask.done.done():  # else its client has gone, or another run failed
+            if not gone:
                 members.append(place)
+                left -= place.positions
             if places:
                 line[ask] = places  # behind the others
         if line:
             self._places[key] = line
         return members
 
-    async def _run(self, recommender: Recommender, shape: Shape, members: list[_Place]) -> None:
+    async def _run(self, recommender: Recommender, room: int, members: list[_Place]) -> None:
         patients = [place.patient for place in members]
         try:
-            if shape.positions * shape.patients <= _MAX_INLINE_POSITIONS:
-                rows = recommender.run(patients, shape)
+            if room <= _MAX_INLINE_POSITIONS:
+                rows = recommender.run(patients, room)
             else:
-                rows = await asyncio.to_thread(recommender.run, patients, shape)
+                rows = await asyncio.to_thread(recommender.run, patients, room)
         except Exception as err:  # noqa: BLE001 - whoever asked gets it
             for place in members:
                 if not place.ask.done.done():

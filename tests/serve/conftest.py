@@ -1,7 +1,9 @@
 """A small bundle with an untrained model; its vocabulary is invented."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,16 +43,19 @@ def make_bundle(
     model_name: str = "cafemed",
     modalities: str | None = None,
     without: tuple[str, ...] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """A bundle whose model has random weights, larger than at a start, so that scores differ.
 
     With `modalities` the model is given these of the cohort's laboratory values, sexes and ages,
-    and its medications have molecules. `without` names kinds whose vocabulary is empty.
+    and its medications have molecules. `without` names kinds whose vocabulary is empty,
+    `options` those of the model that are others than MODEL_OPTIONS.
     """
     preprocessing = preprocessing or Preprocessing(scaling=SCALING if modalities else Scaling())
     vocabularies = VOCABULARIES | dict.fromkeys(without, ())
     vocabularies |= {"laboratory": ITEMS} if modalities else {}
-    options = MODEL_OPTIONS | ({"modalities": modalities} if modalities else {})
+    given = {"modalities": modalities} if modalities else {}
+    options = MODEL_OPTIONS | given | dict(options or {})
     molecules = MOLECULES if modalities else {}
     rng = np.random.default_rng(seed)
     nodes = sorted(

@@ -1,6 +1,6 @@
 import dataclasses
 import math
-from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,8 +12,20 @@ from cafemed.bundle import Bundle
 from cafemed.codes import KINDS, CodeLists
 from cafemed.graphs import node_classes
 from cafemed.scaling import Scaling
-from serve.batching import Edges, batch_of, fillers_of, shape_of
+from models.blocks import BLOCK
+from models.packing import Codes, Packing, pack
+from serve.batching import (
+    RUN_POSITIONS,
+    Edges,
+    lay,
+    positions_of,
+    room_for,
+    run_of,
+    runs_of,
+)
 from serve.encoding import EncodedPatient
+
+SIZES = (13, 6, 12)
 
 
 def patient(sizes: list[tuple[int, int, int]]) -> EncodedPatient:
@@ -23,111 +35,112 @@ def patient(sizes: list[tuple[int, int, int]]) -> EncodedPatient:
     )
 
 
-RANDOM = np.random.default_rng(0)
-PATIENTS = [
-    [(0, 0, 0)],
-    [(128, 128, 128)],
-    [(1, 0, 0)],
-    [(128, 0, 0)] * 256,
-    [(128, 128, 128)] * 256,
-    [(0, 0, 0)] * 256,
-    *[
-        [tuple(RANDOM.integers(0, most, 3).tolist()) for _ in range(RANDOM.integers(1, 40))]
-        for most in RANDOM.integers(1, 129, 300)
-    ],
-]
-
-
-def test_fillers_complete_visits_codes_and_positions_of_the_shape() -> None:
-    for sizes in PATIENTS:
-        shape = shape_of(patient(sizes))
-        fillers = fillers_of(patient(sizes), shape)
-        whole = np.concatenate([np.array(sizes), fillers])
-        assert len(whole) == shape.steps
-        assert whole.sum() == 7 * shape.positions // 4
-        assert whole.max(1).clip(min=1).sum() == shape.positions
-        assert fillers.min() >= 0
-        assert fillers.max() <= shape.width
-
-
-@pytest.mark.parametrize("kinds", [(0, 1, 2), (0, 2), (1, 2), (2,)])
-def test_fillers_have_codes_of_kinds_with_a_vocabulary_alone(kinds: tuple[int, ...]) -> None:
-    others = [k for k in range(3) if k not in kinds]
-    totals = defaultdict(set)
-    for sizes in PATIENTS:
-        own = np.array(sizes)
-        own[:, others] = 0
-        chosen = patient([tuple(row) for row in own.tolist()])
-        shape = shape_of(chosen, kinds)
-        fillers = fillers_of(chosen, shape)
-        whole = np.concatenate([own, fillers])
-        assert fillers.min() >= 0
-        assert fillers.max() <= shape.width
-        assert not fillers[:, others].any()
-        totals[shape].add((len(whole), whole.sum(), whole.max(1).clip(min=1).sum()))
-    expected = {shape: {(shape.steps, shape.codes, shape.positions)} for shape in totals}
-    assert totals == expected
-
-
-def test_usual_patients_share_few_shapes_without_much_filling() -> None:
-    usual = [patient([(12, 4, 0)] + [(12, 4, 15)] * visits) for visits in (0, 1, 2, 5)]
-    shapes = [shape_of(each) for each in usual]
-    assert [(shape.visits, shape.positions) for shape in shapes] == [
-        (2, 32),
-        (2, 32),
-        (4, 64),
-        (8, 128),
+def drawn(seed: int) -> list[EncodedPatient]:
+    """Patients of few and of many visits and codes, some with none."""
+    rng = np.random.default_rng(seed)
+    return [
+        patient(
+            [
+                tuple(rng.integers(0, np.minimum(int(rng.choice([1, 4, 13])), SIZES) + 1).tolist())
+                for _ in range(rng.integers(1, int(rng.choice([2, 4, 40]))))
+            ]
+        )
+        for _ in range(rng.integers(1, 40))
     ]
-    assert shape_of(patient([(12, 4, 0), (16, 4, 18)])).positions == 48
 
 
-def test_a_run_holds_fewer_patients_the_longer_they_are() -> None:
-    assert shape_of(patient([(1, 1, 0)])).patients == 16
-    assert shape_of(patient([(128, 128, 128)] * 256)).patients == 1
+def edges_of(bundle: Bundle) -> list[Edges]:
+    return [Edges.of(a) for a in input_adjacencies(bundle.graph, bundle.vocabularies)]
 
 
-def test_a_run_of_few_patients_has_room_for_the_next_four() -> None:
-    shape = shape_of(patient([(1, 1, 0)]))
-    assert [shape.room(number) for number in (1, 4, 5, 12, 13, 16)] == [4, 4, 8, 12, 16, 16]
-    assert shape_of(patient([(128, 128, 128)] * 256)).room(1) == 1
+def made(
+    bundle: Bundle, patients: Sequence[EncodedPatient], room: int | None = None
+) -> tuple[Batch, Codes]:
+    return run_of(lay(patients, edges_of(bundle), Scaling()), SIZES, 0, room)
 
 
-def batch(bundle: Bundle, *visits: list[tuple[int, int, int]]) -> Batch:
-    patients = [patient(sizes) for sizes in visits]
-    edges = [Edges.of(a) for a in input_adjacencies(bundle.graph, bundle.vocabularies)]
-    shape = shape_of(patients[0])
-    return batch_of(
-        patients,
-        shape,
-        bundle.vocabularies,
-        bundle.preprocessing.scaling,
-        edges,
-    )
+def packed(run: tuple[Batch, Codes]) -> Packing:
+    batch, codes = run
+    return pack(batch, SIZES, window=True, given=codes)
 
 
-def test_a_batch_has_the_same_numbers_whoever_is_in_it(served: Bundle) -> None:
-    companies = [
-        [[(5, 2, 0), (4, 1, 6)]],
-        [[(5, 2, 0), (4, 1, 6)], [(0, 0, 0)]],
-        [[(1, 0, 0)], [(6, 6, 0), (7, 6, 6)], [(2, 2, 0), (0, 0, 2)]],
-    ]
-    shape = shape_of(patient(companies[0][0]))
-    for company in companies:
-        assert {shape_of(patient(sizes)) for sizes in company} == {shape}
-        made = batch(served, *company)
-        assert made.codes.shape == (shape.patients * shape.steps, 3, shape.width)
-        assert made.lengths.tolist() == [shape.steps] * shape.patients
-        counts = made.counts.view(shape.patients, shape.steps, 3)
-        assert counts.sum((1, 2)).tolist() == [7 * shape.positions // 4] * shape.patients
-        assert counts.amax(2).clamp(min=1).sum(1).tolist() == [shape.positions] * shape.patients
+def extents(run: tuple[Batch, Codes]) -> tuple[int, ...]:
+    """Rows of everything that is multiplied or that a function of each element is taken of."""
+    found = packed(run)
+    assert found.asked is not None
+    numbers = (found.num_visits, found.num_positions, len(found.ids), len(found.asked.visits))
+    return (*numbers, *found.steps.sizes)
 
 
-def test_a_patients_own_visits_come_first_and_unchanged(served: Bundle) -> None:
-    made = batch(served, [(5, 2, 0), (4, 1, 6)], [(1, 0, 0)])
-    assert made.counts[:2].tolist() == [[5, 2, 0], [4, 1, 6]]
-    assert made.codes[1, 2, :6].tolist() == list(range(6))
-    steps = shape_of(patient([(1, 0, 0)])).steps
-    assert made.counts[steps].tolist() == [1, 0, 0]
+def test_everything_comes_in_whole_blocks(served: Bundle) -> None:
+    for seed in range(60):
+        numbers = extents(made(served, drawn(seed)))
+        assert all(number % BLOCK == 0 for number in numbers), numbers
+
+
+def test_what_fills_up_is_less_than_two_blocks_and_comes_last(served: Bundle) -> None:
+    for seed in range(20):
+        patients = drawn(seed)
+        batch, codes = made(served, patients)
+        found = packed((batch, codes))
+        own = sum(one.num_visits for one in patients)
+        positions = sum(map(positions_of, patients))
+        assert 0 < found.num_visits - own <= BLOCK
+        assert not batch.counts[own:].any()
+        assert (batch.lengths[len(patients) :] == 1).all()
+        assert found.lengths[:own].tolist() == batch.counts[:own].amax(1).clamp(min=1).tolist()
+        assert found.num_positions - positions <= 2 * BLOCK
+        assert 0 < len(found.ids) - len(codes.ids) <= BLOCK
+        assert (found.visit[len(codes.ids) :] == found.num_visits - 1).all()
+        assert (found.cell[len(codes.ids) :] >= 3 * positions).all()
+
+
+def test_what_is_asked_about_are_the_last_visits_with_their_codes(served: Bundle) -> None:
+    patients = drawn(3)
+    found = packed(made(served, patients))
+    assert found.asked is not None
+    first = np.array([0, 13, 19])
+    for kinds, rows in ((3, found.asked.codes), (2, found.asked.known)):
+        ends = [*rows.starts[1:].tolist(), len(rows.index)]
+        for p, one in enumerate(patients):
+            last = [first[k] + i for k in range(kinds) for i in one.known[k][-1]]
+            assert rows.index[rows.starts[p] : ends[p]].tolist() == last
+    assert found.asked.visits[0] == patients[0].num_visits - 1
+    assert (found.asked.visits[len(patients) :] == found.num_visits - 1).all()
+
+
+def test_with_a_room_all_runs_are_of_one_size(served: Bundle) -> None:
+    sizes = set()
+    for seed in range(20):
+        patients = [one for one in drawn(seed) if positions_of(one) <= 40][:10]
+        if patients:
+            sizes.add(extents(made(served, patients, 512))[:4])
+    assert len(sizes) == 1
+    # The most visits, the most codes, and the most of both that there is room for.
+    for patients in ([patient([(0, 0, 0)] * 512)], [patient([(13, 13, 13)] * 39)]):
+        batch, codes = run_of(lay(patients, [Edges({}, {})] * 3, Scaling()), (13,) * 3, 0, 512)
+        found = pack(batch, (13, 13, 13), window=True, given=codes)
+        assert found.asked is not None
+        numbers = (found.num_visits, found.num_positions, len(found.ids), len(found.asked.visits))
+        assert {numbers} == sizes
+
+
+def test_positions_are_the_longest_list_of_each_visit_and_at_least_one() -> None:
+    assert positions_of(patient([(0, 0, 0), (5, 2, 0), (1, 1, 7)])) == 13
+
+
+def test_patients_share_runs_up_to_their_room_and_long_ones_have_another() -> None:
+    assert room_for(1) == room_for(RUN_POSITIONS) == RUN_POSITIONS
+    assert room_for(RUN_POSITIONS + 1) == 2 * RUN_POSITIONS
+    assert room_for(128 * 256) == 128 * 256
+    half = RUN_POSITIONS // 2
+    positions = [half, 3 * RUN_POSITIONS, half, 10, half, 3 * RUN_POSITIONS, 4]
+    assert runs_of(positions) == [[0, 2], [3, 4, 6], [1], [5]]
+    rng = np.random.default_rng(0)
+    positions = rng.integers(1, 700, 300).tolist()
+    runs = runs_of(positions)
+    assert sorted(i for run in runs for i in run) == list(range(300))
+    assert all(sum(positions[i] for i in run) <= RUN_POSITIONS for run in runs)
 
 
 def measured(rows: list[tuple[tuple[int, float], ...]], age: float) -> EncodedPatient:
@@ -141,27 +154,17 @@ def test_a_run_has_the_scaled_ages_and_laboratory_values_at_one_width(served: Bu
         measured([((1, 7.5), (0, 120.0)), ()], 70.0),
         measured([((2, -3.0),), ((0, 1e9), (1, 6.0), (2, 1.0))], math.nan),
     ]
-    shape = shape_of(patients[0])
-    edges = [Edges.of(a) for a in input_adjacencies(served.graph, served.vocabularies)]
-    made = batch_of(patients, shape, served.vocabularies, scaling, edges)
-    steps = shape.steps
-    assert made.laboratory_items.shape == (shape.patients * steps, 4)
-    expected = {0: {1: 1.0, 0: 1.0}, 1: {}, steps: {2: -4.0}, steps + 1: {0: 10.0, 1: -2.0, 2: 0.0}}
-    counts = np.zeros(2 * steps, int)
+    batch, _ = run_of(lay(patients, edges_of(served), scaling), SIZES, 4)
+    assert batch.laboratory_items.shape == (BLOCK, 4)
+    expected = {0: {1: 1.0, 0: 1.0}, 1: {}, 2: {2: -4.0}, 3: {0: 10.0, 1: -2.0, 2: 0.0}}
     for row, values in expected.items():
-        counts[row] = len(values)
-        found = zip(made.laboratory_items[row], made.laboratory_values[row], strict=True)
+        found = zip(batch.laboratory_items[row], batch.laboratory_values[row], strict=True)
         pairs = [(int(item), float(value)) for item, value in found][: len(values)]
         assert pairs == list(values.items())
-        assert torch.isnan(made.laboratory_values[row, len(values) :]).all()
-    assert made.laboratory_counts[: 2 * steps].tolist() == counts.tolist()
-    assert made.age[:steps].tolist() == [1.0] * steps
-    assert torch.isnan(made.age[steps : 2 * steps]).all()
-    # A patient alone gets the same rows as beside another.
-    alone = batch_of(patients[:1], shape, served.vocabularies, scaling, edges)
-    for name in ("laboratory_items", "laboratory_values", "laboratory_counts", "age"):
-        ours, theirs = getattr(alone, name)[:steps], getattr(made, name)[:steps]
-        assert torch.equal(torch.nan_to_num(ours), torch.nan_to_num(theirs))
+        assert torch.isnan(batch.laboratory_values[row, len(values) :]).all()
+    assert batch.laboratory_counts.tolist() == [2, 0, 1, 3] + [0] * (BLOCK - 4)
+    assert batch.age[:2].tolist() == [1.0, 1.0]
+    assert torch.isnan(batch.age[2:]).all()
 
 
 def test_classes_are_those_of_the_graph_of_a_visits_codes_alone() -> None:
@@ -180,42 +183,64 @@ def test_classes_are_those_of_the_graph_of_a_visits_codes_alone() -> None:
     assert set(mine) == {0, 1, 2, 3}
 
 
-def test_a_batch_is_what_training_would_be_given(served: Bundle) -> None:
-    """Fillers apart, the arrays are those of cafemed.batches for the same visits."""
+@pytest.mark.parametrize("room", [None, 512])
+def test_a_run_is_what_training_would_be_given(served: Bundle, room: int | None) -> None:
+    """What fills it up apart, all is as cafemed.batches makes it of the same visits."""
     vocabularies = served.vocabularies
     rng = np.random.default_rng(2)
     patients = []
-    for i in range(3):
+    for i in range(5):
         known = tuple(
             tuple(
                 tuple(rng.permutation(len(vocabularies[kind]))[: rng.integers(0, 5)].tolist())
-                for _ in range(2)
+                for _ in range(i + 1)
             )
             for kind in KINDS
         )
-        patients.append(EncodedPatient(known, (), i, 60.0 + i, laboratory=((), ()), unknown=()))
-    adjacencies = input_adjacencies(served.graph, vocabularies)
-    [shape] = {shape_of(one) for one in patients}
-    edges = [Edges.of(adjacency) for adjacency in adjacencies]
-    made = batch_of(patients, shape, vocabularies, served.preprocessing.scaling, edges)
+        laboratory = ((),) * (i + 1)
+        patients.append(EncodedPatient(known, (), i % 3, 60.0 + i, laboratory, unknown=()))
+    batch, codes = run_of(
+        lay(patients, edges_of(served), served.preprocessing.scaling), SIZES, 0, room
+    )
     diagnoses, procedures, medications = (
         CodeLists.of([ids for one in patients for ids in one.known[k]]) for k in range(3)
     )
+    lengths = [one.num_visits for one in patients]
     arrays = visit_arrays(
         (diagnoses, procedures, medications),
         None,
-        np.arange(4) * 2,
+        np.concatenate([[0], np.cumsum(lengths)]),
         served.graph,
         vocabularies,
         np.array([one.sex for one in patients], np.int8),
-        np.repeat(np.array([one.age for one in patients], np.float32), 2),
+        np.repeat(np.array([one.age for one in patients], np.float32), lengths),
         served.preprocessing.scaling,
     )
-    expected = collate(arrays, np.arange(3))
-    rows = [p * shape.steps + t for p in range(3) for t in range(2)]
-    width = expected.codes.shape[2]
-    assert torch.equal(made.codes[rows][:, :, :width], expected.codes)
-    assert torch.equal(made.classes[rows][:, :, :width], expected.classes)
-    assert torch.equal(made.counts[rows], expected.counts)
-    assert torch.equal(made.age[rows], expected.age)
-    assert made.sex[:3].tolist() == expected.sex.tolist()
+    training = collate(arrays, np.arange(5))
+    number = training.num_visits
+    for name in ("counts", "age", "slots"):
+        assert torch.equal(getattr(batch, name)[:number], getattr(training, name))
+    for name in ("lengths", "sex"):
+        assert torch.equal(getattr(batch, name)[:5], getattr(training, name))
+    expected = pack(training, SIZES, window=True)
+    mine = pack(batch, SIZES, window=True, given=codes)
+    known_codes, positions = len(expected.ids), expected.num_positions
+    for name in ("ids", "modality", "classes", "visit", "group", "cell"):
+        assert torch.equal(getattr(mine, name)[:known_codes], getattr(expected, name))
+    assert torch.equal(mine.position_visit[:positions], expected.position_visit)
+    slots = len(expected.slot_cell)
+    assert torch.equal(mine.slot_cell[:slots], expected.slot_cell)
+    assert torch.equal(mine.slot_starts[: 3 * number], expected.slot_starts)
+    assert mine.window is not None
+    assert expected.window is not None
+    neighbours = torch.where(
+        expected.window.neighbour == positions, mine.num_positions, expected.window.neighbour
+    )
+    assert torch.equal(mine.window.neighbour[:positions], neighbours)
+    # The recurrence meets the same visits before each visit.
+    for t in range(1, 5):
+        begin, before = sum(mine.steps.sizes[:t]), sum(mine.steps.sizes[: t - 1])
+        alive = sum(length > t for length in lengths)
+        rows = mine.steps.order[begin : begin + alive]
+        assert torch.equal(mine.steps.order[before : before + alive], rows - 1)
+        assert torch.equal(mine.steps.place[rows], torch.arange(begin, begin + alive))

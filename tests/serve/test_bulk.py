@@ -1,11 +1,10 @@
-"""Many patients at once: the tensors and the bits of the endpoint, whatever the neighbours."""
+"""Many patients at once: the arrays and the bits of the endpoint, whatever the neighbours."""
 
 import dataclasses
 import math
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,9 +13,8 @@ from cafemed.bundle import Bundle
 from cafemed.codes import CodeLists
 from cafemed.laboratory import Laboratory
 from serve import bulk
-from serve.batching import Edges, batch_of, kinds_of, shape_of
+from serve.batching import RUN_POSITIONS, Edges, Visits, lay
 from serve.bulk import Patients, Scorer
-from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
 
 
@@ -61,95 +59,44 @@ def test_and_where_a_kind_has_no_codes(served_without: Bundle):
     np.testing.assert_array_equal(Scorer(recommender).probabilities(patients), expected)
 
 
-def test_large_runs_are_made_and_checked(served: Bundle, monkeypatch: pytest.MonkeyPatch):
-    recommender = Recommender(served, 1)
-    sizes = []
-    real = recommender.score
-
-    def score(batch: object, last: torch.Tensor) -> object:
-        sizes.append(len(last))
-        return real(batch, last)  # type: ignore[arg-type]
-
-    patients = draw(served, 260, 3, most_visits=1)
-    expected = recommender.probabilities([patients[p] for p in range(len(patients))])
-    monkeypatch.setattr(recommender, "score", score)
-    np.testing.assert_array_equal(Scorer(recommender).probabilities(patients), expected)
-    assert max(sizes) == 64  # four times the endpoint's 16
-    assert sizes.count(16) >= 4  # which the first of them was compared with
-
-
-def test_large_runs_with_other_bits_are_not_used(served: Bundle, monkeypatch: pytest.MonkeyPatch):
-    """A torch build whose larger products round differently."""
-    recommender = Recommender(served, 1)
-    patients = draw(served, 400, 4, most_visits=1)
-    expected = recommender.probabilities([patients[p] for p in range(len(patients))])
-    real, large = recommender.score, []
-
-    def score(batch: object, last: torch.Tensor) -> object:
-        rows = real(batch, last)  # type: ignore[arg-type]
-        if len(last) > 16:
-            large.append(len(last))
-            rows[-1, -1] = np.nextafter(rows[-1, -1], np.float32(1))
-        return rows
-
-    monkeypatch.setattr(recommender, "score", score)
-    scorer = Scorer(recommender)
-    for _ in range(2):
-        np.testing.assert_array_equal(scorer.probabilities(patients), expected)
-    assert len(large) == len(set(scorer._times)) > 0  # tried once a shape, and never again
-    assert set(scorer._times.values()) == {1}
-
-
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 10**6), number=st.integers(1, 12))
-def test_shapes_and_tensors_are_those_of_the_endpoint(served: Bundle, seed: int, number: int):
-    patients = draw(served, number, seed)
-    kinds = kinds_of(served.vocabularies)
-    adjacencies = input_adjacencies(served.graph, served.vocabularies)
-    scorer = Scorer(Recommender(served, 1))
-    seen = []
-
-    arrays = bulk.visit_arrays(
-        patients.known,
-        None,
-        patients.offsets,
-        served.graph,
-        served.vocabularies,
-        patients.sex,
-        np.repeat(patients.age, np.diff(patients.offsets)),
-        served.preprocessing.scaling,
-        patients.laboratory,
-        adjacencies,
-    )
-    table = bulk._Table(arrays, *bulk._used(arrays))
-    for shape, members in bulk._by_shape(table, scorer._kinds):
-        seen += members.tolist()
-        one_by_one: list[EncodedPatient] = [patients[p] for p in members]
-        assert {shape_of(patient, kinds) for patient in one_by_one} == {shape}
-        run = members[: shape.patients]
-        expected = batch_of(
-            one_by_one[: shape.patients],
-            shape,
-            served.vocabularies,
-            served.preprocessing.scaling,
-            [Edges.of(adjacency) for adjacency in adjacencies],
+def test_what_the_model_is_given_is_the_endpoints(
+    served_reading_all: Bundle, seed: int, number: int
+):
+    patients = draw(served_reading_all, number, seed)
+    recommender = Recommender(served_reading_all, 1)
+    scorer = Scorer(recommender)
+    laid = scorer._laid(patients)
+    chosen = np.random.default_rng(seed).permutation(number)[: number // 2 + 1]
+    edges = [
+        Edges.of(adjacency)
+        for adjacency in input_adjacencies(
+            served_reading_all.graph, served_reading_all.vocabularies
         )
-        repeated = np.concatenate([run, np.repeat(run[:1], shape.patients - len(run))])
-        batch = bulk._batch(table, shape, repeated, served.preprocessing.scaling.num_items)
-        for field in dataclasses.fields(batch):
-            got, wanted = getattr(batch, field.name), getattr(expected, field.name)
-            if field.name == "classes":  # what lies in the padding means nothing
-                exists = torch.arange(shape.width) < batch.counts[..., None]
-                own = torch.arange(shape.steps) < torch.tensor(
-                    [patients[p].num_visits for p in repeated]
-                ).view(-1, 1)
-                exists &= own.reshape(-1, 1, 1)
-                got, wanted = got[exists], wanted[exists]
-            if isinstance(got, torch.Tensor):
-                torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
-            else:
-                assert got == wanted
-    assert sorted(seen) == list(range(number))
+    ]
+    expected = lay([patients[p] for p in chosen], edges, served_reading_all.preprocessing.scaling)
+    got = bulk._taken(laid, patients.offsets, chosen)
+    for field in dataclasses.fields(Visits):
+        mine, wanted = getattr(got, field.name), getattr(expected, field.name)
+        assert mine.dtype == wanted.dtype
+        np.testing.assert_array_equal(mine, wanted)
+
+
+def test_runs_are_full(served: Bundle, monkeypatch: pytest.MonkeyPatch):
+    recommender = Recommender(served, 1)
+    patients = draw(served, 400, 4)
+    real, positions = recommender.score, []
+
+    def score(visits: Visits, of_one: int) -> object:
+        positions.append(int(visits.counts.max(1).clip(min=1).sum()))
+        return real(visits, of_one)
+
+    monkeypatch.setattr(recommender, "score", score)
+    Scorer(recommender).probabilities(patients)
+    assert len(positions) > 3
+    assert max(positions) <= RUN_POSITIONS
+    assert min(positions[:-1]) > 0.7 * RUN_POSITIONS
 
 
 def test_one_patient_as_the_endpoint_has_it():

@@ -17,7 +17,7 @@ from cafemed.graphs import CausalGraph
 from serve import explanation
 from serve.answers import RecommendResponse
 from serve.api import create_api
-from serve.batching import shape_of
+from serve.batching import positions_of
 from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
 from serve.schema import MAX_EXPLAINED_PATIENTS, RecommendRequest
@@ -363,7 +363,7 @@ def test_the_work_for_a_very_long_patient_is_bounded(served: Bundle) -> None:
     [encoded] = recommender.encode(RecommendRequest.model_validate({"patients": [patient]}))
     plan = recommender.explainer.plan(encoded)
     assert plan.given == 256 * (12 + 6) + 255 * 12
-    positions = shape_of(encoded).positions
+    positions = positions_of(encoded)
     assert len(plan.codes) == explanation.MAX_EXPLAINED_POSITIONS // positions > 0
     assert {code.visit for code in plan.codes} == {255}
 

@@ -10,17 +10,17 @@ import torch
 import models
 from cafemed import bundle as bundles
 from cafemed import registry
-from cafemed.batches import Batch, collate, visit_arrays
+from cafemed.batches import collate, visit_arrays
 from cafemed.bundle import Bundle
 from cafemed.calibration import Predictions
 from cafemed.codes import CodeLists
 from cafemed.errors import ArtifactError
 from cafemed.laboratory import Laboratory
-from serve import batching
 from serve.encoding import EncodedPatient
 from serve.example import example_request
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
+from tests.serve.conftest import make_bundle
 
 
 @pytest.fixture(scope="module")
@@ -170,74 +170,89 @@ def test_an_answer_does_not_depend_on_the_others_bit_for_bit(served_model: Bundl
 
 def test_an_answer_is_the_same_in_every_position_bit_for_bit(served_model: Bundle) -> None:
     recommender = Recommender(served_model, 7)
-    patients = recommender.encode(some_patients(served_model, 200, seed=2))
-    shape = batching.shape_of(patients[0])
-    others = [p for p in patients[1:] if batching.shape_of(p) == shape][: shape.patients - 1]
-    assert len(others) == shape.patients - 1 > 2
+    assert recommender.is_exact
+    patients = recommender.encode(some_patients(served_model, 60, seed=2))
     alone = recommender.probabilities(patients[:1])[0]
-    for position in range(shape.patients):
-        batch = [*others[:position], patients[0], *others[position:]]
-        np.testing.assert_array_equal(recommender.probabilities(batch)[position], alone)
+    for position in range(len(patients)):
+        run = [*patients[1 : position + 1], patients[0], *patients[position + 1 :]]
+        np.testing.assert_array_equal(recommender.run(run, 1)[position], alone)
 
 
-def heights(recommender: Recommender, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The patients that each run has room for, as runs are made."""
-    real, noted = recommender.score, []
-
-    def score(batch: Batch, last: torch.Tensor) -> np.ndarray:
-        noted.append(batch.num_patients)
-        return real(batch, last)
-
-    monkeypatch.setattr(recommender, "score", score)
-    return noted
-
-
-def of_one_shape(recommender: Recommender, bundle: Bundle, seed: int) -> list[EncodedPatient]:
-    """Patients of the shape that most have, which has room for several fours."""
-    patients = recommender.encode(some_patients(bundle, 200, seed))
-    by_shape: dict[batching.Shape, list[EncodedPatient]] = {}
-    for one in patients:
-        by_shape.setdefault(batching.shape_of(one), []).append(one)
-    return max((m for s, m in by_shape.items() if s.patients > 8), key=len)
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 8, 20])
+def test_an_answer_is_the_same_in_random_companies_bit_for_bit(
+    served_model: Bundle, number: int
+) -> None:
+    """Of few and many, of short and long: other numbers of blocks of everything."""
+    recommender = Recommender(served_model, 7)
+    patients = recommender.encode(some_patients(served_model, 80, seed=number))
+    alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
+    rng = np.random.default_rng(number)
+    for _ in range(10):
+        chosen = rng.choice(len(patients), number, replace=False)
+        rows = recommender.run([patients[i] for i in chosen], 1)
+        np.testing.assert_array_equal(rows, alone[chosen])
 
 
-def test_few_patients_make_a_small_run_of_the_same_bits(
+OPTIONS = [
+    ("cafemed", {"layout": "width", "norm_affine": True, "unshuffle": True}),
+    ("cafemed", {"cwg_context": "visit", "gate": "position", "cwg_shared": False}),
+    (
+        "cafemed",
+        {"gate_place": "input", "homogeneous_input": "modulated", "duplicate_state": False},
+    ),
+    ("cafemed", {"use_cwg": False, "direct": "additive"}),
+    ("cafemed", {"use_charm": False, "direct": "none", "first_visit_slot": False}),
+    ("cafemed", {"dimension": 7, "reduction_ratio": 3, "shuffle_groups": 1}),
+    ("causalmed", {"dimension": 5, "first_visit_slot": False, "virtual_edges": "first"}),
+    ("graphdiffmed", {"dimension": 5, "heads": 1, "direct": "additive", "review": False}),
+    ("graphdiffmed", {"dimension": 3, "heads": 3, "direct": "none", "duplicate_state": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_answers_are_the_models_and_nobody_elses_whatever_its_options(
+    name: str, options: dict[str, Any]
+) -> None:
+    bundle = make_bundle(model_name=name, options=options)
+    recommender = Recommender(bundle, 1)
+    assert recommender.is_exact
+    patients = recommender.encode(some_patients(bundle, 40, seed=4))
+    alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
+    np.testing.assert_array_equal(recommender.probabilities(patients), alone)
+    np.testing.assert_array_equal(recommender.probabilities(patients[::-1]), alone[::-1])
+    expected = np.stack([direct(bundle, patient) for patient in patients])
+    np.testing.assert_allclose(alone, expected, atol=1e-6)
+
+
+def test_where_bits_depend_on_the_company_all_runs_are_of_one_size(
     served_model: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A build of torch whose products round by the number of blocks."""
+    real, seen = torch.matmul, set()
+
+    def rounding(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        seen.add(rows.shape)
+        return real(rows, matrix) * (1 + rows.shape[0] * 2.0**-23)
+
+    expected = Recommender(served_model, 7)
+    patients = expected.encode(some_patients(served_model, 60, seed=5))
+    monkeypatch.setattr(torch, "matmul", rounding)
     recommender = Recommender(served_model, 7)
-    patients = of_one_shape(recommender, served_model, 3)
-    shape = recommender.shape(patients[0])
-    whole = recommender.run(patients[: shape.patients], shape)
-    noted = heights(recommender, monkeypatch)
-    for number in (1, 3, 4, 5, 8):
-        for _ in range(2):
-            found = recommender.run(patients[:number], shape)
-            np.testing.assert_array_equal(found, whole[:number])
-    # Each size of run beside a whole one, once.
-    assert noted == [4, shape.patients, 4, 4, 4, 4, 4, 8, shape.patients, 8, 8, 8]
+    assert not recommender.is_exact
+    alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
+    np.testing.assert_array_equal(recommender.probabilities(patients), alone)
+    np.testing.assert_array_equal(recommender.probabilities(patients[::-1]), alone[::-1])
+    np.testing.assert_allclose(alone, expected.probabilities(patients), atol=1e-3)
 
 
-def test_small_runs_with_other_bits_are_not_used(
-    served: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A torch build whose small products round differently."""
-    recommender = Recommender(served, 7)
-    patients = of_one_shape(recommender, served, 3)
-    shape = recommender.shape(patients[0])
-    whole = recommender.run(patients[: shape.patients], shape)
-    noted = heights(recommender, monkeypatch)
-    noting = recommender.score
-
-    def score(batch: Batch, last: torch.Tensor) -> np.ndarray:
-        rows = noting(batch, last)
-        if batch.num_patients == 4:
-            rows[0, 0] = np.nextafter(rows[0, 0], np.float32(1))
-        return rows
-
-    monkeypatch.setattr(recommender, "score", score)
-    for _ in range(3):
-        np.testing.assert_array_equal(recommender.run(patients[:2], shape), whole[:2])
-    assert noted == [4, shape.patients, shape.patients, shape.patients]
+def test_with_several_threads_all_runs_are_of_one_size(served: Bundle) -> None:
+    """They divide elementwise work by its amount."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert not Recommender(served, 1).is_exact
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_cohort_may_have_no_codes_of_a_kind(served_without: Bundle) -> None:
@@ -248,15 +263,6 @@ def test_a_cohort_may_have_no_codes_of_a_kind(served_without: Bundle) -> None:
     np.testing.assert_array_equal(recommender.probabilities(patients), alone)
     expected = np.stack([direct(bundle, patient) for patient in patients])
     np.testing.assert_allclose(alone, expected, atol=1e-6)
-
-
-def test_what_comes_after_the_current_visit_cannot_matter(
-    served: Bundle, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    patients = recommender.encode(some_patients(served, 10))
-    before = recommender.probabilities(patients)
-    monkeypatch.setattr(batching, "MIN_POSITIONS", 256)  # more and longer fillers
-    np.testing.assert_allclose(recommender.probabilities(patients), before, atol=1e-6)
 
 
 def test_recommended_is_what_reaches_the_threshold_most_probable_first(

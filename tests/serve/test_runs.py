@@ -1,6 +1,7 @@
 """Which patients share a run; against the recommender asked for each alone."""
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cafemed.bundle import Bundle
-from serve.batching import Shape
+from serve.batching import RUN_POSITIONS, positions_of, room_for
 from serve.encoding import EncodedPatient
 from serve.example import example_request
 from serve.recommender import Recommender
@@ -37,14 +38,12 @@ class Told:
 
     def __init__(self, recommender: Recommender) -> None:
         self._recommender = recommender
-        self.runs: list[tuple[Shape, int]] = []
+        self.runs: list[tuple[int, int]] = []
 
-    def shape(self, patient: EncodedPatient) -> Shape:
-        return self._recommender.shape(patient)
-
-    def run(self, patients: Sequence[EncodedPatient], shape: Shape) -> NDArray[np.float32]:
-        self.runs.append((shape, len(patients)))
-        return self._recommender.run(patients, shape)
+    def run(self, patients: Sequence[EncodedPatient], positions: int) -> NDArray[np.float32]:
+        self.runs.append((room_for(positions), len(patients)))
+        assert sum(map(positions_of, patients)) <= room_for(positions)
+        return self._recommender.run(patients, positions)
 
 
 def alone(recommender: Recommender, patients: Sequence[EncodedPatient]) -> list[bytes]:
@@ -67,9 +66,8 @@ def test_asked_together_or_apart_the_rows_are_each_ones_own(
     rows = asyncio.run(ask())
     assert [row.tobytes() for row in rows] == alone(recommender, patients)
     assert sum(told) == len(patients)
-    shapes = {recommender.shape(patient) for patient in patients}
-    assert len(shapes) > 1
-    assert len(told) == len(shapes)  # each shape in one run: none had more than its room
+    assert len({patient.num_visits for patient in patients}) > 5
+    assert told == [len(patients)]  # whatever their lengths
 
 
 def test_a_run_has_at_most_so_many(
@@ -86,13 +84,38 @@ def test_a_run_has_at_most_so_many(
     assert first_run == 2
 
 
-def test_the_fullest_shape_goes_first_and_no_other_waits_for_ever(
+def many_positions(patient: EncodedPatient, number: int) -> EncodedPatient:
+    """The patient with its first visit again and again, of so many positions or a few more."""
+    repeated = -(-number // positions_of(patient))
+    known = tuple(lists[:1] * (repeated * patient.num_visits) for lists in patient.known)
+    count = repeated * patient.num_visits
+    return dataclasses.replace(patient, known=known, laboratory=((),) * count)
+
+
+def test_a_run_has_no_more_than_its_room(
+    recommender: Recommender, patients: list[EncodedPatient]
+) -> None:
+    large = many_positions(patients[1], RUN_POSITIONS // 3)
+    assert RUN_POSITIONS // 4 < positions_of(large) <= RUN_POSITIONS // 2
+    mixed = [patients[0], large, patients[1], large, large, large, patients[2], large]
+    noting = Told(recommender)
+
+    async def ask() -> list[NDArray[np.float32]]:
+        runs = Runs(32, 0.0)
+        asked = [runs.probabilities(noting, [one]) for one in mixed]  # type: ignore[arg-type]
+        return [rows[0] for rows, _ in await asyncio.gather(*asked)]
+
+    rows = asyncio.run(ask())
+    assert [row.tobytes() for row in rows] == alone(recommender, mixed)
+    assert len(noting.runs) > 1
+
+
+def test_the_fullest_line_goes_first_and_no_other_waits_for_ever(
     recommender: Recommender, patients: list[EncodedPatient]
 ) -> None:
     noting = Told(recommender)
-    [few, many] = sorted({recommender.shape(p) for p in patients}, key=lambda s: s.positions)[:2]
-    lone = next(p for p in patients if recommender.shape(p) == few)
-    crowd = next(p for p in patients if recommender.shape(p) == many)
+    lone = many_positions(patients[0], 2 * RUN_POSITIONS + 1)  # half of a run's room of that size
+    crowd = patients[1]
 
     async def ask() -> None:
         runs = Runs(4, 0.0)
@@ -101,8 +124,8 @@ def test_the_fullest_shape_goes_first_and_no_other_waits_for_ever(
         await asyncio.gather(*asked)
 
     asyncio.run(ask())
-    shapes = [shape for shape, _ in noting.runs]
-    assert shapes[:3] == [many, few, many]
+    few, many = room_for(positions_of(lone)), RUN_POSITIONS
+    assert [room for room, _ in noting.runs][:3] == [many, few, many]
     assert sum(number for _, number in noting.runs) == 41
 
 

@@ -68,7 +68,7 @@ class Header:
         fingerprint: of inputs and the settings that a sweep keeps.
         inputs: name → fingerprint.
         settings: see SweepPlan.settings.
-        job: how the job was called: "root", "registry", "name", "promote", "retrain",
+        job: how the job was called: "root", "registry", "name", "promote", "retrain", "measure",
             "tracking", "forced".
     """
 

@@ -6,19 +6,14 @@ metrics over all of them.
 """
 
 import dataclasses
-import datetime
-import getpass
-import json
-import math
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cafemed import artifacts, event_files, findings, sweep
+from cafemed import artifacts, findings, mlflow_points, sweep
 from cafemed.errors import ArtifactError
-from cafemed.mlflow_client import Client, Point
+from cafemed.mlflow_client import Client
 from cafemed.sweep_plan import FREE, kept
 from cafemed.tracking import Progress
 
@@ -122,8 +117,10 @@ class SweepRuns:
             self._experiment, {_KEY: self._runs.key, _TRIAL: "parent"}
         )
         if run is None:
-            tags = {_KEY: self._runs.key, _TRIAL: "parent", **_origin()}
-            run = self._client.create(self._experiment, self._about.name, _now_ms(), tags)
+            tags = {_KEY: self._runs.key, _TRIAL: "parent", **mlflow_points.origin("jobs/tune.py")}
+            run = self._client.create(
+                self._experiment, self._about.name, mlflow_points.now_ms(), tags
+            )
         if self._runs.parent != run:
             self._runs.parent = run
             self._save(self._runs)
@@ -153,14 +150,14 @@ class SweepRuns:
             missing = {k: v for k, v in params.items() if k not in there.params}
             if missing:
                 self._client.log(run, params=missing)
-        points = _points(trial, sent or 0)
+        points = mlflow_points.points(trial, sent or 0)
         if trial.record is None:
             if points:
                 self._client.log(run, points)
         elif not over:
-            more = [] if best_sent else _best_points(trial)
+            more = [] if best_sent else mlflow_points.best_points(trial)
             self._client.log(run, [*points, *more], tags=_ending(trial))
-            self._client.end(run, _STATUS[trial.record.status], _end_ms(trial))
+            self._client.end(run, _STATUS[trial.record.status], mlflow_points.end_ms(trial))
         self._epochs[trial.number] = len(trial.history)
         if trial.record is not None:
             self._ended.add(trial.number)
@@ -185,11 +182,7 @@ class SweepRuns:
         for record in sweep.read_trials(folder / "sweep.parquet"):
             self.send(Progress.of(record))
         best = sweep.read_best(folder)
-        points = [
-            Point(f"best/{name}", float(value), made.report["trials"], _now_ms())
-            for name, value in best.get("validation", {}).items()
-            if math.isfinite(value)
-        ]
+        points = mlflow_points.measured(best.get("validation", {}), "best", made.report["trials"])
         self._upload(parent, [folder / name for name in _ARTIFACTS])
         chosen = {"cafemed.best_trial": best["trial"], "cafemed.bundle": best.get("bundle")}
         tags = {name: value for name, value in {**chosen, **facts}.items() if value is not None}
@@ -213,12 +206,7 @@ class SweepRuns:
         made = artifacts.read_manifest(evaluation, "evaluation")
         if self._client.read(parent).tags.get(_EVALUATED) == made.fingerprint:
             return False
-        found = made.report["model"]["test"]["metrics"]
-        points = [
-            Point(f"test/{name}", float(value), 0, _now_ms())
-            for name, value in found.items()
-            if math.isfinite(value)
-        ]
+        points = mlflow_points.measured(made.report["model"]["test"]["metrics"], "test", 0)
         self._upload(parent, [folder / name for name in _ARTIFACTS])
         self._upload(parent, [evaluation / name for name in sorted(made.files)], "evaluation")
         self._client.log(parent, points, tags={_EVALUATED: made.fingerprint})
@@ -238,8 +226,8 @@ class SweepRuns:
         if run is None:
             record = trial.record
             started = None if record is None else record.started
-            begun = _now_ms() if started is None else int(started.timestamp() * 1000)
-            tags = {**names, _PARENT: self._runs.parent, **_origin()}
+            begun = mlflow_points.now_ms() if started is None else int(started.timestamp() * 1000)
+            tags = {**names, _PARENT: self._runs.parent, **mlflow_points.origin("jobs/tune.py")}
             run = self._client.create(self._experiment, f"trial-{trial.number:05d}", begun, tags)
         self._runs.trials[str(trial.number)] = run
         self._save(self._runs)
@@ -255,27 +243,6 @@ class SweepRuns:
                 self._client.upload(run, path, folder)
 
 
-def _points(trial: Progress, sent: int) -> list[Point]:
-    """The epochs after the first `sent`."""
-    started = None if trial.record is None else trial.record.started
-    clock = time.time() if started is None else started.timestamp()
-    points = []
-    for number, epoch in enumerate(trial.history, 1):
-        clock += 0.0 if started is None else float(epoch["seconds"])
-        if number > sent:
-            points += [
-                Point(key, value, number, int(clock * 1000))
-                for key, value in event_files.scalars(epoch).items()
-                if math.isfinite(value)
-            ]
-    return points
-
-
-def _best_points(trial: Progress) -> list[Point]:
-    best, step = event_files.best_scalars(trial.history)
-    return [Point(k, v, step, _end_ms(trial)) for k, v in best.items() if math.isfinite(v)]
-
-
 def _ending(trial: Progress) -> dict[str, Any]:
     record = trial.record
     assert record is not None
@@ -289,32 +256,6 @@ def _ending(trial: Progress) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value not in (None, "")}
 
 
-def _end_ms(trial: Progress) -> int:
-    record = trial.record
-    if record is None or record.started is None:
-        return _now_ms()
-    return int((record.started + datetime.timedelta(seconds=record.seconds)).timestamp() * 1000)
-
-
 def _params(about: About) -> dict[str, Any]:
     """What the sweep keeps, and what it was run on."""
-    settings = kept(about.settings)
-    flat: dict[str, Any] = {}
-    for section, values in settings.items():
-        for name, value in values.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            flat[f"{section}.{name}"] = text
-    return flat | {f"fingerprint.{name}": value for name, value in about.inputs.items()}
-
-
-def _origin() -> dict[str, str]:
-    """Who runs the sweep, as MLflow's pages show it."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = "unknown"
-    return {"mlflow.user": user, "mlflow.source.name": "jobs/tune.py", "mlflow.source.type": "JOB"}
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
+    return mlflow_points.params(kept(about.settings), about.inputs)

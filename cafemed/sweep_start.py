@@ -18,7 +18,7 @@ from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, completed, kept
 
 _S_PER_HOUR = 3600.0
 #: What a sweep is told besides its settings, which changes nothing that it finds.
-_OF_THE_JOB = ("promote", "retrain", "tracking")
+_OF_THE_JOB = ("promote", "retrain", "measure", "tracking")
 #: Settings that a message lists at most.
 _MAX_LISTED = 3
 #: Folders and URLs that Hydra reads as they are.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cafemed import config, console, tracking
-from cafemed.errors import ArtifactError, TrackingError, TrackingRefusedError, UserError
+from cafemed.errors import ArtifactError
 from cafemed.invocation import Invocation
 from cafemed.ledger import Ledger
 from cafemed.sweep_plan import SweepPlan, completed
@@ -55,14 +55,8 @@ class SweepTracking:
         Raises:
             TrackingError: if it does not answer. A sweep that goes on does so without it.
         """
-        if self._client is None or ledger.exists():
-            return
-        try:
-            self._client.experiment(self._experiment)
-        except TrackingRefusedError:
-            raise
-        except TrackingError as err:
-            raise TrackingError(f"{err}; start it, or choose tracking=none") from err
+        if self._client is not None and not ledger.exists():
+            tracking.require_answer(self._client, self._experiment)
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
@@ -74,7 +68,7 @@ class SweepTracking:
             yield
         except BaseException as err:
             if self._sending is not None:
-                with _told("the sweep's run stays RUNNING there"):
+                with tracking.forgiving("the sweep's run stays RUNNING there"):
                     self._sending.stopped("FAILED" if isinstance(err, Exception) else "KILLED")
             raise
 
@@ -129,7 +123,7 @@ class SweepTracking:
         if self._client is None or runs is None or runs.uri != self._uri:
             return
         facts = {} if version is None else {"registry.version": version}
-        with _told("run the same command again to send what is missing"):
+        with tracking.forgiving("run the same command again to send what is missing"):
             if _sweep_runs(self._client, folder, runs).finish(folder, facts):
                 console.say("tracking", f"run {runs.parent} in {runs.experiment} of {runs.uri}")
         self._sending = None
@@ -172,7 +166,7 @@ def send_evaluation(folder: Path, evaluation: Path, bundle: str) -> None:
     if findings.published(folder) != bundle:
         return
 
-    with _told("run the same command again to send the evaluation"):
+    with tracking.forgiving("run the same command again to send the evaluation"):
         client = mlflow_client.Client(runs.uri)
         if _sweep_runs(client, folder, runs).evaluated(folder, evaluation):
             console.say("tracking", f"run {runs.parent} in {runs.experiment} of {runs.uri}")
@@ -203,12 +197,3 @@ def _sweep_runs(client: "Client", folder: Path, runs: "Runs") -> "SweepRuns":
     made = artifacts.read_manifest(folder, sweep.STAGE)
     about = About(folder.parent.name, completed(made.config), made.inputs)
     return SweepRuns(client, runs, about, lambda _: None)
-
-
-@contextlib.contextmanager
-def _told(advice: str) -> Iterator[None]:
-    """What goes wrong with tracking is said in one line, and is not the job's failure."""
-    try:
-        yield
-    except UserError as err:
-        console.say("tracking", f"{err}; {advice}")

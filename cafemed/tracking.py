@@ -4,20 +4,22 @@ Nothing here decides anything: trackers are told what there is, all of it every 
 what they have not sent. So one that was away, or a sweep that goes on, misses and repeats nothing.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cafemed import console
-from cafemed.errors import ConfigError, TrackingError, TrackingRefusedError
+from cafemed.errors import ConfigError, TrackingError, TrackingRefusedError, UserError
 from cafemed.sweep import TrialRecord
 
 if TYPE_CHECKING:
+    from cafemed.mlflow_client import Client
     from cafemed.training import EpochReport  # torch takes seconds to import
 
 #: Below an experiment's folder: what `tensorboard --logdir` is given.
@@ -239,6 +241,29 @@ def require_uri(config: TrackingConfig, root: Path) -> str:
     from cafemed import mlflow_client
 
     return mlflow_client.resolve(config.uri or os.environ.get("MLFLOW_TRACKING_URI"), root)
+
+
+def require_answer(client: "Client", experiment: str) -> None:
+    """Asks a tracking server for an experiment, before something new is begun.
+
+    Raises:
+        TrackingError: if it does not answer.
+    """
+    try:
+        client.experiment(experiment)
+    except TrackingRefusedError:
+        raise
+    except TrackingError as err:
+        raise TrackingError(f"{err}; start it, or choose tracking=none") from err
+
+
+@contextlib.contextmanager
+def forgiving(advice: str) -> Iterator[None]:
+    """What goes wrong with tracking is said in one line, and is not the job's failure."""
+    try:
+        yield
+    except UserError as err:
+        console.say("tracking", f"{err}; {advice}")
 
 
 def clear(folder: Path) -> None:

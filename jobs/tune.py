@@ -6,6 +6,7 @@
     python jobs/tune.py search=wide search.num_samples=128 search.gpus=0.25
     python jobs/tune.py search=paper tracking=mlflow tracking.uri=http://tracking.example:5000
     python jobs/tune.py search=paper retrain=true
+    python jobs/tune.py search=paper measure=true
     python jobs/tune.py resume=ROOT/experiments/NAME/trials
     ray job submit --working-dir . -- python jobs/tune.py name=mimic3 search=wide
 
@@ -14,9 +15,11 @@ ROOT/experiments/NAME/sweep: `sweep.parquet` with every trial, `best.json`, and 
 bundle, which becomes a version in ROOT/registry/NAME. With RAY_ADDRESS, and in a submitted job, the
 trials run on that cluster, and ROOT has to be a folder that all its nodes see; otherwise on a Ray
 that is started for the sweep and ends with it. A sweep that was interrupted goes on from its
-history, in ROOT/experiments/NAME/trials, when the same command runs again.
+history, in ROOT/experiments/NAME/trials, when the same command runs again. With `measure=true` the
+version is measured on the test patients in the end, as jobs/evaluate.py does it.
 """
 
+import dataclasses
 from typing import Any
 
 import hydra
@@ -26,7 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 from cafemed import config, console, invocation, paths
 from cafemed.errors import UserError
 
-SECTIONS = ("model", "train", "calibration", "search", "promote", "retrain", "resume", "tracking")
+SWITCHES = ("promote", "retrain", "measure")
+SECTIONS = ("model", "train", "calibration", "search", "tracking", "resume", *SWITCHES)
 
 
 @hydra.main(version_base="1.3", config_path=str(paths.CONF_DIR), config_name="tune")
@@ -37,6 +41,7 @@ def main(cfg: DictConfig) -> None:
         import models  # torch takes seconds to import: not for --help
         from cafemed import (
             experiment,
+            final_test,
             knowledge,
             promotion,
             registry,
@@ -48,10 +53,10 @@ def main(cfg: DictConfig) -> None:
             sweep_start,
             sweep_tracking,
         )
+        from cafemed.assessment import EvaluationConfig
         from cafemed.ledger import Ledger
 
-        promote = config.checked(bool, values["promote"], "promote")
-        retrain = config.checked(bool, values["retrain"], "retrain")
+        promote, retrain, measure = (config.checked(bool, values[key], key) for key in SWITCHES)
         plan = sweep_plan.read(values, models.options_class, models.NAMES)
         folder, target = told.experiment, told.experiment / "sweep"
         tracked = sweep_tracking.SweepTracking(values["tracking"], told)
@@ -61,7 +66,8 @@ def main(cfg: DictConfig) -> None:
             with sweep_start.locked(ledger, folder), sweep_start.resumable(ledger):
                 if told.force or not sweep_start.is_done(target, ledger, plan, inputs):
                     job = {"root": str(told.root), "name": told.name, "promote": promote}
-                    job |= {"retrain": retrain, "tracking": values["tracking"]}
+                    job |= {"retrain": retrain, "measure": measure}
+                    job |= {"tracking": values["tracking"]}
                     job["registry"] = told.registries
                     tracked.require_ready(ledger)
                     registry.require_ready(told.registry)
@@ -74,6 +80,10 @@ def main(cfg: DictConfig) -> None:
                 tracked.finish(target, None)  # it is over, though there is nothing to publish
             version = promotion.publish_best(target, told.registry, promote, again)
             tracked.finish(target, version)
+        if measure:
+            once = dataclasses.replace(told, force=False)  # the same model again is the same
+            root = values["paths"]["root"]
+            final_test.run(once, version, EvaluationConfig(), models.build, root=root)
         console.say("done", str(target))
 
 

@@ -1,13 +1,15 @@
-"""Sweeps in MLflow: in SQLite with its client alone, and on a real server over HTTP.
+"""Runs in MLflow: in SQLite with its client alone, and on a real server over HTTP.
 
 The server is asked by its REST API (https://mlflow.org/docs/latest/rest-api.html), not through the
 client that wrote. It comes from an environment of its own: `make bench-env`.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -19,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 import models
-from cafemed import artifacts, paths, sweep, sweep_run, tracking
+from cafemed import artifacts, fits, paths, sweep, sweep_run, tracking, training
 from cafemed.conductor import Conductor
 from cafemed.errors import ArtifactError, TrackingError, TrainingError
+from cafemed.fit_tracking import FitTracking
 from cafemed.invocation import Invocation
 from cafemed.ledger import Entry, Header, Ledger
 from cafemed.mlflow_client import Client
 from cafemed.sweep_tracking import SweepTracking, runs_in, send_evaluation
+from cafemed.training import FitConfig
 
 pytestmark = [
     pytest.mark.slow,
@@ -460,3 +465,121 @@ def test_a_sweep_whose_trials_all_failed_is_failed(
         sweep_run.run(one.folder, plan, one.ledger, INPUTS, models.build, tracked)
     assert statuses(tmp_path / "runs") == ["FAILED"] * 3
     assert not one.ledger.exists()
+
+
+FIT = FitConfig(epochs=5, patience=5, batch_size=8, seed=3)
+
+
+def settings_of(config: FitConfig) -> dict[str, Any]:
+    model = {"name": "bag", "options": {"dropout": 0.25}}
+    return {"model": model, "train": dataclasses.asdict(config), "calibration": {}}
+
+
+class Fitter:
+    """Trains a small model, as jobs/train.py does it; at the end of an epoch something may be."""
+
+    def __init__(self, root: Path, build: Any, given: Any, uri: str) -> None:
+        self.told = Invocation(root, "fitted", False)
+        self.build, (self.inputs, self.arrays), self.uri = build, given, uri
+        self.told.experiment.mkdir(parents=True, exist_ok=True)
+
+    def tracked(self) -> FitTracking:
+        values = {"name": "mlflow", "uri": self.uri, "tensorboard": False}
+        wanted = artifacts.fingerprint(fits.STAGE, INPUTS, settings_of(FIT))
+        return FitTracking(values, self.told, settings_of(FIT), INPUTS, wanted)
+
+    def run(self, meanwhile: Callable[[int], None] = lambda _: None) -> fits.FitResult:
+        folder, tracked = self.told.experiment, self.tracked()
+        checkpoint = folder / "checkpoint"
+        tracked.require_ready(checkpoint)
+        with tracked.following(checkpoint) as tell:
+
+            def after_epoch(report: Any) -> None:
+                tell(report)
+                meanwhile(report.epoch)
+
+            result = training.fit(
+                *(self.build, "bag", {"dropout": 0.25}, self.inputs, self.arrays),
+                *(np.arange(30), np.arange(30, 40), FIT),
+                on_epoch=after_epoch,
+                checkpoint_dir=checkpoint,
+            )
+            measured = {"test": {"metrics": {"jaccard": 0.25, "prauc": math.nan}}}
+            fits.write(folder / "fit", INPUTS, settings_of(FIT), result, measured)
+        tracked.finish(folder / "fit")
+        return result
+
+
+@pytest.fixture
+def fitter(
+    server: Server, tmp_path: Path, build_bag: Any, small_inputs: Any, small_arrays: Any
+) -> Fitter:
+    return Fitter(tmp_path, build_bag, (small_inputs, small_arrays), server.url)
+
+
+def check_fit(server: Server, result: Any, status: str = "FINISHED") -> dict[str, Any]:
+    """Compares what the server has with the run; gives its newest run."""
+    run = server.runs("cafemed/fitted")[0]
+    assert run["info"]["status"] == status
+    params = entries(run, "params")
+    assert params["fingerprint.cohort"] == INPUTS["cohort"]
+    assert (params["model.dropout"], params["train.seed"]) == ("0.25", "3")
+    for key in ("jaccard", "ddi_rate"):
+        wanted = [(e.epoch, getattr(e.metrics, key)) for e in result.history]
+        assert sorted(server.history(run, f"validation/{key}")) == wanted
+    assert [value for _, value in server.history(run, "best/jaccard")] == [
+        max(e.metrics.jaccard for e in result.history)
+    ]
+    assert server.history(run, "served/test/jaccard") == [(5, 0.25)]
+    assert server.history(run, "served/test/prauc") == []
+    files = {"config.json", "history.json", "manifest.json", "metrics.json"}
+    assert server.files(run) == files
+    assert entries(run, "tags")["best_epoch"] == str(result.best_epoch)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "status"), [(TrainingError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_a_single_run_that_goes_on_is_the_same_run(
+    server: Server, fitter: Fitter, ended_by: type[BaseException], status: str
+):
+    before = len(server.runs("cafemed/fitted")) if ended_by is KeyboardInterrupt else 0
+
+    def cut(epoch: int) -> None:
+        if epoch == 2:
+            raise ended_by
+
+    with pytest.raises(ended_by):
+        fitter.run(cut)
+    cut_off, *_ = server.runs("cafemed/fitted")
+    assert cut_off["info"]["status"] == status
+    assert [step for step, _ in server.history(cut_off, "train/loss")] == [1, 2]
+    run = check_fit(server, fitter.run())
+    assert run["info"]["run_id"] == cut_off["info"]["run_id"]
+    assert len(server.runs("cafemed/fitted")) == before + 1
+    assert (
+        not fitter.tracked()
+        ._run(anew=False)
+        .finish(  # type: ignore[union-attr]
+            fitter.told.experiment / "fit"
+        )
+    )
+
+
+def test_a_single_run_does_not_need_the_server_all_the_time(
+    server: Server, fitter: Fitter, capsys: pytest.CaptureFixture[str]
+):
+    def lose(epoch: int) -> None:
+        if epoch == 2:
+            server.kill()
+
+    try:
+        result = fitter.run(lose)
+        assert "run the same command again to send what is missing" in capsys.readouterr().out
+        with pytest.raises(TrackingError, match=r"does not answer .*; start it, or"):
+            fitter.tracked().require_ready(fitter.told.experiment / "other")
+    finally:
+        server.start()
+    fitter.tracked().finish(fitter.told.experiment / "fit")
+    check_fit(server, result)

@@ -229,7 +229,7 @@ def test_used_up_time_counts_as_done_until_there_is_more(place: Place, sweeps: A
 
 def resumed(place: Place, *overrides: str, **search: Any) -> dict[str, Any]:
     values = {"resume": place.ledger.storage, "promote": False, "search": search}
-    values |= {"tracking": {"name": "mlflow"}, "retrain": False}
+    values |= {"tracking": {"name": "mlflow"}, "retrain": False, "measure": False}
     return sweep_start.resumed(values, [f"resume={place.ledger.storage}", *overrides])
 
 

@@ -55,6 +55,7 @@ def test_group_file_composes_in_the_pipeline(group: str, option: str):
         ("predict", "predict", PredictConfig),
         ("train", "calibration", CalibrationConfig),
         ("tune", "calibration", CalibrationConfig),
+        ("train", "tracking", TrackingConfig),
         ("tune", "tracking", TrackingConfig),
     ],
 )

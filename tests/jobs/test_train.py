@@ -1,11 +1,13 @@
 """`jobs/train.py` on a small synthetic cohort, with a graph without edges."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -227,6 +229,58 @@ def test_killed_within_an_epoch_and_run_again_it_ends_with_the_same_weights(
     assert done == 6 - epochs_done
     assert event_steps(experiment) == [1, 2, 3, 4, 5, 6]
     assert (experiment / "fit" / "model.safetensors").read_bytes() == expected
+
+
+def tracked(root, query):
+    with contextlib.closing(sqlite3.connect(root / "mlflow" / "mlflow.db")) as store:
+        return store.execute(query).fetchall()
+
+
+@pytest.mark.slow
+def test_a_run_in_mlflow_goes_on_when_it_was_killed_and_is_there_once(root, experiment):
+    pytest.importorskip("mlflow", reason="mlflow-skinny is not installed (the extra `tracking`)")
+    arguments = [*TRAIN, "train.epochs=6", "train.batch_size=2", "train.seed=77", "tracking=mlflow"]
+    script, *rest = command("train", *arguments)[1:]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, script, "100", *rest],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment(root) | {"PYTHONPATH": str(paths.PROJECT_DIR)},
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = run(root, "train", *arguments)
+    assert (resumed.returncode, resumed.stderr) == (0, "")
+    assert "going on from the checkpoint" in resumed.stdout
+    assert "tracking  a run in cafemed/small of sqlite:///" in resumed.stdout
+    assert tracked(root, "select name, status from runs") == [("small", "FINISHED")]
+    history = json.loads((experiment / "fit" / "history.json").read_text())
+    query = "select step, value from metrics where key='{}' order by step"
+    for key, wanted in (
+        ("validation/jaccard", [(e["epoch"], e["metrics"]["jaccard"]) for e in history]),
+        ("train/loss", [(e["epoch"], e["losses"]["loss"]) for e in history]),
+    ):
+        assert tracked(root, query.format(key)) == wanted
+    measured = json.loads((experiment / "fit" / "metrics.json").read_text())
+    found = tracked(root, query.format("served/test/prauc"))
+    assert found == [(6, measured["test"]["metrics"]["prauc"])]
+    params = dict(tracked(root, "select key, value from params"))
+    assert params["train.seed"] == "77"
+    assert params["model.name"] == "cafemed"
+    manifest = artifacts.verify(experiment / "fit", "fit")
+    assert params["fingerprint.cohort"] == manifest.inputs["cohort"]
+    names = {path.name for path in (root / "mlflow" / "artifacts").rglob("*") if path.is_file()}
+    assert names == {"config.json", "history.json", "manifest.json", "metrics.json"}
+
+    again = run(root, "train", *arguments)
+    assert "unchanged, skipped" in again.stdout
+    assert "tracking" not in again.stdout
+    redone = run(root, "train", *arguments, "force=true", "tensorboard=false")
+    assert redone.returncode == 0, redone.stderr
+    assert tracked(root, "select status from runs") == [("FINISHED",)] * 2
+    with_uri = run(root, "train", *TRAIN, "tracking.uri=/x")
+    assert with_uri.stderr == "error: tracking: uri and experiment: only with tracking=mlflow\n"
 
 
 def test_another_model_is_trained_by_its_name(root, experiment):

@@ -348,7 +348,7 @@ def whole(root: Path, other: Path) -> list[dict[str, Any]]:
 def wait_for_a_checkpoint(trials: Path, number: int) -> None:
     """Returns in the middle of a trial: when its first epochs are saved, of many."""
     deadline = time.monotonic() + 120
-    while not list(trials.glob(f"run-*/trial-{number:05d}/checkpoint_*")):
+    while not list(trials.glob(f"run-*/trial-{number:05d}/checkpoint_*/checkpoint.json")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -383,6 +383,38 @@ def test_a_killed_sweep_goes_on_to_the_same_scores(
     # One that was drawn and not started yet was started once; between two trials there is none.
     assert again in ([before] if told[2] else [], [])
     assert not (other / "trials").exists()
+    shutil.rmtree(root / "tmp")
+    (root / "tmp").mkdir()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_two_workers_a_trial_goes_on_to_the_same_scores(root: Path, other: Path):
+    """One trial has room at a time: what a killed one left must not keep the place."""
+    beside = paths.experiment_dir(root, "beside")
+    for stage in ("cohort", "graph"):
+        shutil.copytree(other / stage, beside / stage)
+    options = ["search=smoke", "model.dimension=8", "train.epochs=10", "train.patience=10"]
+    options += ["search.num_samples=2", "search.num_workers=2", "search.scheduler=none"]
+    options += ["search.max_concurrent=1"]
+    whole = start(root, "tune", "name=beside", *options)
+    process = start(root, "tune", "name=other", "force=true", *options)
+    wait_for_a_checkpoint(other / "trials", number=1)
+    process.kill()
+    with process:
+        process.communicate(timeout=120)
+    status, out, err = run(root, "tune", "name=other", *options)
+    assert (status, err) == (0, "")
+    assert "goes on: 1 of 2 trials ended, 1 was interrupted and goes on" in out
+    found = scores(other)
+    assert [row["trial"] for row in found] == [0, 1]
+    assert [row["cpus"] for row in found] == [2.0, 2.0]
+    attempts = pq.read_table(other / "sweep" / "sweep.parquet")["attempts"].to_pylist()
+    assert attempts == [1, 2]
+    assert not (other / "trials").exists()
+    _, err = whole.communicate(timeout=240)
+    assert (whole.returncode, err) == (0, "")
+    assert scores(beside) == found
+    assert_nothing_runs_in(root / "tmp", ended=False)
     shutil.rmtree(root / "tmp")
     (root / "tmp").mkdir()
 
@@ -447,13 +479,13 @@ def test_resume_names_the_folder_and_may_ask_for_more(
     )
 
 
-def assert_nothing_runs_in(temp: Path) -> None:
-    """No process of a Ray that had this temporary folder, and no folder of it."""
+def assert_nothing_runs_in(temp: Path, ended: bool = True) -> None:
+    """No process of a Ray that had this temporary folder, and unless one was killed no folder."""
     deadline = time.monotonic() + 20
     while (running := commands_with(str(temp))) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert running == []
-    assert list(temp.glob("cafemed-*")) == []
+    assert not ended or list(temp.glob("cafemed-*")) == []
 
 
 def commands_with(text: str) -> list[str]:
@@ -472,8 +504,11 @@ def processes_with(text: str) -> list[tuple[int, str]]:
     return found
 
 
-def test_another_model_is_searched_in_its_own_space_and_has_a_threshold_of_its_own(root: Path):
-    options = ["calibration.threshold=validation"]
+def test_one_command_searches_another_models_space_and_measures_the_winner_once(
+    root: Path, experiment: Path
+):
+    """With a threshold of its own."""
+    options = ["calibration.threshold=validation", "measure=true"]
     options += ["model=causalmed", "search.num_samples=1", "train.epochs=2", "force=true"]
     status, out, err = run(root, "tune", "name=small", *options)
     assert (status, err) == (0, "")
@@ -482,9 +517,15 @@ def test_another_model_is_searched_in_its_own_space_and_has_a_threshold_of_its_o
     assert served.model_name == "causalmed"
     assert bundle.restore_model(served, models.build)
     assert served.preprocessing.threshold != 0.5
-    status, out, err = run(root, "evaluate", "name=small")
-    assert (status, err) == (0, "")
-    report = paths.experiment_dir(root, "small") / "evaluation" / "report.json"
-    measured = json.loads(report.read_text())["model"]
+    measured = json.loads((experiment / "evaluation" / "report.json").read_text())["model"]
     assert measured["threshold"] == measured["best_threshold"] == served.preprocessing.threshold
     assert measured["validation"]["metrics"] == served.metrics["validation"]
+    (tested,) = json.loads((experiment / "sweep" / "test.json").read_text()).values()
+    assert tested["metrics"] == measured["test"]["metrics"]
+    assert tested["intervals"] == measured["test"]["intervals"]
+    page = (experiment / "sweep" / "report.html").read_text()
+    assert f'"tested":{{"0":{{"patients":{tested["patients"]},' in page
+    assert "last visit" in out
+    status, out, err = run(root, "evaluate", "name=small")
+    assert (status, err) == (0, "")
+    assert "unchanged, skipped" in out

@@ -5,7 +5,8 @@
         answer = client.recommend([{"visits": [visit]}], max_ddi_rate=0.05)
 
 A request that met a replica that just died, or one that has too much to do, is sent once more:
-asking for a recommendation changes nothing, so that this is safe. No exception quotes a request,
+asking for a recommendation changes nothing, so that this is safe. A proxy that is being replaced
+is waited for. No exception quotes a request,
 nor does a line of httpx's log, which would have what is searched for. Proxies of the environment
 (HTTP_PROXY) are not used: patients are sent to the endpoint alone.
 """
@@ -34,6 +35,8 @@ KEY_VARIABLE = "CAFEMED_API_KEY"
 #: died under the request.
 _AGAIN = frozenset({429, 500, 502, 503, 504})
 _FIRST_DELAY_S = 0.1
+#: Between attempts to connect where nobody listens.
+_RECONNECT_DELAY_S = 0.25
 #: Of a request, as docs/serving.md has them; an endpoint that knows more has its new ones left out.
 _FIELDS = frozenset(
     {"body", "query", "kind", "limit", "patients", "sex", "age", "allergies", "visits"}
@@ -91,6 +94,7 @@ class Client:
         timeout_s: float = 30.0,
         retries: int = 1,
         max_wait_s: float = 10.0,
+        reconnect_s: float = 15.0,
         verify: ssl.SSLContext | bool = True,
         proxy: str | None = None,
         sleep: Callable[[float], None] = time.sleep,
@@ -104,6 +108,9 @@ class Client:
             retries: attempts after the first.
             max_wait_s: the longest wait before another attempt; an endpoint that asks for a longer
                 one is not asked again.
+            reconnect_s: how long to go on trying to connect, besides `retries`, where nobody
+                listens and somebody did before: a proxy is being replaced, and what is asked
+                reached nobody.
             verify: how a server's certificate is checked.
             proxy: URL of an HTTP proxy to ask through; it sees what an endpoint without HTTPS is
                 asked.
@@ -112,6 +119,8 @@ class Client:
         self._url = url.rstrip("/")
         self._retries = retries
         self._max_wait_s = max_wait_s
+        self._reconnect_s = reconnect_s
+        self._was_answered = False
         self._sleep = sleep
         self._jitter = random.Random()  # clients that were refused together come back apart
         key = key or os.environ.get(KEY_VARIABLE)
@@ -208,7 +217,8 @@ class Client:
         self.close()
 
     def _ask(self, method: str, path: str, **content: Any) -> dict[str, Any]:
-        for attempt in range(self._retries + 1):
+        attempt, refused_s = 0, 0.0
+        while True:
             is_last = attempt == self._retries
             try:
                 with _unlogged():
@@ -218,12 +228,17 @@ class Client:
             except httpx.DecodingError:
                 raise self._strange() from None
             except httpx.TransportError as err:
+                if self._was_answered and refused_s < self._reconnect_s and _nobody_listens(err):
+                    refused_s += _RECONNECT_DELAY_S
+                    self._sleep(_RECONNECT_DELAY_S)
+                    continue
                 if is_last or isinstance(err, httpx.UnsupportedProtocol):
                     raise UnreachableError(
                         f"{self._url}: no answer ({type(err).__name__})"
                     ) from None
                 wait_s = self._backoff_s(attempt)
             else:
+                self._was_answered = True
                 if response.status_code == httpx.codes.OK:
                     return self._content(response)
                 refused = self._refused(response)
@@ -234,7 +249,7 @@ class Client:
                 if told_s is not None:  # never before the time told
                     wait_s += self._backoff_s(0)
             self._sleep(wait_s)
-        raise AssertionError("the last attempt returns or raises")
+            attempt += 1
 
     def _backoff_s(self, attempt: int) -> float:
         delay_s = _FIRST_DELAY_S * 2.0**attempt * self._jitter.uniform(0.5, 1.5)
@@ -271,6 +286,13 @@ class Client:
         retry_after = response.headers.get("retry-after", "")
         wait_s = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None
         return RefusedError(message, status, problems, str(told.get("request_id") or ""), wait_s)
+
+
+def _nobody_listens(err: BaseException | None) -> bool:
+    """Whether a connection was refused; a wrong name or certificate is another thing."""
+    while err is not None and not isinstance(err, ConnectionRefusedError):
+        err = err.__cause__ or err.__context__
+    return err is not None
 
 
 def _place(field: str) -> str:

@@ -45,17 +45,17 @@ def guarded(settings: DeployConfig, told: invocation.Invocation) -> DeployConfig
     """Refuses to serve others without keys, or with a certificate or keys that are of no use."""
     from serve import access, launch, tls
 
-    http = tls.usable(settings.http)
+    tls.require_usable(settings.http)
     served = dataclasses.replace(
         settings.serve,
         access=access.with_keys_file(settings.serve.access, told.root, told.name),
     )
-    access.require_guarded(http.host, served.access)
+    access.require_guarded(settings.http.host, served.access)
     if settings.once and not launch.can_ask(served.access):
         raise ConfigError(
             f"once=true asks one request: set {client.KEY_VARIABLE} to one of the API keys"
         )
-    return dataclasses.replace(settings, http=http, serve=served)
+    return dataclasses.replace(settings, serve=served)
 
 
 def run(registry_dir: registry.Location, settings: DeployConfig, report: Path) -> None:

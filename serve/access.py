@@ -82,13 +82,23 @@ def with_keys_file(config: AccessConfig, root: Path, name: str) -> AccessConfig:
 
 def listening_host() -> str | None:
     """Where the proxies of the connected cluster listen; None where Serve does not run there."""
+    options = _http_options()
+    return None if options is None else str(options.host or "0.0.0.0")
+
+
+def listening_certificate() -> str | None:
+    """The certificate that Serve on the connected cluster was given, where it was."""
+    return getattr(_http_options(), "ssl_certfile", None)
+
+
+def _http_options() -> Any:
     import ray
     from ray.serve.context import _get_global_client  # Ray tells it in no public way
 
     if not ray.is_initialized():  # it would start one
         return None
     client = _get_global_client(raise_if_no_controller_running=False)
-    return None if client is None else str(client.http_config.host or "0.0.0.0")
+    return None if client is None else client.http_config
 
 
 def require_guarded(host: str, config: AccessConfig) -> None:

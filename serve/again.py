@@ -1,19 +1,22 @@
-"""Ray Serve's own proxy asks another replica where one ended under a request without an answer.
+"""Around Ray Serve's own proxy: it asks another replica where one ended without an answer.
 
-HAProxy does so itself (serve/haproxy.py). Recommending twice does no harm.
+HAProxy does so itself (serve/haproxy.py). Recommending twice does no harm. What Ray tells of the
+applications to whoever asks, key or none, is told to nobody.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 
 from fastapi.middleware import Middleware
+from fastapi.responses import PlainTextResponse
 
 from serve.asgi import Application, Message, Receive, Send
 
 #: Names the function below; Ray's proxies read it once, from the environment they are started in.
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-_OWN = "serve.again:middlewares"
+MIDDLEWARES = "serve.again:middlewares"
 #: Longer requests are not kept, and so not made again, as behind HAProxy.
 _MAX_KEPT_BYTES = 65536
 
@@ -24,7 +27,7 @@ def environment() -> Iterator[None]:
     if VARIABLE in os.environ:
         yield
         return
-    os.environ[VARIABLE] = _OWN
+    os.environ[VARIABLE] = MIDDLEWARES
     try:
         yield
     finally:
@@ -33,7 +36,19 @@ def environment() -> Iterator[None]:
 
 def middlewares() -> list[Middleware]:
     """What Ray's proxies put around themselves."""
-    return [Middleware(Again)]
+    return [Middleware(Unlisted), Middleware(Again)]
+
+
+class Unlisted:
+    """ASGI middleware around a proxy, whose list of applications it keeps."""
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        is_listing = scope["type"] == "http" and scope["path"] == "/-/routes"
+        answer = PlainTextResponse("not found", HTTPStatus.NOT_FOUND) if is_listing else self._app
+        await answer(scope, receive, send)
 
 
 class Again:

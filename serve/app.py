@@ -19,8 +19,9 @@ from ray.serve.handle import DeploymentHandle
 
 from cafemed import paths, registry
 from cafemed.config import from_mapping
-from serve import observing, shadow
-from serve.access import Access, listening_host, require_guarded, with_keys_file
+from serve import access as accesses
+from serve import observing, shadow, tls
+from serve.access import Access
 from serve.admission import Admission
 from serve.api import create_api
 from serve.asking import Asked
@@ -176,8 +177,8 @@ def build(args: dict[str, Any]) -> Application:
         args: see ApplicationArgs.
 
     Raises:
-        ConfigError: if an argument is unknown or out of range, or others than this machine could
-            ask without a key.
+        ConfigError: if an argument is unknown or out of range, others than this machine could ask
+            without a key, or a certificate would not be used.
         KeysError: if there have to be keys and there are none.
         ArtifactError: if nothing is promoted.
     """
@@ -185,8 +186,10 @@ def build(args: dict[str, Any]) -> Application:
     root = paths.resolve_root(values.root)
     registry_dir = paths.registry_of(root, values.name, values.registry)
     registry.resolve(registry_dir, values.serve.alias)  # here rather than in every replica
-    access = with_keys_file(values.serve.access, root, values.name)
-    require_guarded(listening_host() or HttpConfig.host, access)
+    access = accesses.with_keys_file(values.serve.access, root, values.name)
+    accesses.require_guarded(accesses.listening_host() or HttpConfig.host, access)
+    if accesses.listening_certificate() is not None:
+        tls.require_unused_behind_haproxy()
     return application(registry_dir, dataclasses.replace(values.serve, access=access))
 
 

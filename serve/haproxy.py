@@ -15,9 +15,12 @@ from pathlib import Path
 
 from cafemed import paths
 from cafemed.errors import ConfigError
+from serve import again
 from serve.settings import HttpConfig
 
 _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+#: Names the PEM file of a certificate, whose key is beside it, for the start script.
+CERTIFICATE = "CAFEMED_HAPROXY_CERTIFICATE"
 #: Behind HAProxy, Ray's own proxy answers while no replica can: 8500 for every Ray there is.
 _FALLBACK_PORT = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
 _REUSE_PORT = "SERVE_SOCKET_REUSE_PORT_ENABLED"
@@ -25,17 +28,34 @@ _START_SCRIPT = paths.PROJECT_DIR / "platform" / "haproxy" / "haproxy"
 #: A socket's path has at most 97 characters here; a node's id and the socket's name take 70.
 _MAX_FOLDER_CHARS = 27
 #: For Ray's own proxy too: one that is gone is missed after three checks, and only then replaced.
-_FOR_ANY_PROXY = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2"}
+_FOR_ANY_PROXY = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.5"}
+#: Of every node of a cluster, whichever proxy it has (platform/docker/Dockerfile).
+ON_NODES = {**_FOR_ANY_PROXY, again.VARIABLE: again.MIDDLEWARES}
 #: Replicas with HAProxy are reached without Ray's proxy, so user code needs no thread of its own.
 #: A request of this application may be made twice, so it is, where a replica ends while it works.
-_ENVIRONMENT = {
-    **_FOR_ANY_PROXY,
+_BEHIND_HAPROXY = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # longer requests cannot be made again
+}
+#: Of every node of a cluster with HAProxy besides (platform/k8s/rayservice.yaml). Its start script
+#: is named from the project's folder.
+ON_NODES_WITH_HAPROXY = {
+    _SWITCH: "1",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(_START_SCRIPT.relative_to(paths.PROJECT_DIR)),
+    **_BEHIND_HAPROXY,
+}
+_ENVIRONMENT = {
+    **_FOR_ANY_PROXY,
+    **_BEHIND_HAPROXY,
     # How long a replica that is taken away stays reachable, until no proxy knows it any more.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
+
+
+def is_switched_on() -> bool:
+    """Says whether the Ray of this environment has HAProxy in front, or will when it starts."""
+    return os.environ.get(_SWITCH) == "1"
 
 
 def is_on(http: HttpConfig, cluster: bool) -> bool:
@@ -49,7 +69,7 @@ def is_on(http: HttpConfig, cluster: bool) -> bool:
         ConfigError: if it is asked for and not there.
     """
     if cluster:
-        on = os.environ.get(_SWITCH) == "1"
+        on = is_switched_on()
         if http.proxy == "haproxy" and not on:
             raise ConfigError(
                 f"http.proxy=haproxy: this cluster was started without {_SWITCH}=1; set it on "
@@ -99,6 +119,11 @@ def environment(http: HttpConfig) -> Iterator[None]:
         "CAFEMED_HAPROXY": _binary() or "",
         "CAFEMED_HAPROXY_STATS_HOST": http.stats_host,
     }
+    if http.tls_certificate is not None and http.tls_key is not None:
+        pem = Path(own) / "endpoint.pem"
+        pem.symlink_to(http.tls_certificate)
+        pem.with_name("endpoint.pem.key").symlink_to(http.tls_key)
+        settings[CERTIFICATE] = str(pem)
     added = {name: value for name, value in settings.items() if name not in os.environ}
     try:
         with _set({**added, _SWITCH: "1"}):

@@ -193,6 +193,7 @@ def _ray(http: HttpConfig, cpus: float, gpus: float) -> Iterator[str]:
             else:
                 around.enter_context(haproxy.without())
                 around.enter_context(again.environment())
+        tls.require_spoken(http.tls_certificate is not None)
         where = around.enter_context(cluster.ray_cluster(cpus, gpus))
         yield f"{where}; {'HAProxy' if with_haproxy else 'Ray Serve itself'} in front"
 

@@ -93,6 +93,12 @@ def bucket() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def certificates() -> ModuleType:
+    """The module certificates.py: certificates that sign themselves."""
+    return _module("certificates")
+
+
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
     """A Browser of the module browsers.py; skips where there is none."""

@@ -154,6 +154,48 @@ def test_nobody_listening_is_told() -> None:
         client.model()
 
 
+def test_an_endpoint_that_is_being_replaced_is_waited_for(serving: Callable[..., Server]) -> None:
+    """Its port is closed for a while, also after the one retry has begun."""
+    server = serving(http(200), RESET)
+    port = int(server.url.rpartition(":")[2])
+    replaced: list[socket.socket] = []
+    naps = Naps()
+
+    def sleep(seconds: float) -> None:
+        naps(seconds)
+        if len(naps) == 1:
+            server.close()
+        if len(naps) == 9:
+            replaced.append(socket.create_server(("127.0.0.1", port)))
+            answering = threading.Thread(target=answer, args=(replaced[0],), daemon=True)
+            answering.start()
+
+    def answer(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            _read(connection)
+            connection.sendall(http(200))
+
+    with Client(server.url, sleep=sleep) as client:
+        client.model()
+        assert client.recommend(PATIENTS) == ANSWER
+    replaced[0].close()
+    assert naps[1:] == [0.25] * 8
+
+
+def test_but_not_for_ever_nor_where_nobody_ever_answered(serving: Callable[..., Server]) -> None:
+    server, naps = serving(http(200)), Naps()
+    with asking(server, naps, reconnect_s=2.0) as client:
+        client.model()
+        server.close()
+        with pytest.raises(UnreachableError, match="ConnectError"):
+            client.model()
+    assert len(naps) == 9  # eight within two seconds, and the one retry
+    with asking(server, stranger := Naps()) as client, pytest.raises(UnreachableError):
+        client.model()
+    assert len(stranger) == 1
+
+
 def test_an_endpoint_that_hangs_is_given_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"

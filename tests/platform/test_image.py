@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cafemed import paths
+from serve import haproxy
 
 PROJECT = paths.PROJECT_DIR
 TEXT = (PROJECT / "platform/docker/Dockerfile").read_text()
@@ -93,3 +94,20 @@ def test_a_login_shell_finds_the_environments_programs():
 def test_the_image_holds_no_data_and_no_environment_of_ours():
     ignored = (PROJECT / ".dockerignore").read_text().split()
     assert {".git", ".venv", ".bench", "outputs", "multirun"} <= set(ignored)
+
+
+def test_every_node_has_what_a_local_endpoints_ray_has():
+    """Whichever proxy it has; the image is that of every cluster."""
+    [env] = [step for step in STEPS if step.startswith("ENV ")]
+    settings = dict(pair.split("=", 1) for pair in env.removeprefix("ENV ").split())
+    of_serve = {name: value for name, value in settings.items() if name.startswith("RAY_SERVE_")}
+    assert of_serve == haproxy.ON_NODES
+    assert position("WORKDIR /home/ray/cafemed") < position("ENV ")
+
+
+def test_the_guide_tells_those_without_the_image_the_same():
+    guide = (PROJECT / "docs/serving.md").read_text()
+    exports = dict(re.findall(r"^export (RAY_SERVE_\w+)=(\"[^\"]*\"|\S+)", guide, re.MULTILINE))
+    told = {name: value.strip('"').replace("$PWD/", "") for name, value in exports.items()}
+    fallback = {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": "8500"}
+    assert told == haproxy.ON_NODES | haproxy.ON_NODES_WITH_HAPROXY | fallback

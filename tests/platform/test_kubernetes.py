@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from cafemed import paths
+from serve import haproxy
 
 FOLDER = paths.PROJECT_DIR / "platform/k8s"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
@@ -198,9 +199,20 @@ def test_the_service_serves_what_the_projects_own_serve_file_does():
     assert service["applications"] == own["applications"]
     assert service["proxy_location"] == own["proxy_location"]
     assert service["http_options"] == {**own["http_options"], "host": "0.0.0.0"}
+    assert service["logging_config"] == own["logging_config"]  # no paths: they may be of a patient
     for pod in templates(read("rayservice")):
         ports = {port["name"]: port["containerPort"] for port in pod["containers"][0]["ports"]}
         assert ports["serve"] == own["http_options"]["port"]
+
+
+def test_the_services_nodes_have_haproxy_as_a_local_endpoint_has_it():
+    for pod in templates(read("rayservice")):
+        env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+        of_serve = {name: value for name, value in env.items() if name.startswith("RAY_SERVE_")}
+        script = of_serve.pop("RAY_SERVE_HAPROXY_BINARY_PATH")
+        expected = dict(haproxy.ON_NODES_WITH_HAPROXY)
+        assert script == f"/home/ray/cafemed/{expected.pop('RAY_SERVE_HAPROXY_BINARY_PATH')}"
+        assert of_serve == expected
 
 
 def test_no_two_of_them_would_make_services_of_the_same_name():

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -153,3 +154,10 @@ def root(served: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     registry_dir = folder / "registry" / "tiny"
     registry.promote(registry_dir, registry.publish(registry_dir, folder / "bundle", {}))
     return folder
+
+
+@pytest.fixture
+def certificate(certificates: ModuleType, tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate that signs itself, and its key."""
+    made: tuple[Path, Path] = certificates.make(tmp_path)
+    return made

@@ -117,7 +117,8 @@ def test_ray_finds_it_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
     with again.environment():
         found = call_function_from_import_path(os.environ[again.VARIABLE])
         assert [one.cls for one in http_util.validate_http_proxy_callback_return(found)] == [
-            again.Again
+            again.Unlisted,
+            again.Again,
         ]
     assert again.VARIABLE not in os.environ
     monkeypatch.setenv(again.VARIABLE, "mine:own")

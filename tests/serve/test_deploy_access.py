@@ -1,7 +1,5 @@
 """The deploy job with keys and a certificate, and without what it takes to listen elsewhere."""
 
-import datetime
-import ipaddress
 import os
 import shutil
 import signal
@@ -12,18 +10,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from cafemed import paths
 from cafemed.bundle import Bundle
 from cafemed.client import KEY_VARIABLE, Client, RefusedError, UnreachableError
 from cafemed.errors import ConfigError
-from serve import keys, tls
+from serve import haproxy, keys, tls
 from serve.example import example_request
 from serve.settings import HttpConfig
 
@@ -31,43 +27,16 @@ JOB = paths.PROJECT_DIR / "jobs" / "deploy.py"
 MARKER = "MARKER4711"
 
 
-def make_certificate(folder: Path, name: str = "own") -> tuple[Path, Path]:
-    """A certificate that signs itself, for a public name and the loopback, and its key."""
-    private = ec.generate_private_key(ec.SECP256R1())
-    who = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "meds.example.org")])
-    now = datetime.datetime.now(datetime.UTC)
-    loopback = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(who)
-        .issuer_name(who)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([loopback]), critical=False)
-        .sign(private, hashes.SHA256())
-    )
-    certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
-    certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    plain = serialization.NoEncryption()
-    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    key.write_bytes(private.private_bytes(pem, pkcs8, plain))
-    locked = serialization.BestAvailableEncryption(b"secret")
-    key.with_suffix(".locked").write_bytes(private.private_bytes(pem, pkcs8, locked))
-    return certificate, key
+def test_a_certificate_that_is_of_no_use_is_refused(
+    certificates: ModuleType, tmp_path: Path
+) -> None:
+    certificate, key = certificates.make(tmp_path)
+    _, other = certificates.make(tmp_path, "other")
 
-
-def test_a_certificate_that_is_of_no_use_is_refused(tmp_path: Path) -> None:
-    certificate, key = make_certificate(tmp_path)
-    _, other = make_certificate(tmp_path, "other")
-
-    def refused(*pair: object, **more: str) -> str:
+    def refused(*pair: object) -> str:
         names = [str(one) for one in pair]
         with pytest.raises(ConfigError) as caught:
-            tls.usable(
-                HttpConfig("127.0.0.1", 0, tls_certificate=names[0], tls_key=names[1], **more)
-            )  # type: ignore[arg-type]
+            tls.require_usable(HttpConfig(tls_certificate=names[0], tls_key=names[1]))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -76,12 +45,34 @@ def test_a_certificate_that_is_of_no_use_is_refused(tmp_path: Path) -> None:
     assert "KEY_VALUES_MISMATCH" in refused(certificate, other)
     assert "not a certificate in PEM and its key" in refused(key, key)
     assert "expected a key without a password" in refused(certificate, key.with_suffix(".locked"))
-    assert "http.proxy=default" in refused(certificate, key, proxy="haproxy")
     with pytest.raises(ConfigError, match="expected both, or neither"):
         HttpConfig(tls_key=str(key))
-    good = HttpConfig(tls_certificate=str(certificate), tls_key=str(key))
-    assert tls.usable(good).proxy == "default"
-    assert tls.usable(HttpConfig()) == HttpConfig()
+    tls.require_usable(HttpConfig(tls_certificate=str(certificate), tls_key=str(key)))
+    tls.require_usable(HttpConfig())
+
+
+def test_a_clusters_haproxy_has_to_speak_what_is_asked_of_the_endpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes its certificate from the nodes' environment, and none from Ray."""
+    monkeypatch.delenv(haproxy.CERTIFICATE, raising=False)
+    asked = HttpConfig(tls_certificate="/a.crt", tls_key="/a.key")
+    given = {"ssl_keyfile": "/a.key", "ssl_certfile": "/a.crt"}
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    tls.require_spoken(is_asked=True)
+    tls.require_unused_behind_haproxy()
+    assert tls.http_options(asked) == given
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert tls.http_options(asked) == {}
+    tls.require_spoken(is_asked=False)
+    with pytest.raises(ConfigError, match=r"started without one.* set CAFEMED_HAPROXY_CERTIFICATE"):
+        tls.require_spoken(is_asked=True)
+    with pytest.raises(ConfigError, match=r"http_options\.ssl_certfile: HAProxy takes no"):
+        tls.require_unused_behind_haproxy()
+    monkeypatch.setenv(haproxy.CERTIFICATE, "/a.pem")
+    tls.require_spoken(is_asked=True)
+    with pytest.raises(ConfigError, match=r"set http\.tls_certificate and http\.tls_key to it"):
+        tls.require_spoken(is_asked=False)
 
 
 @pytest.fixture
@@ -145,18 +136,29 @@ def wait_for(job: subprocess.Popen[str], text: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("proxy", ["haproxy", "default"])
 def test_keys_and_a_certificate_guard_what_is_served(
-    root: Path, home: Path, tmp_path: Path, served: Bundle
+    root: Path,
+    home: Path,
+    tmp_path: Path,
+    served: Bundle,
+    certificates: ModuleType,
+    proxy: str,
 ) -> None:
     """Every interface, HTTPS alone; a revoked key is refused by the running replicas."""
     shutil.copytree(root / "registry", tmp_path / "registry")
-    certificate, private = make_certificate(tmp_path)
+    certificate, private = certificates.make(tmp_path)
     path = paths.keys_file(tmp_path, "tiny")
     secret, other = keys.create(path, "ward-3", 600), keys.create(path, "other", 2)
     arguments = ["http.port=0", "http.host=0.0.0.0", "serve.access.auth=keys"]
-    arguments += [f"http.tls_certificate={certificate}", f"http.tls_key={private}"]
+    arguments += [
+        f"http.proxy={proxy}",
+        f"http.tls_certificate={certificate}",
+        f"http.tls_key={private}",
+    ]
     job = start(tmp_path, home, *arguments, **{KEY_VARIABLE: secret})
     try:
+        assert ("HAProxy in front" in wait_for(job, " in front")) is (proxy == "haproxy")
         url = wait_for(job, "answers at").split()[3]
         wait_for(job, "serving until Ctrl-C")
         assert url.startswith("https://127.0.0.1:")
@@ -176,6 +178,14 @@ def test_keys_and_a_certificate_guard_what_is_served(
             Client(url, secret, retries=0).model()
         with pytest.raises(httpx.HTTPError):
             httpx.get(url.replace("https", "http") + "/healthz")
+        with httpx.Client(base_url=url, verify=trusting) as stranger:
+            told = stranger.get("/healthz")
+            assert told.status_code == 200
+            stays = told.headers.get_list("strict-transport-security")
+            assert stays == ["max-age=31536000"]
+            # Of Ray's own: which applications there are, for whoever asks.
+            listing = stranger.get("/-/routes")
+            assert (listing.status_code, listing.text) == (404, "not found")
         with Client(url, other, verify=trusting, max_wait_s=0) as often:
             assert [often.model()["version"] for _ in range(2)] == [1, 1]
             with pytest.raises(RefusedError) as too_often:

@@ -14,6 +14,7 @@ from serve.settings import HttpConfig
 
 SCRIPT = paths.PROJECT_DIR / "platform" / "haproxy" / "haproxy"
 FRONT = "frontend http_frontend\n    bind *:8000\n"
+KNOWN = "    use_backend replicas if all\n"
 PAGES = "frontend prometheus\n    bind :9101\n    mode http\n"
 GLOBAL = "global\n    log 127.0.0.1:514 local0 info\n    maxconn 4096\ndefaults\n    log global\n"
 STATS = "listen stats\n  bind *:8404\n  stats enable\n"
@@ -38,11 +39,12 @@ def start(config: str, tmp_path: Path, env: dict[str, str]) -> subprocess.Comple
 def test_pages_of_figures_are_bound_to_the_loopback_and_the_endpoint_as_told(
     tmp_path: Path, started: dict[str, str]
 ) -> None:
-    done = start(PAGES + FRONT + STATS, tmp_path, started)
+    done = start(PAGES + FRONT + KNOWN + STATS, tmp_path, started)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (
         PAGES.replace(":9101", "127.0.0.1:9101")
         + FRONT
+        + KNOWN
         + STATS.replace("*:8404", "127.0.0.1:8404")
         + "-dR -sf 17\n"
     )
@@ -92,6 +94,7 @@ def test_rays_own_template_is_understood(tmp_path: Path, started: dict[str, str]
     assert "bind 127.0.0.1:8404" in binds
     assert "local0 info" not in done.stdout
     assert done.stdout.count("option http-buffer-request") == 1
+    assert done.stdout.count('404 content-type text/plain string "not found" if routes') == 1
 
 
 def test_requests_are_passed_on_as_a_whole_so_that_they_can_be_made_again(
@@ -104,30 +107,77 @@ def test_requests_are_passed_on_as_a_whole_so_that_they_can_be_made_again(
     assert printed.count("http-buffer-request") == 1
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_before_any_replica_is_known_clients_are_to_come_back(
-    tmp_path: Path, started: dict[str, str], known: bool
-) -> None:
-    """With HAProxy itself, which checks the configuration."""
+@pytest.fixture
+def checking(started: dict[str, str]) -> dict[str, str]:
+    """An environment in which HAProxy itself checks the configuration, which is printed first."""
     program = haproxy._binary()
     if program is None:
         pytest.skip("HAProxy is not installed")
     checked = Path(started["CAFEMED_HAPROXY"])
     checked.write_text(f'#!/bin/sh\ncat "$3"; exec "{program}" -c -f "$3" >&2\n')
+    return started
+
+
+def as_rays(known: bool) -> str:
+    """A configuration as Ray writes it, with or without replicas."""
     config = GLOBAL.replace("log 127.0.0.1:514 local0 info", "nbthread 1") + PAGES
-    config = config.replace("log global", "mode http") + FRONT + STATS
+    config = config.replace("log global", "mode http") + FRONT
+    config += '    http-request return status 200 content-type text/plain string "ok" if ping\n'
+    config = config.replace("    bind *:8000\n", "    bind *:8000\n    acl ping path /-/healthz\n")
+    config += "    acl routes path -i /-/routes\n    http-request return status 200 content-type "
+    config += 'application/json string "{\\"/\\":\\"secret\\"}" if routes\n'
     config += "    use_backend replicas if TRUE\n" if known else ""
-    config = config.replace(STATS, "") + (
-        "    default_backend default_backend\n"
-        "backend default_backend\n"
-        '    http-request return status 404 content-type text/plain lf-string "Path '
-        "'%[path]' not found. Ping http://.../-/routes for available routes.\"\n"
-        "backend replicas\n    http-request return status 200\n"
-    )
-    done = start(config + STATS, tmp_path, started)
+    config += "    default_backend default_backend\nbackend default_backend\n"
+    config += "    http-request return status 404\nbackend replicas\n"
+    return config + "    http-request return status 200\n" + STATS
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_before_any_replica_is_known_nobody_is_listened_to(
+    tmp_path: Path, checking: dict[str, str], known: bool
+) -> None:
+    done = start(as_rays(known), tmp_path, checking)
     assert done.returncode == 0, done.stderr
-    assert ("return status 404" in done.stdout) is known
-    assert ('status 503 content-type text/plain hdr Retry-After 1 string "' in done.stdout) != known
+    assert ("bind *:8000" in done.stdout) is known
+    assert "bind 127.0.0.1:9101" in done.stdout
+    assert "bind 127.0.0.1:8404" in done.stdout
+
+
+def test_which_applications_there_are_is_told_to_nobody(
+    tmp_path: Path, checking: dict[str, str]
+) -> None:
+    done = start(as_rays(known=True), tmp_path, checking)
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stdout
+    [routes] = [line.strip() for line in done.stdout.splitlines() if line.endswith("if routes")]
+    assert routes == (
+        'http-request return status 404 content-type text/plain string "not found" if routes'
+    )
+    assert 'return status 200 content-type text/plain string "ok" if ping' in done.stdout
+
+
+def test_https_is_spoken_with_the_certificate_that_is_named(
+    tmp_path: Path, checking: dict[str, str], certificate: tuple[Path, Path]
+) -> None:
+    settings = HttpConfig(tls_certificate=str(certificate[0]), tls_key=str(certificate[1]))
+    with haproxy.environment(settings):
+        named = os.environ[haproxy.CERTIFICATE]
+        assert Path(named).resolve() == certificate[0].resolve()
+        done = start(as_rays(known=True), tmp_path, checking | {haproxy.CERTIFICATE: named})
+    assert done.returncode == 0, done.stderr
+    bind = 'bind *:8000 ssl crt "${CAFEMED_HAPROXY_CERTIFICATE}" ssl-min-ver TLSv1.2'
+    assert done.stdout.count(" ssl ") == 1
+    assert f"    {bind}\n    http-response set-header Strict-Transport-Security" in done.stdout
+    assert not Path(named).exists()
+    with haproxy.environment(HttpConfig()):
+        assert haproxy.CERTIFICATE not in os.environ
+
+
+def test_a_certificate_whose_key_is_not_beside_it_is_not_started_with(
+    tmp_path: Path, checking: dict[str, str], certificate: tuple[Path, Path]
+) -> None:
+    named = {haproxy.CERTIFICATE: str(certificate[0])}
+    assert start(as_rays(known=True), tmp_path, checking | named).returncode == 1
 
 
 def test_the_environment_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,22 +1,23 @@
 """Checkpoints of training: everything that an interrupted fit needs to go on as if it had not been.
 
 A folder holds `checkpoint.json` (epoch, history, plain random states) and the safetensors file
-that it names (weights, best weights, optimiser, torch's random states). The JSON is replaced last
-and in one step, so a process that dies while saving leaves the checkpoint before it. Nothing is
-ever unpickled.
+that it names (weights, those of the best epoch if that was another, optimiser, torch's random
+states). The JSON is replaced last and in one step, so a process that dies while saving leaves the
+checkpoint before it. Nothing is ever unpickled.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -25,7 +26,19 @@ from cafemed.errors import ArtifactError
 from cafemed.randomness import RandomStates
 
 FILE = "checkpoint.json"
-FORMAT_VERSION = 1
+#: Version 1 has the best weights always, even where they are the weights.
+FORMAT_VERSION = 2
+#: What safetensors calls them.
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 #: state of an optimiser: parameter's index → name ("exp_avg", "step", …) → tensor
 OptimizerState = dict[int, dict[str, Tensor]]
@@ -68,22 +81,25 @@ def identity(plain: Mapping[str, Any], contents: Iterable[ArrayLike]) -> str:
     return digest.hexdigest()
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint and removes the one before it."""
+def save(folder: Path, checkpoint: Checkpoint, flush: bool = True) -> None:
+    """Writes a checkpoint and removes the one before it.
+
+    Args:
+        folder: made if it is missing.
+        checkpoint: see Checkpoint.
+        flush: waits until it is on the disk, so that it outlives the machine's power too; else
+            there may be a damaged one after that, which `load` refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _flatten(checkpoint)
     path = folder / f"state-{checkpoint.epoch:06d}.safetensors"
-    partial = path.with_suffix(".partial")
-    safetensors.torch.save_file(tensors, partial)
-    _fsync(partial)
-    partial.replace(path)
+    digest = _write(path, _serialised(_flatten(checkpoint)), flush)
     content = {
         "format_version": FORMAT_VERSION,
         "identity": checkpoint.identity,
         "epoch": checkpoint.epoch,
         "best_epoch": checkpoint.best_epoch,
         "tensors": path.name,
-        "sha256": artifacts.sha256_of(path),
+        "sha256": digest,
         "random": checkpoint.random.plain,
         "random_of_others": [states.plain for states in checkpoint.random_of_others],
         "history": checkpoint.history,
@@ -110,9 +126,9 @@ def load(folder: Path, identity: str | None) -> Checkpoint | None:
     advice = f"remove {folder} to train from the start"
     try:
         content = json.loads(path.read_text())
-        if content["format_version"] != FORMAT_VERSION:
+        if content["format_version"] not in range(1, FORMAT_VERSION + 1):
             raise ArtifactError(
-                f"{path}: format_version {content['format_version']}, this program reads "
+                f"{path}: format_version {content['format_version']}, this program reads 1 to "
                 f"{FORMAT_VERSION}; {advice}"
             )
         if identity is not None and content["identity"] != identity:
@@ -141,24 +157,21 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes what `read_files` gave, as safely as `save`, and removes the checkpoint before it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(files, key=lambda name: name == FILE):  # the JSON last
-        partial = folder / f"{name}.partial"
-        partial.write_bytes(files[name])
-        _fsync(partial)
-        partial.replace(folder / name)
+        _write(folder / name, [files[name]], flush=True)
     for other in folder.glob("state-*"):
         if files and other.name not in files:
             other.unlink(missing_ok=True)
 
 
 def _flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    # A copy of each: safetensors refuses tensors that share memory.
     named = {f"weights/{name}": t for name, t in checkpoint.weights.items()}
-    named |= {f"best/{name}": t for name, t in checkpoint.best_weights.items()}
+    if checkpoint.best_epoch != checkpoint.epoch:
+        named |= {f"best/{name}": t for name, t in checkpoint.best_weights.items()}
     for rank, states in enumerate([checkpoint.random, *checkpoint.random_of_others]):
         named |= {f"{_random(rank)}/{name}": t for name, t in states.tensors.items()}
     for index, state in checkpoint.optimizer.items():
         named |= {f"optimizer/{index}/{name}": t for name, t in state.items()}
-    return {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
+    return named
 
 
 def _unflatten(content: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
@@ -173,12 +186,13 @@ def _unflatten(content: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
             optimizer.setdefault(int(index), {})[key] = tensor
         else:
             groups[group][rest] = tensor
+    is_best = content["best_epoch"] == content["epoch"]
     return Checkpoint(
         identity=content["identity"],
         epoch=int(content["epoch"]),
         best_epoch=int(content["best_epoch"]),
         weights=groups["weights"],
-        best_weights=groups["best"],
+        best_weights=groups["weights"] if is_best else groups["best"],
         optimizer=optimizer,
         random=RandomStates(content["random"], groups["random"]),
         history=list(content["history"]),
@@ -193,9 +207,41 @@ def _random(rank: int) -> str:
     return f"random-{rank}" if rank else "random"
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _serialised(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file, without a copy of what is on the CPU.
+
+    `safetensors.torch.save_file`, with the copies that it wants of tensors that share memory, and
+    reading all of it again for the digest take twice as long.
+    """
+    header: dict[str, Any] = {}
+    end, parts = 0, list[memoryview]()
+    # As the library has them: each begins at a multiple of its numbers' size.
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        part = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        begin, end = end, end + part.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
+        parts.append(part)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    yield from parts
+
+
+def _write(path: Path, parts: Iterable[bytes | memoryview], flush: bool) -> str:
+    """Replaces a file in one step; gives its SHA-256."""
+    partial, digest = path.with_name(f"{path.name}.partial"), hashlib.sha256()
+    with partial.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(path)
+    return digest.hexdigest()

@@ -357,6 +357,7 @@ def _work(told: Mapping[str, Any]) -> None:
                 on_epoch=after_epoch,
                 checkpoint_dir=folder,
                 device=device,
+                flush=False,
             )
         except ConnectionError:
             raise

@@ -6,7 +6,8 @@ A folder, or a URL of an object store, that every node sees:
     00003.json                           trial 3: number, parameters, seed, state, epochs, error, …
     tracking.json                        where the sweep is tracked, if it is
     lease-000001-….json                  which process runs the sweep (cafemed/lease.py)
-    run-001/trial-00003/checkpoint_…     its checkpoint, which Ray Tune puts there
+    run-001/trial-00003/checkpoint_…     its checkpoint: the trial saves it there; to a URL Ray Tune
+                                         carries it
 
 Each JSON file is replaced whole by the process that runs the sweep, and holds nothing that is
 unpickled. Losing that process, a trial's, a node or the disk's last free byte at any point leaves

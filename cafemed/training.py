@@ -150,6 +150,7 @@ def fit(
     on_epoch: Callable[[EpochReport], bool | None] | None = None,
     checkpoint_dir: Path | None = None,
     device: torch.device | str = "cpu",
+    flush: bool = True,
 ) -> FitResult:
     """Trains a model and gives the weights of its best epoch on validation Jaccard.
 
@@ -177,6 +178,7 @@ def fit(
             finds: interrupted at any time, it ends with the same weights (to the bit on one
             thread of the CPU). A folder belongs to one fit, by as many processes.
         device: where to train.
+        flush: see `checkpoints.save`.
 
     Raises:
         DataError: if there are no training or no validation patients.
@@ -213,7 +215,7 @@ def fit(
         run.resume(checkpoint_dir, identity)
         while not run.finished():
             report = run.epoch()
-            if run.conclude(report, checkpoint_dir, on_epoch):
+            if run.conclude(report, checkpoint_dir, on_epoch, flush):
                 break
         return run.result()
 
@@ -316,13 +318,14 @@ class _Run:
         report: EpochReport,
         checkpoint_dir: Path | None,
         on_epoch: Callable[[EpochReport], bool | None] | None,
+        flush: bool,
     ) -> bool:
         """Saves a checkpoint, tells of the epoch, and says whether training ends with it."""
         states = self.group.gather(randomness.capture(self.device))
 
         def tell() -> bool:
             if checkpoint_dir is not None:
-                checkpoints.save(checkpoint_dir, self._checkpoint(states))
+                checkpoints.save(checkpoint_dir, self._checkpoint(states), flush)
             return on_epoch is not None and bool(on_epoch(report))
 
         return self.group.from_first(tell)

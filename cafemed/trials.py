@@ -1,9 +1,11 @@
 """One trial of a sweep: `training.fit` in a Ray worker, or several, reporting each epoch."""
 
+import contextlib
 import dataclasses
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,8 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
 
     Args:
         config: "trial", "seed", "parameters" ("train.learning_rate" → value); "checkpoint", where
-            it goes on from if it was interrupted in another run of the sweep; "ledger", the file
+            it goes on from if it was interrupted in another run of the sweep; "folder", where it
+            keeps its own, None if Ray Tune has to carry it to an object store; "ledger", the file
             of the sweep that every node has to see, and "storage_key", which setting says where;
             "workers", what is reserved for it.
         data: see TrialData.
@@ -121,6 +124,7 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
             on_epoch=on_epoch,
             checkpoint_dir=folder,
             device=device,
+            flush=False,  # a damaged one is passed over, and waiting would take as long as writing
         )
 
     _run(config, data, fit)
@@ -169,54 +173,74 @@ def _run(config: dict[str, Any], data: TrialData, fit: _Fit) -> None:
     if config["ledger"] is not None:
         shared_storage.require_seen(Path(config["ledger"]), config["storage_key"])
     options, fit_config = data.varied(parameters, config["seed"])
-    history: list[dict[str, Any]] = []
-    # In Ray's own session folder, so that a killed worker leaves nothing behind when Ray ends.
-    place = Path(tune.get_context().get_trial_dir())
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place) as name:
-        folder = Path(name) / "checkpoint"
-        folder.mkdir()
-        if (earlier := _earlier(config)) is not None:
-            earlier.to_directory(folder)
-            history += read_checkpoint(folder).history
+    with _checkpoint_folder(config) as (folder, is_kept):
+        history = list(found.history) if (found := checkpoints.load(folder, None)) else []
         before_s = sum(epoch["seconds"] for epoch in history)
 
         def report(**more: Any) -> None:
-            found = {
+            told = {
                 EPOCH: len(history),
                 HISTORY: list(history),
                 STARTED: started,
                 SECONDS: before_s + time.time() - started,
                 **more,
             }
-            tune.report(found, checkpoint=tune.Checkpoint.from_directory(folder))
+            carried = None if is_kept else tune.Checkpoint.from_directory(folder)
+            tune.report(told, checkpoint=carried)
 
         def after_epoch(epoch: EpochReport) -> None:
             history.append(epoch.as_dict())
             report()
 
-        restored = len(history)
+        if history:  # it may have been interrupted between its last epoch and the report of it
+            report()
         try:
             fit(data, data.model_of(parameters), options, fit_config, after_epoch, folder)
         except UserError as err:
             lines = str(err).splitlines() or [""]
             report(**{ERROR: f"{type(err).__name__}: {lines[0]}"})
-        else:
-            if len(history) == restored:  # interrupted between its last epoch and the report of it
-                report()
+
+
+@contextlib.contextmanager
+def _checkpoint_folder(config: Mapping[str, Any]) -> Iterator[tuple[Path, bool]]:
+    """Where a trial's checkpoint is while it trains, and whether it is kept there.
+
+    It holds the one to go on from, if there is one: of this run of the sweep, else of the run
+    before.
+    """
+    if config["folder"] is not None:
+        folder = Path(config["folder"])
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            if config["checkpoint"] is not None:
+                checkpoints.write_files(folder, checkpoints.read_files(Path(config["checkpoint"])))
+        yield folder, True
+        return
+    # In Ray's own session folder, so that a killed worker leaves nothing behind when Ray ends.
+    place = Path(tune.get_context().get_trial_dir())
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as name:
+        folder = Path(name) / "checkpoint"
+        folder.mkdir()
+        found: tune.Checkpoint | None = tune.get_checkpoint()
+        if found is None and config["checkpoint"] is not None:
+            found = tune.Checkpoint(config["checkpoint"])
+        if found is not None:
+            found.to_directory(folder)
+        yield folder, False
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder has a checkpoint; one that a node's loss damaged is none."""
+    try:
+        return checkpoints.load(folder, None) is not None
+    except ArtifactError:
+        return False
 
 
 def _device(gpus: float) -> str:
     """Where a trial trains: Ray hides no GPU from one that reserves none."""
     return "cuda" if gpus > 0 and torch.cuda.is_available() else "cpu"
-
-
-def _earlier(config: Mapping[str, Any]) -> tune.Checkpoint | None:
-    """The checkpoint to go on from: of this run of the sweep, else of the run before."""
-    found: tune.Checkpoint | None = tune.get_checkpoint()
-    if found is None and config["checkpoint"] is not None:
-        found = tune.Checkpoint(config["checkpoint"])
-    return found
 
 
 def best_weights(folder: Path) -> dict[str, Tensor]:

@@ -85,10 +85,11 @@ def _tuner(conductor: Conductor, data: "TrialData") -> "Tuner":
     from cafemed import tuning_hooks
 
     search, ledger = conductor.plan.search, conductor.ledger
+    run = ledger.next_run()
     return tune.Tuner(
         _trainable(search, data),
         tune_config=tune.TuneConfig(
-            search_alg=tuning_hooks.Search(conductor, _storage_key(search)),
+            search_alg=tuning_hooks.Search(conductor, _storage_key(search), run),
             scheduler=tuning_hooks.Schedule(conductor),
             num_samples=conductor.remaining,
             max_concurrent_trials=search.max_concurrent,
@@ -99,7 +100,7 @@ def _tuner(conductor: Conductor, data: "TrialData") -> "Tuner":
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name=ledger.next_run(),
+            name=run,
             storage_path=ledger.storage,
             stop=tuning_hooks.Stop(conductor),
             failure_config=tune.FailureConfig(max_failures=search.max_failures),
@@ -182,7 +183,9 @@ def _cluster_answers() -> bool:
 
 
 def _trial_name(trial: "Trial") -> str:
-    return f"trial-{trial.config['trial']:05d}"
+    from cafemed import tuning_hooks
+
+    return tuning_hooks.trial_name(trial.config["trial"])
 
 
 def _first_line(cause: Any) -> str:

@@ -15,6 +15,14 @@ from ray.tune.search import Searcher
 from cafemed import ledger, placement, sweep
 from cafemed.conductor import Conductor
 
+#: The folder of a trial's checkpoint, beside those that Ray Tune would put there.
+KEPT = "checkpoint_kept"
+
+
+def trial_name(number: int) -> str:
+    """What Ray Tune calls a trial, and its folder."""
+    return f"trial-{number:05d}"
+
 
 class _Hook:
     """Has a conductor, which is left behind when it is pickled: it may hold a terminal."""
@@ -28,9 +36,9 @@ class _Hook:
 class Search(_Hook, Searcher):
     """Proposes the next trial."""
 
-    def __init__(self, conductor: Conductor, storage_key: str) -> None:
+    def __init__(self, conductor: Conductor, storage_key: str, run: str) -> None:
         super().__init__()
-        self.conductor, self._storage_key = conductor, storage_key
+        self.conductor, self._storage_key, self._run = conductor, storage_key, run
         self._live: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
@@ -41,10 +49,13 @@ class Search(_Hook, Searcher):
         if start is None:
             return Searcher.FINISHED
         self._live.add(trial_id)
+        ledger = self.conductor.ledger.folder
+        place = None if ledger is None else ledger / self._run / trial_name(start.number) / KEPT
         return {
             "trial": start.number,
             "seed": start.seed,
             "checkpoint": start.checkpoint,
+            "folder": None if place is None else str(place),
             "ledger": self._ledger_file(),
             "storage_key": self._storage_key,
             "workers": self.conductor.plan.search.workers,

@@ -1,7 +1,9 @@
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from cafemed import checkpoints, randomness
@@ -11,31 +13,73 @@ from cafemed.errors import ArtifactError
 CPU = torch.device("cpu")
 
 
-def _checkpoint(epoch=1):
+def _checkpoint(epoch=2, best_epoch=1):
     weight = torch.arange(6, dtype=torch.float32).reshape(2, 3) * epoch
+    half = torch.arange(3, dtype=torch.bfloat16)
+    weights = {"a": half, "layer.weight": weight, "tied": weight, "steps": torch.tensor(epoch)}
     return Checkpoint(
         identity="abc",
         epoch=epoch,
-        best_epoch=1,
-        weights={"layer.weight": weight, "tied/again": weight, "steps": torch.tensor(epoch)},
-        best_weights={"layer.weight": weight + 1},
+        best_epoch=best_epoch,
+        weights=weights,
+        best_weights=weights if best_epoch == epoch else {"layer.weight": weight + 1},
         optimizer={0: {"step": torch.tensor(3.0), "exp_avg": weight.T}, 2: {"exp_avg": weight}},
         random=randomness.capture(CPU),
         history=[{"epoch": 1, "losses": {"loss": 0.1 + 0.2}}],
     )
 
 
-def test_everything_comes_back_to_the_bit(tmp_path):
-    wanted = _checkpoint()
-    checkpoints.save(tmp_path / "new" / "folder", wanted)
-    got = checkpoints.load(tmp_path / "new" / "folder", "abc")
-    assert (got.epoch, got.best_epoch, got.history) == (1, 1, wanted.history)
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.parametrize("best_epoch", [0, 1, 2])
+def test_everything_comes_back_to_the_bit(tmp_path, best_epoch, flush):
+    wanted = _checkpoint(2, best_epoch)
+    checkpoints.save(tmp_path / "new" / "folder", wanted, flush)
+    _require_same(checkpoints.load(tmp_path / "new" / "folder", "abc"), wanted)
+
+
+def _require_same(got, wanted):
+    found = got.epoch, got.best_epoch, got.history
+    assert found == (wanted.epoch, wanted.best_epoch, wanted.history)
     for a, b in [(got.weights, wanted.weights), (got.best_weights, wanted.best_weights)]:
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
     assert got.optimizer.keys() == {0, 2}
     assert torch.equal(got.optimizer[0]["exp_avg"], wanted.optimizer[0]["exp_avg"])
     assert got.optimizer[0]["step"] == 3
+
+
+@pytest.mark.parametrize("best_epoch", [1, 2])
+def test_checkpoints_of_the_first_format_are_read(tmp_path, best_epoch):
+    """They had the best weights always."""
+    wanted = _checkpoint(2, best_epoch)
+    tensors = {f"weights/{name}": t for name, t in wanted.weights.items()}
+    tensors |= {f"best/{name}": t for name, t in wanted.best_weights.items()}
+    tensors |= {f"random/{name}": t for name, t in wanted.random.tensors.items()}
+    for index, state in wanted.optimizer.items():
+        tensors |= {f"optimizer/{index}/{name}": t for name, t in state.items()}
+    path = tmp_path / "state-000002.safetensors"
+    copies = {name: t.contiguous().clone() for name, t in tensors.items()}
+    safetensors.torch.save_file(copies, path)
+    content = {
+        "format_version": 1,
+        "identity": "abc",
+        "epoch": 2,
+        "best_epoch": best_epoch,
+        "tensors": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "random": wanted.random.plain,
+        "history": wanted.history,
+    }
+    (tmp_path / "checkpoint.json").write_text(json.dumps(content))
+    _require_same(checkpoints.load(tmp_path, "abc"), wanted)
+
+
+def test_the_weights_of_the_best_epoch_are_written_once(tmp_path):
+    for best_epoch in (1, 2):
+        checkpoints.save(tmp_path / str(best_epoch), _checkpoint(2, best_epoch))
+        tensors = safetensors.torch.load_file(next((tmp_path / str(best_epoch)).glob("state-*")))
+        assert ("best/layer.weight" in tensors) == (best_epoch == 1)
+        assert "weights/layer.weight" in tensors
 
 
 def test_random_states_come_back_through_the_file(tmp_path):
@@ -63,7 +107,7 @@ def test_only_the_newest_is_kept(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("step", ["save_file", "replace", "write_text"])
+@pytest.mark.parametrize("step", ["fsync", "replace", "write_text"])
 def test_dying_while_saving_leaves_the_one_before(tmp_path, monkeypatch, step):
     checkpoints.save(tmp_path, _checkpoint(1))
 
@@ -71,7 +115,7 @@ def test_dying_while_saving_leaves_the_one_before(tmp_path, monkeypatch, step):
         raise InterruptedError
 
     target = {
-        "save_file": "safetensors.torch.save_file",
+        "fsync": "os.fsync",
         "replace": "pathlib.Path.replace",
         "write_text": "cafemed.artifacts.write_text",
     }[step]

@@ -72,7 +72,7 @@ def test_trials_of_several_workers_start_when_their_workers_have_room(
     nodes = [{"CPU": 4.0}]
     monkeypatch.setattr(placement, "_nodes", lambda: nodes)
     conductor = Conductor(plan_of(num_workers=2, num_samples=8), Ledger(tmp_path / "trials"))
-    search = tuning_hooks.Search(conductor, "paths.root")
+    search = tuning_hooks.Search(conductor, "paths.root", "run-001")
     assert suggest(search, "abc") == [True, True, False]
     search.on_trial_complete("a")
     assert suggest(search, "cd") == [True, False]
@@ -89,7 +89,7 @@ def test_trials_of_several_workers_start_when_their_workers_have_room(
 
 def test_trials_of_one_worker_are_left_to_ray_tune(tmp_path: Path):
     conductor = Conductor(plan_of(num_samples=3), Ledger(tmp_path / "trials"))
-    assert suggest(tuning_hooks.Search(conductor, "paths.root"), "abc") == [True] * 3
+    assert suggest(tuning_hooks.Search(conductor, "paths.root", "run-001"), "abc") == [True] * 3
 
 
 def test_the_command_that_trains_a_trial_again_has_its_workers():

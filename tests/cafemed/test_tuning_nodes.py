@@ -16,7 +16,7 @@ from cafemed.batches import ModelInputs
 from cafemed.conductor import Conductor
 from cafemed.experiment import Experiment
 from cafemed.ledger import Header, Ledger
-from cafemed.sweep import TrialRecord
+from cafemed.sweep import SweepResult, TrialRecord
 from cafemed.trials import TrialData
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -52,27 +52,37 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
         nodes.shutdown()
 
 
-def test_trials_of_a_lost_node_go_on_elsewhere_from_their_checkpoints(
-    given: Experiment, tmp_path: Path, two_nodes: tuple[Any, Any]
-):
+def losing_a_node(
+    given: Experiment,
+    folder: Path,
+    two_nodes: tuple[Any, Any],
+    at_once: int,
+    epochs: int,
+    **search: Any,
+) -> tuple[list[int], list[TrialRecord], SweepResult]:
+    """Runs a sweep whose second node is lost when so many trials have had three epochs.
+
+    Returns:
+        Numbers of the trials that ran then, the trials as they ended, and the sweep's result.
+    """
     nodes, second = two_nodes
-    search = {"space": SPACE, "num_samples": 6, "gpus": 0.5, "scheduler": "none"}
-    train = {"epochs": EPOCHS, "patience": EPOCHS, "batch_size": 8}
+    train = {"epochs": epochs, "patience": epochs, "batch_size": 8}
+    search |= {"space": SPACE, "scheduler": "none"}
     values = {"model": MODEL, "train": train, "search": search}
     plan = sweep_plan.read(values, models.options_class, models.NAMES)
     data = TrialData.of(plan, given, slow)
-    ledger = Ledger(tmp_path / "trials")
+    ledger = Ledger(folder / "trials")
     ledger.open(Header("f", {}, plan.settings(), {}))
     ended: list[TrialRecord] = []
     lost: list[int] = []
 
     class Losing(Conductor):
-        """Takes the second node away when four trials have had three epochs."""
+        """Takes the node away."""
 
         def stops(self, number: int, history: Any) -> bool:
             stop = super().stops(number, history)
             begun = [n for n, epochs in self.histories.items() if len(epochs) >= 3]
-            if not lost and len(begun) == 4:
+            if not lost and len(begun) == at_once:
                 lost.extend(begun)
                 nodes.remove_node(second, allow_graceful=False)
             return stop
@@ -81,8 +91,16 @@ def test_trials_of_a_lost_node_go_on_elsewhere_from_their_checkpoints(
         assert where.endswith("4 CPUs, 2 GPUs")
         conductor = Losing(plan, ledger, (), ended.append)
         tuning.run(conductor, data)
-    result = conductor.result()
-    assert len(lost) == 4
+    assert len(lost) == at_once
+    return lost, ended, conductor.result()
+
+
+def test_trials_of_a_lost_node_go_on_elsewhere_from_their_checkpoints(
+    given: Experiment, tmp_path: Path, two_nodes: tuple[Any, Any]
+):
+    lost, ended, result = losing_a_node(
+        given, tmp_path, two_nodes, 4, EPOCHS, num_samples=6, gpus=0.5
+    )
     assert sorted(trial.number for trial in ended) == list(range(6))
     assert {trial.status for trial in result.trials} == {"finished"}
     assert [len(trial.history) for trial in result.trials] == [EPOCHS] * 6
@@ -93,3 +111,19 @@ def test_trials_of_a_lost_node_go_on_elsewhere_from_their_checkpoints(
     epochs_s = {t.number: sum(e["seconds"] for e in t.history) for t in result.trials}
     assert all(trial.seconds >= 0.9 * epochs_s[trial.number] for trial in moved)
     assert result.best in result.trials
+
+
+def test_workers_of_a_lost_node_are_started_again_where_there_is_room(
+    given: Experiment, tmp_path: Path, two_nodes: tuple[Any, Any]
+):
+    """Two trials of two workers have room on two nodes, one at a time on the node that is left."""
+    lost, ended, result = losing_a_node(
+        given, tmp_path, two_nodes, 2, 25, num_samples=2, num_workers=2
+    )
+    assert sorted(trial.number for trial in ended) == [0, 1]
+    assert {trial.status for trial in result.trials} == {"finished"}
+    assert [[e["epoch"] for e in t.history] for t in result.trials] == [list(range(1, 26))] * 2
+    # Of a trial, its workers may have been there, or the process that looks on.
+    moved = {trial.number for trial in result.trials if trial.attempts > 1}
+    assert moved
+    assert moved <= set(lost)

@@ -26,7 +26,7 @@ from cafemed.errors import DataError
 from cafemed.laboratory import Laboratory
 from serve.bulk import Patients
 from serve.encoding import Encoder, RefusedError
-from serve.schema import MAX_AGE, MAX_CODES, MAX_VALUE, MAX_VISITS
+from serve.schema import MAX_AGE, MAX_CODES, MAX_CODES_OF_REQUEST, MAX_VALUE, MAX_VISITS
 
 COLUMNS = ("patient", "visits", "sex", "age")
 _LISTS = ("diagnoses", "procedures", "medications")
@@ -89,6 +89,13 @@ class TableReader:
         visits = column.flatten()
         self._refuse(_nulls(visits), rows, "visits", "expected a visit, got none")
         fields = dict(zip(visits.type.names, visits.flatten(), strict=True))
+        num_codes = sum(map(_lengths, fields.values()), np.zeros(len(rows), np.int64))
+        self._refuse(
+            np.add.reduceat(num_codes, offsets[:-1]) > MAX_CODES_OF_REQUEST,
+            first_row,
+            "visits",
+            f"more than {MAX_CODES_OF_REQUEST} codes and laboratory values",
+        )
         unknown = np.zeros(len(rows), np.int64)
         distinct = np.zeros((len(_LISTS), len(rows)), np.int64)  # unknown ones
         lists = [

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cafemed.bundle import Bundle, Preprocessing
 from cafemed.cohort import SEXES
 from cafemed.errors import DataError
 from serve.encoding import EncodedPatient, Encoder
 from serve.patient_tables import TableReader
-from serve.schema import MAX_CODES, MAX_VISITS, RecommendRequest
+from serve.schema import MAX_CODES, MAX_CODES_OF_REQUEST, MAX_VISITS, Patient, RecommendRequest
 
 CODE = pa.struct([("system", pa.string()), ("code", pa.string())])
 MEASURED = pa.struct([("item", pa.string()), ("value", pa.float64())])
@@ -147,6 +148,22 @@ def test_slices_of_a_table_are_encoded_as_the_rows_they_are(served: Bundle):
 
 
 GOOD = {"visits": [{"diagnoses": [{"system": "icd9", "code": "4010"}]}]}
+
+
+def test_a_patient_has_at_most_the_codes_of_a_request(served: Bundle) -> None:
+    """Of one patient: others in the table do not count, as they are asked about apart."""
+    full = {"diagnoses": [{"system": "icd9", "code": "4010"}] * 64}
+    full |= {"laboratory": [{"item": "50801", "value": 1.0}] * 64}
+    most = MAX_CODES_OF_REQUEST // 128
+    rows = [{"visits": [full] * most}, {"visits": [full] * most}]
+    assert len(reader(served).read(table(*rows), 1)) == 2
+    rows[1]["visits"] = [*rows[1]["visits"][1:], {**full, "procedures": full["diagnoses"][:1]}]
+    patient = Patient.model_validate(rows[1])
+    with pytest.raises(ValidationError, match="codes and laboratory values"):
+        RecommendRequest(patients=[patient])
+    message = f"row 8: column visits: more than {MAX_CODES_OF_REQUEST} codes and laboratory values"
+    with pytest.raises(DataError, match=message):
+        reader(served).read(table(*rows), 7)
 
 
 def having(**visit: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times the endpoint against a no-op on Ray Serve and against plain FastAPI with the same model.
 
-    python benchmarks/serving.py --quick                   # 1 and 32 clients, a minute or so
+    python benchmarks/serving.py --quick                   # 1 and 32 clients, less than a minute
     python benchmarks/serving.py --json benchmarks/results/serving.json
 
 All three get the same requests, one invented patient each with the visits and codes of MIMIC-III's
@@ -10,8 +10,12 @@ it has its answer. `endpoint`: this project's, one replica, behind HAProxy, as `
 starts it (checks of the request, metrics and a line of log each included). `noop`: a Ray Serve
 deployment, one replica, behind the same HAProxy, whose FastAPI route parses and validates the same
 body by the same schema and answers a constant. `plain`: uvicorn and FastAPI with the same model, a
-request at a time. `share_of_noop` and `share_of_plain` are the endpoint's answers a second over
-theirs.
+request at a time. Each is one process, and Ray and HAProxy are the same for both that they serve.
+The three are asked in turn, round by round, and of each the round with the median of answers a
+second is given. `share_of_noop` and `share_of_plain` are the endpoint's answers a second over
+theirs. `clients_share` is the most that the clients took of a core in the three: where it is near
+1, clients are measured. `cpu_ms`, `noop_cpu_ms` and `plain_cpu_ms` are
+the processor time that a request took the three processes.
 
 The model has drawn weights: an answer costs the same. The case `batch` is a Parquet file of such
 patients, scored in this process by one thread as `jobs/predict.py` does with `predict.workers=0`:
@@ -27,6 +31,7 @@ import json
 import multiprocessing
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,16 +52,19 @@ from benchmarks.endpoint import clients, invented  # noqa: E402
 from benchmarks.endpoint.clients import Measured  # noqa: E402
 
 CLIENTS = (1, 8, 32, 128)
-UNITS = {"p50_ms": "ms", "p99_ms": "ms", "start_s": "s", "memory_mb": "MB"}
+UNITS = dict.fromkeys(("p50_ms", "p99_ms", "cpu_ms", "noop_cpu_ms", "plain_cpu_ms"), "ms")
+UNITS |= {"start_s": "s", "memory_mb": "MB"}
 UNITS["patients_per_s"] = "patients/s"
 UNITS |= dict.fromkeys(("rps", "noop_rps", "plain_rps"), "requests/s")
 COLUMNS = (
     *("rps", "p50_ms", "p99_ms", "noop_rps", "plain_rps"),
     *("share_of_noop", "share_of_plain", "p99_over_p50"),
 )
+CPU_COLUMNS = ("cpu_ms", "noop_cpu_ms", "plain_cpu_ms", "clients_share")
 _NUM_BODIES = 512
 _GROUP = 10_000  # rows of a Parquet file's group
 _READY_S = 120.0
+_WARM_S = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Effort:
 
 
 FULL = Effort(CLIENTS, warm_s=2.0, measured_s=8.0, rounds=3, scored=100_000)
-QUICK = Effort((1, 32), warm_s=0.5, measured_s=1.5, rounds=1, scored=5_000)
+QUICK = Effort((1, 32), warm_s=0.3, measured_s=0.9, rounds=3, scored=5_000)
 
 
 def versions() -> str:
@@ -94,8 +102,8 @@ def versions() -> str:
 
 
 @contextmanager
-def plain(registry_dir: Path) -> Iterator[int]:
-    """Runs the plain endpoint in a process of its own; gives its port."""
+def plain(registry_dir: Path) -> Iterator[tuple[int, int]]:
+    """Runs the plain endpoint in a process of its own; gives its port and the process's id."""
     from serve import launch
     from serve.settings import HttpConfig
 
@@ -106,8 +114,7 @@ def plain(registry_dir: Path) -> Iterator[int]:
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT)
     try:
-        wait_until_ready(port)
-        yield port
+        yield port, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -153,21 +160,29 @@ def wait_until_ready(port: int, prefix: str = "") -> None:
     raise SystemExit(f"nothing answered at port {port}")
 
 
-def replica_memory_mb(name: str) -> float:
-    """Resident memory of an application's replica."""
-    found = [
-        process.memory_info().rss
+def replica(name: str) -> psutil.Process:
+    """The process of an application's only replica."""
+    [found] = [
+        process
         for process in psutil.Process().children(recursive=True)
         if f"ServeReplica:{name}:" in " ".join(process.cmdline())
     ]
-    return float(max(found)) / 2**20
+    return found
 
 
-def in_process(*arguments: Any) -> Measured:
-    """Clients in a fresh process, which shares no interpreter with what is measured."""
+def processor_s(process: psutil.Process) -> float:
+    """Processor time that a process has taken so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+@contextmanager
+def client_process() -> Iterator[ProcessPoolExecutor]:
+    """A process for clients, which shares no interpreter with what is measured."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(clients.measure, *arguments).result()
+        process.submit(clients.ready)  # it starts while other things do
+        yield process
 
 
 def batch(registry_dir: Path, bodies: list[dict[str, Any]], number: int, folder: Path) -> float:
@@ -209,24 +224,65 @@ def median(measured: list[Measured]) -> Measured:
     return sorted(measured, key=lambda one: one.rps)[len(measured) // 2]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One of the three: where it is, and its process."""
+
+    port: int
+    prefix: str
+    process: psutil.Process
+
+
+def measured(
+    process: ProcessPoolExecutor,
+    asked: Asked,
+    bodies: list[dict[str, Any]],
+    number: int,
+    warm_s: float,
+    measured_s: float,
+) -> tuple[Measured, float]:
+    """What so many clients see, and the processor time of a request in ms."""
+    before = processor_s(asked.process)
+    arguments = (asked.port, bodies, number, warm_s, measured_s, asked.prefix)
+    seen = process.submit(clients.measure, *arguments).result()
+    return seen, 1000 * (processor_s(asked.process) - before) / seen.answers
+
+
 def run(effort: Effort, seed: int) -> dict[str, dict[str, float]]:
     """Measures everything; metrics by case."""
     bodies = invented.bodies(_NUM_BODIES, seed)
     cases: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, client_process() as process:
         registry_dir = invented.write_registry(Path(temporary), seed)
-        with on_ray(registry_dir) as (port, start_s), plain(registry_dir) as plain_port:
-            asked = {"endpoint": (port, ""), "noop": (port, "/noop"), "plain": (plain_port, "")}
+        with (
+            plain(registry_dir) as (plain_port, plain_pid),
+            on_ray(registry_dir) as (port, start_s),
+        ):
+            wait_until_ready(plain_port)
+            asked = {
+                "endpoint": Asked(port, "", replica("endpoint")),
+                "noop": Asked(port, "/noop", replica("noop")),
+                "plain": Asked(plain_port, "", psutil.Process(plain_pid)),
+            }
+            for one in asked.values():  # every shape of the model has run, every path is warm
+                measured(process, one, bodies, 16, 0.0, _WARM_S)
             for number in effort.clients:
                 seen: dict[str, list[Measured]] = {name: [] for name in asked}
+                cpu_ms: dict[str, list[float]] = {name: [] for name in asked}
                 for _ in range(effort.rounds):
-                    for name, (at, prefix) in asked.items():
+                    for name, one in asked.items():
                         times = (effort.warm_s, effort.measured_s)
-                        seen[name].append(in_process(at, bodies, number, *times, prefix))
+                        found, took_ms = measured(process, one, bodies, number, *times)
+                        seen[name].append(found)
+                        cpu_ms[name].append(took_ms)
                 case = f"clients={number}"
-                cases[case] = compared({name: median(of) for name, of in seen.items()})
+                cases[case] = compared(
+                    {name: median(of) for name, of in seen.items()},
+                    {name: statistics.median(of) for name, of in cpu_ms.items()},
+                )
                 print(shown(case, cases[case]), flush=True)
-            cases["replica"] = {"start_s": start_s, "memory_mb": replica_memory_mb("endpoint")}
+            memory_mb = asked["endpoint"].process.memory_info().rss / 2**20
+            cases["replica"] = {"start_s": start_s, "memory_mb": memory_mb}
             print("replica: " + ", ".join(f"{k} {v:.1f}" for k, v in cases["replica"].items()))
         scored = batch(registry_dir, bodies, effort.scored, Path(temporary))
         cases["batch"] = {"patients_per_s": scored}
@@ -234,8 +290,12 @@ def run(effort: Effort, seed: int) -> dict[str, dict[str, float]]:
     return cases
 
 
-def compared(seen: dict[str, Measured]) -> dict[str, float]:
+def compared(seen: dict[str, Measured], cpu_ms: dict[str, float]) -> dict[str, float]:
     """The metrics of one number of clients.
+
+    Args:
+        seen: of each of the three.
+        cpu_ms: that a request took each.
 
     Raises:
         SystemExit: if an answer was none.
@@ -253,18 +313,23 @@ def compared(seen: dict[str, Measured]) -> dict[str, float]:
         "share_of_noop": endpoint.rps / seen["noop"].rps,
         "share_of_plain": endpoint.rps / seen["plain"].rps,
         "p99_over_p50": endpoint.p99_ms / endpoint.p50_ms,
+        "cpu_ms": cpu_ms["endpoint"],
+        "noop_cpu_ms": cpu_ms["noop"],
+        "plain_cpu_ms": cpu_ms["plain"],
+        "clients_share": max(one.clients_share for one in seen.values()),
     }
 
 
 def shown(case: str, values: dict[str, float]) -> str:
-    """A row of the table."""
-    return f"{case:12s}" + "".join(f"{values[name]:>15.2f}" for name in COLUMNS)
+    """A row of the table, and one below it on processor time."""
+    row = f"{case:12s}" + "".join(f"{values[name]:>15.2f}" for name in COLUMNS)
+    return row + "\n" + ", ".join(f"  {name} {values[name]:.2f}" for name in CPU_COLUMNS)
 
 
 def main() -> None:
     """Measures, prints the table and writes the JSON rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="1 and 32 clients, one short round")
+    parser.add_argument("--quick", action="store_true", help="1 and 32 clients, short rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()

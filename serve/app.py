@@ -49,7 +49,8 @@ _HEALTH_CHECK_S = 2.0
 #: One that lives and says nothing may be busy, or its machine: it is replaced only after three
 #: checks that each waited this long. What has ended would not be missed sooner with less.
 _HEALTH_TIMEOUT_S = 30.0
-_LOGGING = {"encoding": "JSON", "enable_access_log": False}  # our own line a request says more
+#: Of every replica.
+LOGGING = {"encoding": "JSON", "enable_access_log": False}  # our own line a request says more
 
 _Row = NDArray[np.float32]
 
@@ -213,7 +214,7 @@ def application(registry_dir: registry.Location, config: ServeConfig) -> Applica
             "downscale_to_zero_delay_s": config.downscale_to_zero_delay_s,
         },
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-        logging_config=_LOGGING,
+        logging_config=LOGGING,
     )
     if config.shadow is None:
         return endpoint.bind(str(registry_dir), config)
@@ -221,7 +222,7 @@ def application(registry_dir: registry.Location, config: ServeConfig) -> Applica
         num_replicas=1,
         max_ongoing_requests=config.shadow_queue,
         ray_actor_options={"num_cpus": config.shadow_num_cpus},
-        logging_config=_LOGGING,
+        logging_config=LOGGING,
     )
     return endpoint.bind(str(registry_dir), config, compared.bind(str(registry_dir), config))
 

@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve import Application
 
 from cafemed import registry
+from serve.app import LOGGING
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
 
@@ -32,7 +33,7 @@ async def _ready() -> dict[str, str]:
     name="Noop",
     max_ongoing_requests=512,
     ray_actor_options={"num_cpus": 0.3},
-    logging_config={"enable_access_log": False},
+    logging_config=LOGGING,
 )
 @serve.ingress(_noop)
 class Noop:

@@ -87,6 +87,8 @@ def test_clients_count_every_answer_and_its_time(server: Server) -> None:
     assert 20 < seen.rps < 4 / 0.021 * 1.05
     assert seen.statuses[503] == pytest.approx(total / 3, abs=4)
     assert 21 <= seen.p50_ms <= seen.p99_ms
+    assert 0 < seen.clients_share < 0.5
+    assert total < seen.answers < 2 * total
     assert set(server.bodies) == {b'{"a": 1}', b'{"b": 2}'}
     assert server.paths == {b"/x/v1/recommend"}
 
@@ -121,15 +123,18 @@ def test_the_invented_bundle_answers_as_many_medications_as_visits_have() -> Non
 def test_shares_are_of_answers_a_second(program: Any) -> None:
     seen = {
         "endpoint": Measured(300.0, 10.0, 40.0, {200: 9}),
-        "noop": Measured(400.0, 1.0, 2.0, {200: 9}),
+        "noop": Measured(400.0, 1.0, 2.0, {200: 9}, clients_share=0.4),
         "plain": Measured(200.0, 1.0, 2.0, {200: 9}),
     }
-    found = program.compared(seen)
+    cpu_ms = {"endpoint": 2.0, "noop": 0.5, "plain": 4.0}
+    found = program.compared(seen, cpu_ms)
     assert (found["share_of_noop"], found["share_of_plain"]) == (0.75, 1.5)
     assert found["p99_over_p50"] == 4.0
-    assert set(program.COLUMNS) == set(found)
+    assert (found["cpu_ms"], found["noop_cpu_ms"], found["plain_cpu_ms"]) == (2.0, 0.5, 4.0)
+    assert found["clients_share"] == 0.4
+    assert {*program.COLUMNS, *program.CPU_COLUMNS} == set(found)
     with pytest.raises(SystemExit, match="noop: expected status 200 alone"):
-        program.compared(seen | {"noop": Measured(400.0, 1.0, 2.0, {200: 8, 503: 1})})
+        program.compared(seen | {"noop": Measured(400.0, 1.0, 2.0, {200: 8, 503: 1})}, cpu_ms)
 
 
 def test_the_median_round_is_taken_whole(program: Any) -> None:

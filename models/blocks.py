@@ -55,8 +55,9 @@ def product(
     if not is_fixed():
         return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
     blocks = rows.reshape(-1, BLOCK, rows.shape[-1])
-    # Three axes on either side: torch would join the blocks of a product with a plain matrix.
-    out = torch.matmul(blocks, widened(matrix)[None])[..., : matrix.shape[1]]
+    # Not `matmul`, which joins the blocks of some products again.
+    out = torch.bmm(blocks, widened(matrix).expand(blocks.shape[0], -1, -1))
+    out = out[..., : matrix.shape[1]]
     if bias is not None:
         out = out + bias
     return out.reshape(*rows.shape[:-1], matrix.shape[1])

@@ -137,7 +137,12 @@ class CafeMed(nn.Module):
     Args:
         inputs: sizes and effects.
         options: see CafeMedOptions.
+
+    Attributes:
+        reads_packing_alone: for visits that are asked about; so it can be recorded.
     """
+
+    reads_packing_alone = True
 
     def __init__(self, inputs: ModelInputs, options: CafeMedOptions) -> None:
         super().__init__()

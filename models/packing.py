@@ -120,13 +120,13 @@ class Steps:
         place: int64 (V,), the place of each visit row.
         previous: int64 (V - sizes[0],), the place of the visit before, for the places of all steps
             but the first; None where there will be no gradients.
-        sizes: patients of each step.
+        sizes: patients of each step; a tensor while a model is recorded (models/tracing.py).
     """
 
     order: torch.Tensor
     place: torch.Tensor
     previous: torch.Tensor | None
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...] | torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)

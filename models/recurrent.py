@@ -5,7 +5,10 @@ n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), as PyTorch's GRU, h_0 = 0. The gr
 out: on a CPU the many small steps of three separate GRUs cost more than their arithmetic.
 """
 
+import functools
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,13 +67,13 @@ class ParallelGRU(nn.Module):
         """As `forward`, without gradients, every product of blocks.BLOCK rows."""
         parts = zip(visits.unbind(1), self.weight_ih, self.bias_ih, strict=True)
         inputs = torch.stack([blocks.product(rows, matrix.T, bias) for rows, matrix, bias in parts])
-        states = run_steps(
-            inputs.index_select(1, steps.order),
-            blocks.widened(self.weight_hh.transpose(1, 2)),
-            blocks.widened(self.bias_hh)[:, None],
-            list(steps.sizes),
-            blocks.BLOCK,
-        )
+        weight = blocks.widened(self.weight_hh.transpose(1, 2))
+        bias = blocks.widened(self.bias_hh)[:, None]
+        by_step = inputs.index_select(1, steps.order)
+        if isinstance(steps.sizes, torch.Tensor):  # being recorded (models/tracing.py)
+            states = scripted_steps()(by_step, weight, bias, steps.sizes, blocks.BLOCK)
+        else:
+            states = run_steps(by_step, weight, bias, list(steps.sizes), blocks.BLOCK)
         return states.index_select(1, steps.place).transpose(0, 1)
 
 
@@ -110,6 +113,26 @@ def run_steps(
         before = begin
         begin += size
     return states
+
+
+def _run_steps_of(
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    sizes: torch.Tensor,
+    block: int,
+) -> torch.Tensor:
+    as_numbers: list[int] = sizes.tolist()
+    return run_steps(inputs, weight, bias, as_numbers, block)
+
+
+@functools.cache
+def scripted_steps() -> Callable[..., torch.Tensor]:
+    """`run_steps` compiled by torch, with the sizes in a tensor: a recording keeps its loop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled: Callable[..., torch.Tensor] = torch.jit.script(_run_steps_of)
+    return compiled
 
 
 class _Recurrence(torch.autograd.Function):

@@ -82,12 +82,13 @@ class Edges:
 
     def classes(self, codes: Sequence[int]) -> list[int]:
         """Classes of a visit's codes in the graph of these codes alone, as `node_classes`."""
-        found = []
-        for code in codes:
-            incoming = not self.into.get(code, _NOTHING).isdisjoint(codes)
-            outgoing = not self.out.get(code, _NOTHING).isdisjoint(codes)
-            found.append(_CLASSES[incoming][outgoing])
-        return found
+        into, out, among = self.into.get, self.out.get, frozenset(codes)
+        return [
+            _CLASSES[not among.isdisjoint(into(code, _NOTHING))][
+                not among.isdisjoint(out(code, _NOTHING))
+            ]
+            for code in codes
+        ]
 
 
 def positions_of(patient: EncodedPatient) -> int:

@@ -4,7 +4,9 @@ The model only runs in the blocks of serve/batching.py, so that an answer does n
 else is in the run.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from cafemed.codes import KINDS
 from cafemed.errors import ArtifactError
 from cafemed.stepping import moved
 from models import blocks
+from models.tracing import Traced
 from serve.answering import Answerer, Explains
 from serve.answers import ModelCard, ModelName, Recommendation, RecommendResponse
 from serve.batching import Edges, Visits, lay, positions_of, room_for, run_of, runs_of
@@ -29,6 +32,8 @@ from serve.example import example_request
 from serve.explanation import Explainer
 from serve.schema import Options, RecommendRequest
 from serve.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 #: Patients of the check that bits are a patient's own.
 _NUM_INVENTED = 40
@@ -45,6 +50,8 @@ class Recommender:
         stored_card: the model card of the version; None: it was never evaluated.
         explainer: tells what a probability comes from.
         is_exact: a patient's bits do not depend on how much else is in a run.
+        traced: a recording of the model, which does what a run needs without the interpreter; None
+            where there is none.
     """
 
     def __init__(self, bundle: Bundle, version: int, device: str = "cpu") -> None:
@@ -70,6 +77,7 @@ class Recommender:
         self._edges = [Edges.of(adjacency) for adjacency in adjacencies]
         diagnoses, procedures, medications = (len(bundle.vocabularies[kind]) for kind in KINDS)
         self._sizes = (diagnoses, procedures, medications)
+        self.traced = self._recorded()
         # Several threads divide elementwise work by its amount, and a GPU's library chooses its
         # routines by the number of blocks.
         self.is_exact = (
@@ -193,23 +201,70 @@ class Recommender:
                 fit into it together.
             positions: of one of them.
         """
-        return self.score(lay(patients, self._edges, self.bundle.preprocessing.scaling), positions)
+        return self.begun(patients, positions)()
+
+    def begun(
+        self, patients: Sequence[EncodedPatient], positions: int
+    ) -> Callable[[], NDArray[np.float32]]:
+        """Begins a run; what is given back ends it, with little use of the interpreter if `traced`.
+
+        Args:
+            patients: see `run`.
+            positions: see `run`.
+        """
+        visits = lay(patients, self._edges, self.bundle.preprocessing.scaling)
+        return self._begun(visits, None if self.is_exact else room_for(positions))
 
     def score(self, visits: Visits, positions: int) -> NDArray[np.float32]:
         """As `run`, of patients that are laid end to end."""
-        logits = self._logits(visits, None if self.is_exact else room_for(positions))
-        scores = torch.sigmoid(logits / self.bundle.preprocessing.temperature)
-        return np.asarray(scores[: len(visits.lengths)].numpy(), np.float32)
+        return self._begun(visits, None if self.is_exact else room_for(positions))()
 
-    def _logits(self, visits: Visits, room: int | None) -> torch.Tensor:
+    def _begun(self, visits: Visits, room: int | None) -> Callable[[], NDArray[np.float32]]:
+        logits = self._logits(visits, room)
+        number, temperature = len(visits.lengths), self.bundle.preprocessing.temperature
+
+        def end() -> NDArray[np.float32]:
+            scores = torch.sigmoid(logits() / temperature)
+            return np.asarray(scores[:number].numpy(), np.float32)
+
+        return end
+
+    def _logits(self, visits: Visits, room: int | None) -> Callable[[], torch.Tensor]:
         """Logits of the patients' last visits and, after them, of what fills up the run."""
         batch, codes = run_of(
             visits, self._sizes, self.bundle.preprocessing.scaling.num_items, room
         )
-        with blocks.fixed():
-            ready = moved((batch, self._model.prepare(batch, codes)), self._device)
-            logits: torch.Tensor = self._model(*ready)
-            return logits.cpu()
+        prepared = self._model.prepare(batch, codes)
+        if self.traced is not None:
+            return functools.partial(self.traced, prepared)
+
+        def logits() -> torch.Tensor:
+            with blocks.fixed():
+                found: torch.Tensor = self._model(*moved((batch, prepared), self._device))
+                return found.cpu()
+
+        return logits
+
+    def _recorded(self) -> Traced | None:
+        """A recording of the model; None if it does not give invented patients the model's bits."""
+        if self._device.type != "cpu" or not getattr(self._model, "reads_packing_alone", False):
+            return None
+        patients = _invented(self._sizes, self.bundle.preprocessing.scaling.num_items)
+        try:
+            recorded: Traced | None = None
+            for number in (len(patients), 1, 2, 9):
+                laid = lay(patients[-number:], self._edges, self.bundle.preprocessing.scaling)
+                batch, codes = run_of(laid, self._sizes, 0)
+                prepared = self._model.prepare(batch, codes)
+                recorded = recorded or Traced(self._model, batch, prepared)
+                with blocks.fixed():
+                    expected = self._model(batch, prepared)
+                if not torch.equal(recorded(prepared), expected):
+                    raise ArtifactError("other bits")
+        except Exception as err:  # noqa: BLE001 - whatever a build of torch makes of it
+            logger.warning("the model is not recorded, answers take longer: %s", type(err).__name__)
+            return None
+        return recorded
 
     def _has_own_bits(self) -> bool:
         """Whether invented patients get the same bits alone and together, in either order."""
@@ -217,7 +272,8 @@ class Recommender:
         patients = _invented(self._sizes, scaling.num_items)
 
         def logits(chosen: Sequence[EncodedPatient]) -> torch.Tensor:
-            return self._logits(lay(chosen, self._edges, scaling), None)[: len(chosen)]
+            visits = lay(chosen, self._edges, scaling)
+            return self._logits(visits, None)()[: len(chosen)]
 
         together = logits(patients)
         alone = [logits([patient])[0] for patient in patients]

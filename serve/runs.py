@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,13 @@ _Row = NDArray[np.float32]
 
 #: Runs that a line may be passed over for fuller ones.
 _MAX_PASSED = 1
-#: Positions of a run that is made in the event loop itself, some milliseconds: a thread would
-#: wrestle with the loop for the interpreter at each of the model's hundreds of small steps. Longer
-#: runs get a thread, so that the loop goes on answering.
-_MAX_INLINE_POSITIONS = RUN_POSITIONS
+#: Positions of a run that is made in the event loop itself, a millisecond: handing it to a thread
+#: takes a tenth of that.
+_MAX_INLINE_POSITIONS = 128
+#: The same of a model that needs the interpreter at each of its hundreds of small steps, for which
+#: a thread would wrestle with the loop: some milliseconds. Longer runs get the thread all the same,
+#: so that the loop goes on answering.
+_MAX_INLINE_UNTRACED = RUN_POSITIONS
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,6 +86,8 @@ class Runs:
         self._places: dict[tuple[Recommender, int], dict[_Ask, deque[_Place]]] = {}
         self._passed = 0
         self._working: asyncio.Task[None] | None = None
+        # One of its own, so that what runs need of memory is set aside once.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="runs")
 
     async def probabilities(
         self, recommender: Recommender, patients: Sequence[EncodedPatient]
@@ -146,11 +152,13 @@ class Runs:
 
     async def _run(self, recommender: Recommender, room: int, members: list[_Place]) -> None:
         patients = [place.patient for place in members]
+        most = _MAX_INLINE_POSITIONS if recommender.traced else _MAX_INLINE_UNTRACED
         try:
-            if room <= _MAX_INLINE_POSITIONS:
-                rows = recommender.run(patients, room)
+            end = recommender.begun(patients, room)
+            if sum(place.positions for place in members) <= most:
+                rows = end()
             else:
-                rows = await asyncio.to_thread(recommender.run, patients, room)
+                rows = await asyncio.get_running_loop().run_in_executor(self._thread, end)
         except Exception as err:  # noqa: BLE001 - whoever asked gets it
             for place in members:
                 if not place.ask.done.done():

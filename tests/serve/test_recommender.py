@@ -16,6 +16,7 @@ from cafemed.calibration import Predictions
 from cafemed.codes import CodeLists
 from cafemed.errors import ArtifactError
 from cafemed.laboratory import Laboratory
+from models.tracing import Traced
 from serve.encoding import EncodedPatient
 from serve.example import example_request
 from serve.recommender import Recommender
@@ -216,6 +217,7 @@ def test_answers_are_the_models_and_nobody_elses_whatever_its_options(
     bundle = make_bundle(model_name=name, options=options)
     recommender = Recommender(bundle, 1)
     assert recommender.is_exact
+    assert (recommender.traced is not None) == (name == "cafemed")
     patients = recommender.encode(some_patients(bundle, 40, seed=4))
     alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
     np.testing.assert_array_equal(recommender.probabilities(patients), alone)
@@ -228,21 +230,46 @@ def test_where_bits_depend_on_the_company_all_runs_are_of_one_size(
     served_model: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build of torch whose products round by the number of blocks."""
-    real, seen = torch.matmul, set()
+    real = torch.bmm
 
-    def rounding(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        seen.add(rows.shape)
-        return real(rows, matrix) * (1 + rows.shape[0] * 2.0**-23)
+    def rounding(rows: torch.Tensor, matrix: torch.Tensor, **out: torch.Tensor) -> torch.Tensor:
+        return real(rows, matrix, **out).mul_(1 + rows.shape[0] * 2.0**-23)
 
     expected = Recommender(served_model, 7)
     patients = expected.encode(some_patients(served_model, 60, seed=5))
-    monkeypatch.setattr(torch, "matmul", rounding)
+    monkeypatch.setattr(torch, "bmm", rounding)
     recommender = Recommender(served_model, 7)
     assert not recommender.is_exact
     alone = np.concatenate([recommender.probabilities([patient]) for patient in patients])
     np.testing.assert_array_equal(recommender.probabilities(patients), alone)
     np.testing.assert_array_equal(recommender.probabilities(patients[::-1]), alone[::-1])
     np.testing.assert_allclose(alone, expected.probabilities(patients), atol=1e-3)
+
+
+def test_a_recording_gives_the_models_bits(served: Bundle) -> None:
+    """For other patients and numbers of blocks than it was made and tried with."""
+    recommender = Recommender(served, 7)
+    assert recommender.traced is not None
+    patients = recommender.encode(some_patients(served, 200, seed=6))
+    companies = [patients, patients[:3], patients[7:8], patients[20:140], patients * 3]
+    recorded = [recommender.run(company, 1) for company in companies]
+    recommender.traced = None
+    for company, rows in zip(companies, recorded, strict=True):
+        np.testing.assert_array_equal(recommender.run(company, 1), rows)
+
+
+def test_a_recording_with_other_bits_is_not_used(
+    served: Bundle, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Traced.__call__
+    monkeypatch.setattr(Traced, "__call__", lambda *given: real(*given) * (1 + 2.0**-23))
+    other = Recommender(served, 7)
+    assert other.traced is None
+    patients = recommender.encode(some_patients(served, 20))
+    monkeypatch.undo()
+    np.testing.assert_array_equal(
+        other.probabilities(patients), recommender.probabilities(patients)
+    )
 
 
 def test_with_several_threads_all_runs_are_of_one_size(served: Bundle) -> None:

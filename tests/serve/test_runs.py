@@ -2,7 +2,7 @@
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -40,10 +40,16 @@ class Told:
         self._recommender = recommender
         self.runs: list[tuple[int, int]] = []
 
-    def run(self, patients: Sequence[EncodedPatient], positions: int) -> NDArray[np.float32]:
+    @property
+    def traced(self) -> object:
+        return self._recommender.traced
+
+    def begun(
+        self, patients: Sequence[EncodedPatient], positions: int
+    ) -> Callable[[], NDArray[np.float32]]:
         self.runs.append((room_for(positions), len(patients)))
         assert sum(map(positions_of, patients)) <= room_for(positions)
-        return self._recommender.run(patients, positions)
+        return self._recommender.begun(patients, positions)
 
 
 def alone(recommender: Recommender, patients: Sequence[EncodedPatient]) -> list[bytes]:
@@ -168,7 +174,7 @@ def test_a_failed_run_fails_those_who_asked_and_no_other(
     recommender: Recommender, patients: list[EncodedPatient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = Told(recommender)
-    monkeypatch.setattr(broken, "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(broken, "begun", lambda *_: 1 / 0)
 
     async def ask() -> None:
         runs = Runs(32, 0.0)

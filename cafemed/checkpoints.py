@@ -44,6 +44,10 @@ _DTYPES = {
 OptimizerState = dict[int, dict[str, Tensor]]
 
 
+class OtherRunError(ArtifactError):
+    """A checkpoint is of another run: other data, model or configuration, or another program."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """The state of a fit after an epoch.
@@ -118,7 +122,8 @@ def load(folder: Path, identity: str | None) -> Checkpoint | None:
         identity: of the run that goes on; None reads the checkpoint of any run.
 
     Raises:
-        ArtifactError: if it is truncated, edited, of another format version, or of another run.
+        OtherRunError: if it is of another run.
+        ArtifactError: if it is truncated, edited or of another format version.
     """
     path = folder / FILE
     if not path.is_file():
@@ -132,9 +137,9 @@ def load(folder: Path, identity: str | None) -> Checkpoint | None:
                 f"{FORMAT_VERSION}; {advice}"
             )
         if identity is not None and content["identity"] != identity:
-            raise ArtifactError(
+            raise OtherRunError(
                 f"{path}: of another run ({content['identity'][:12]}…, this one is "
-                f"{identity[:12]}…: other data, model or configuration); {advice}"
+                f"{identity[:12]}…: other data, model, configuration or program); {advice}"
             )
         tensors = folder / content["tensors"]
         if artifacts.sha256_of(tensors) != content["sha256"]:
@@ -161,6 +166,13 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     for other in folder.glob("state-*"):
         if files and other.name not in files:
             other.unlink(missing_ok=True)
+
+
+def remove(folder: Path) -> None:
+    """Removes the checkpoint of a folder, the JSON first, so that there is never half of one."""
+    (folder / FILE).unlink(missing_ok=True)
+    for path in folder.glob("state-*"):
+        path.unlink(missing_ok=True)
 
 
 def _flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from cafemed import checkpoints, evaluation, metrics, process_group, randomness
 from cafemed.batches import ModelInputs, VisitArrays
-from cafemed.checkpoints import Checkpoint
+from cafemed.checkpoints import Checkpoint, OtherRunError
 from cafemed.config import Range
-from cafemed.errors import ArtifactError, ConfigError, DataError, TrainingError
+from cafemed.errors import ConfigError, DataError, TrainingError
 from cafemed.evaluation import EvaluationSet
 from cafemed.losses import Objective
 from cafemed.metrics import Metrics
@@ -183,7 +183,8 @@ def fit(
     Raises:
         DataError: if there are no training or no validation patients.
         TrainingError: if a loss or a prediction is not finite; names epoch, batch and term.
-        ArtifactError: if the checkpoint is of another fit or damaged.
+        OtherRunError: if the checkpoint is of another fit.
+        ArtifactError: if it is damaged.
     """
     for name, patients in (("training", train_patients), ("validation", validation_patients)):
         if len(patients) == 0:
@@ -365,7 +366,7 @@ class _Run:
         try:
             self.model.load_state_dict(checkpoint.weights)
         except RuntimeError as err:
-            raise ArtifactError(
+            raise OtherRunError(
                 "the checkpoint's weights are of another version of the model; remove it to train "
                 "from the start"
             ) from err

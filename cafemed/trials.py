@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cafemed import checkpoints, search_space, shared_storage, training
 from cafemed.batches import ModelInputs, VisitArrays
+from cafemed.checkpoints import OtherRunError
 from cafemed.errors import ArtifactError, UserError
 from cafemed.experiment import Experiment
 from cafemed.sweep import EPOCH, ERROR, HISTORY, SECONDS, STARTED
@@ -87,7 +88,8 @@ _Fit = Callable[
 def run_trial(config: dict[str, Any], data: TrialData) -> None:
     """Trains one model; Ray Tune calls this in a worker.
 
-    An interrupted trial goes on from its last checkpoint. What it would do again, such as a model
+    An interrupted trial goes on from its last checkpoint; one that another version of the program
+    left begins anew. What it would do again, such as a model
     that cannot be built or a loss that is not finite, is reported instead of raised, so that it is
     not tried again.
 
@@ -194,8 +196,18 @@ def _run(config: dict[str, Any], data: TrialData, fit: _Fit) -> None:
 
         if history:  # it may have been interrupted between its last epoch and the report of it
             report()
-        try:
+
+        def train() -> None:
             fit(data, data.model_of(parameters), options, fit_config, after_epoch, folder)
+
+        try:
+            try:
+                train()
+            except OtherRunError:  # what an earlier version of the program left: it begins anew
+                checkpoints.remove(folder)
+                history.clear()
+                before_s = 0.0
+                train()
         except UserError as err:
             lines = str(err).splitlines() or [""]
             report(**{ERROR: f"{type(err).__name__}: {lines[0]}"})

@@ -205,6 +205,18 @@ def test_one_that_was_suspended_looks_before_it_writes(tmp_path: Path):
     first.release()
 
 
+def test_a_later_claim_counts_while_the_old_one_is_still_there(tmp_path: Path):
+    place = store(tmp_path)
+    first = Lease(place)
+    first.acquire()
+    place.write("lease-000009-aa.json", owner.this_process() | {"user": "her", "since": ""})
+    first.renew()
+    with pytest.raises(TakenOverError, match=r"took this sweep over \(her on "):
+        first.require()
+    assert claims(tmp_path) == ["lease-000009-aa.json"]
+    first.release()
+
+
 def test_a_storage_that_fails_for_a_while_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -251,6 +263,31 @@ def test_a_damaged_claim_is_watched_as_any_other(
     assert "another process ran this sweep and has a damaged claim; waiting" in (
         capsys.readouterr().out
     )
+
+
+def test_a_lock_that_the_kernel_takes_back_in_a_moment_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a process that was killed just now, or of one that runs, whose claim says so."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    place, real, left = Storage(tmp_path), lease.fcntl.flock, [1, 2]
+
+    def flock(handle: int, how: int) -> None:
+        if left:
+            left.pop()
+            raise BlockingIOError
+        real(handle, how)
+
+    monkeypatch.setattr(lease.fcntl, "flock", flock)
+    dead = owner.this_process() | {"pid": gone.pid, "since": "", "at": time.time()}
+    place.write("lease-000001-aa.json", dead)
+    with lease.held(place):
+        assert left == []
+    left.append(1)
+    place.write("lease-000001-aa.json", dead | {"pid": os.getpid()})
+    with pytest.raises(ArtifactError, match="another process runs this sweep"), lease.held(place):
+        pass
 
 
 def test_a_lock_on_a_folder_that_was_removed_is_none(

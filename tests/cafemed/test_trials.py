@@ -1,6 +1,7 @@
 """What a trial does in its worker, without Ray's processes."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cafemed import trials, tuning_hooks
+from cafemed import sweep, trials, tuning_hooks
 from cafemed.conductor import Conductor
 from cafemed.ledger import Ledger
 from cafemed.training import FitConfig
@@ -56,6 +57,7 @@ class Trial:
         self._data, self._config = data, config
         self.told: list[list[float]] = []
         self.checkpoints: list[Any] = []
+        self.errors: list[str] = []
         self._cut_at = 0
 
     def report(self, found: dict[str, Any], checkpoint: Any) -> None:
@@ -63,6 +65,7 @@ class Trial:
             raise Cut
         self.told.append([epoch["losses"]["loss"] for epoch in found["history"]])
         self.checkpoints.append(checkpoint)
+        self.errors += [found[sweep.ERROR]] if sweep.ERROR in found else []
 
     def run(self, cut_at: int = 0, **more: Any) -> "Trial":
         """Trains, and dies when it would tell of an epoch: that one is saved."""
@@ -135,6 +138,23 @@ def test_a_trial_goes_on_in_another_run_of_the_sweep_with_a_folder_of_its_own(
     assert trial.run(folder=again, checkpoint=path).told == whole[2:]
     next(Path(again).glob("*.safetensors")).write_bytes(b"half")
     assert trial.run(folder=again).told == whole
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_checkpoint_of_another_version_of_the_program_is_not_the_trials_failure(
+    trial: Trial, tmp_path: Path, kept: bool
+):
+    whole = trial.run(folder=str(tmp_path / "whole")).told
+    trial.run(cut_at=3)
+    path, _ = Ledger(tmp_path / "trials").checkpoint(0)  # type: ignore[misc]
+    file = Path(path) / "checkpoint.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"identity": "0" * 64}))
+    again = {"folder": str(tmp_path / "again") if kept else None, "checkpoint": path}
+    told = trial.run(**again).told
+    assert told == [whole[2], *whole]  # what it had, and then from the first epoch
+    assert trial.errors == []
+    assert content["epoch"] == 3
 
 
 def test_ray_tune_carries_the_checkpoint_to_an_object_store(

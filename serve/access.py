@@ -31,6 +31,8 @@ from serve.settings import AccessConfig
 #: which asks for a key itself.
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/favicon.ico"})
 OPEN_FOLDER = "/static/"
+#: Where the name of a request's key is told to what is further in.
+KEY = "cafemed.key"
 
 _NO_ENTRY = {"WWW-Authenticate": 'Bearer realm="cafemed"'}
 _BEARER = b"bearer "
@@ -204,6 +206,7 @@ async def _refuse_without_key(
     if key is None:
         message = "an API key is needed, as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
         return problem(scope, HTTPStatus.UNAUTHORIZED, message, headers=_NO_ENTRY)
+    scope[KEY] = key.name
     record = observing.current()
     if record is not None:
         record.key = key.name

@@ -7,17 +7,18 @@ hundreds of thousands of fields or objects, each wrong in its own way and each w
 import asyncio
 import email.message
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException, Request, Response
-from fastapi._compat import ModelField
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import TypeAdapter, ValidationError
 
-from serve.access import is_open
+from serve.access import KEY, is_open
 from serve.asgi import Application, Message, Receive, Send
 from serve.problems import problem
 from serve.schema import MAX_OBJECTS
@@ -26,7 +27,8 @@ from serve.schema import MAX_OBJECTS
 MAX_FIELDS = 32
 #: Bytes of all headers together.
 MAX_HEADER_BYTES = 16 * 1024
-#: Bodies that a replica gathers at once, and their bytes together. Nearly all come in one piece.
+#: Bodies that a replica gathers at once, and their bytes together. Nearly all come in one piece. A
+#: key gets no more of either than is free: whoever sends slowly cannot keep the others out.
 MAX_GATHERED = 256
 MAX_GATHERED_BYTES = 32 * 1024 * 1024
 #: Longer bodies are read in a thread, one at a time: a thousand codes take about ten milliseconds.
@@ -68,6 +70,8 @@ class BodyLimit:
         self._refuse = refuse
         self._gathered = 0
         self._gathered_bytes = 0
+        self._bodies_of: Counter[str] = Counter()
+        self._bytes_of: Counter[str] = Counter()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,11 +128,14 @@ class BodyLimit:
     async def _gather(
         self, scope: Message, receive: Receive
     ) -> tuple[bytes | None, JSONResponse | None]:
-        if self._gathered >= MAX_GATHERED:
+        # "" where nobody needs one: the endpoint then serves its own machine alone.
+        key: str = scope.get(KEY, "")
+        if self._gathered + (self._bodies_of[key] if key else 0) >= MAX_GATHERED:
             return None, self._refuse(scope, _RETRY_S)
         chunks: list[bytes] = []
         size = 0
         self._gathered += 1
+        self._bodies_of[key] += 1
         try:
             while True:
                 message = await receive()
@@ -137,17 +144,23 @@ class BodyLimit:
                 chunk = message.get("body", b"")
                 if size + len(chunk) > self._max_bytes:
                     return None, self._refuse_size(scope)
-                if self._gathered_bytes + len(chunk) > MAX_GATHERED_BYTES:
+                of_key = self._bytes_of[key] if key else 0
+                if self._gathered_bytes + of_key + len(chunk) > MAX_GATHERED_BYTES:
                     return None, self._refuse(scope, _RETRY_S)
                 if chunk:  # else a client could send any number of empty ones
                     chunks.append(chunk)
                     size += len(chunk)
                     self._gathered_bytes += len(chunk)
+                    self._bytes_of[key] += len(chunk)
                 if not message.get("more_body", False):
                     return b"".join(chunks), None
         finally:
             self._gathered -= 1
             self._gathered_bytes -= size
+            self._bytes_of[key] -= size
+            self._bodies_of[key] -= 1
+            if not self._bodies_of[key]:  # keys come and go
+                del self._bodies_of[key], self._bytes_of[key]
 
     def _refuse_size(self, scope: Message) -> JSONResponse:
         message = f"the body may have at most {self._max_bytes} bytes; send fewer patients at once"
@@ -161,35 +174,40 @@ class StrictRoute(APIRoute):
         """See APIRoute."""
         handle = super().get_route_handler()
         field = self.body_field
+        expected: TypeAdapter[Any] | None = None
+        if field is not None and field.field_info.annotation is not None:
+            expected = TypeAdapter(field.field_info.annotation)
         one_at_a_time = asyncio.Lock()
 
         async def strictly(request: Request) -> Response:
-            if field is None:
+            if expected is None:
                 return await handle(request)
             body = await request.body()
             if not body:  # FastAPI says that it is required
                 return await handle(request)
             if len(body) <= SHORT_BYTES:
-                content = _valid(field, body)
+                content = _valid(expected, body)
             else:
                 async with one_at_a_time:  # each takes many times its length of memory meanwhile
-                    content = await asyncio.to_thread(_valid, field, body)
+                    content = await asyncio.to_thread(_valid, expected, body)
             return await handle(_ReadRequest(request.scope, content))
 
         return strictly
 
 
-def _valid(field: ModelField, body: bytes) -> Any:
+def _valid(expected: TypeAdapter[Any], body: bytes) -> Any:
     """What a route is given for a body.
 
     Raises:
         UnreadableError: as `parse`.
         RequestValidationError: if it is not what the route takes.
     """
-    content, errors = field.validate(parse(body), loc=("body",))
-    if errors:
-        raise RequestValidationError(errors)
-    return content
+    content = parse(body)
+    try:
+        return expected.validate_python(content, from_attributes=True)  # as FastAPI does
+    except ValidationError as err:
+        errors = err.errors(include_url=False)
+    raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in errors])
 
 
 class _ReadRequest(Request):

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from serve import limits
+from serve import access, limits
 from serve.limits import BodyLimit, UnreadableError, parse
 from serve.schema import MAX_BODY_BYTES, RecommendRequest
 
@@ -212,7 +212,7 @@ class Slow:
         self.piece = piece
         self.go_on = asyncio.Event()
 
-    async def ask(self, app: BodyLimit) -> int:
+    async def ask(self, app: BodyLimit, key: str = "") -> int:
         pieces = [self.piece, b"."]
 
         async def receive() -> Any:
@@ -225,7 +225,7 @@ class Slow:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await app(posted(), receive, send)
+        await app(posted() | ({access.KEY: key} if key else {}), receive, send)
         if sent[0]["status"] == 503:
             assert (b"retry-after", b"1") in sent[0]["headers"]
         return int(sent[0]["status"])
@@ -251,6 +251,37 @@ def test_bodies_that_are_being_gathered_are_bounded(
     statuses, afterwards = asyncio.run(crowd())
     assert sorted(statuses) == [200] * room + [503] * (9 - room)
     assert afterwards == 200  # every one gave its room back
+
+
+# A body that grows is refused where its key's share is used up by then: two of the greedy one's.
+@pytest.mark.parametrize(("bodies", "together", "greedy"), [(8, 10**6, 4), (100, 800, 2)])
+def test_whoever_sends_slowly_leaves_room_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, bodies: int, together: int, greedy: int
+) -> None:
+    """A key gets as much as is left free: one a half, and another then half of the rest."""
+    monkeypatch.setattr(limits, "MAX_GATHERED", bodies)
+    monkeypatch.setattr(limits, "MAX_GATHERED_BYTES", together)
+
+    async def crowd() -> None:
+        app = limited(echo, 5.0)
+        slow = Slow(b"x" * 99)
+        asked: dict[str, list[asyncio.Task[int]]] = {}
+        admitted = {}
+        for key in ("greedy", "second", "third"):
+            asked[key] = [asyncio.create_task(slow.ask(app, key)) for _ in range(9)]
+            await asyncio.sleep(0.02)
+            admitted[key] = sum(not task.done() for task in asked[key])
+        assert admitted == {"greedy": 4, "second": 2, "third": 1}
+        slow.go_on.set()
+        for (key, tasks), answered in zip(asked.items(), (greedy, 2, 1), strict=True):
+            statuses = await asyncio.gather(*tasks)
+            assert sorted(statuses) == [200] * answered + [503] * (9 - answered), key
+        assert [await slow.ask(app, "greedy") for _ in range(2)] == [200, 200]
+        assert app._gathered == app._gathered_bytes == 0
+        assert not app._bodies_of
+        assert not app._bytes_of
+
+    asyncio.run(crowd())
 
 
 def test_json_is_read_as_json_reads_it() -> None:

@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -64,7 +65,8 @@ def ray_cluster(num_cpus: float, num_gpus: float = 0.0) -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     temp = None if address else _temp_folder()
     try:
-        with _own_signals(), console.waiting("starting Ray" if temp else "connecting to Ray"):
+        what = "starting Ray" if temp else "connecting to Ray"
+        with _interrupts_deferred(), console.waiting(what):
             if temp is None:
                 _connect(str(address))
             else:
@@ -103,18 +105,38 @@ def require_resources(what: str, wanted: Mapping[str, tuple[str, float]]) -> Non
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keeps SIGTERM's handler, which Ray replaces by one that exits and prints its stack."""
-    before = signal.getsignal(signal.SIGTERM)
+def _interrupts_deferred() -> Iterator[None]:
+    """An interrupt while Ray starts is raised when it has; a second one at once.
+
+    Interrupted in its middle, ray.init leaves a half-made connection, which ends the process by a
+    segmentation fault. It also replaces SIGTERM's handler, by one that exits, and beneath Python by
+    one that aborts the process three seconds later.
+    """
+    import ray
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = False
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        nonlocal received
+        signal.alarm(0)
+        if received:
+            raise KeyboardInterrupt
+        received = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    utils = ray._private.utils
+    rays_own, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _handler: None
     try:
         yield
-    except SystemExit as err:
-        if err.code == signal.SIGTERM:  # while Ray was starting
-            raise KeyboardInterrupt from err
-        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        utils.set_sigterm_handler = rays_own
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if received:
+            raise KeyboardInterrupt
 
 
 def _connect(address: str) -> None:

@@ -1,7 +1,7 @@
 """A small bundle with an untrained model; its vocabulary is invented."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,8 @@ from cafemed.codes import KINDS, node_name
 from cafemed.graphs import CausalGraph, EffectTable
 from cafemed.reference import Reference, make_self_check, score_histogram
 from cafemed.scaling import Scaling
+from serve.encoding import EncodedPatient
+from serve.recommender import Recommender
 
 with warnings.catch_warnings():  # Ray's own use of pydantic
     warnings.filterwarnings("ignore", r"Using extra keyword arguments on `Field`", module="ray")
@@ -161,3 +163,27 @@ def certificate(certificates: ModuleType, tmp_path: Path) -> tuple[Path, Path]:
     """A certificate that signs itself, and its key."""
     made: tuple[Path, Path] = certificates.make(tmp_path)
     return made
+
+
+class Direct:
+    """A service without Ray, queue or batch."""
+
+    def __init__(self, recommender: Recommender) -> None:
+        self.recommender = recommender
+
+    async def probabilities(
+        self, recommender: Recommender, patients: Sequence[EncodedPatient]
+    ) -> list[Any]:
+        return list(recommender.probabilities(patients))
+
+
+@pytest.fixture(scope="session")
+def direct() -> type[Direct]:
+    """Makes a service of a recommender."""
+    return Direct
+
+
+@pytest.fixture(scope="session")
+def service(served: Bundle) -> Direct:
+    """The bundle behind the routes, as version 3."""
+    return Direct(Recommender(served, 3))

@@ -13,7 +13,6 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-from cafemed.bundle import Bundle
 from cafemed.errors import ConfigError
 from serve import keys
 from serve.access import Access, is_loopback, require_guarded, with_keys_file
@@ -21,27 +20,11 @@ from serve.api import create_api
 from serve.encoding import EncodedPatient
 from serve.observing import Observer
 from serve.recommender import Recommender
+from serve.replying import Service
 from serve.settings import AccessConfig
 
 MARKER = "MARKER4711"
 BODY = {"patients": [{"visits": [{}]}]}
-
-
-class Direct:
-    """A service without Ray, queue or batch."""
-
-    def __init__(self, recommender: Recommender) -> None:
-        self.recommender = recommender
-
-    async def probabilities(
-        self, recommender: Recommender, patients: Sequence[EncodedPatient]
-    ) -> list[Any]:
-        return list(recommender.probabilities(patients))
-
-
-@pytest.fixture(scope="module")
-def service(served: Bundle) -> Direct:
-    return Direct(Recommender(served, 3))
 
 
 @pytest.fixture
@@ -63,7 +46,7 @@ def ask(api: FastAPI, **headers: str) -> httpx.Response:
     return send(api, "POST", "/v1/recommend", json=BODY, headers=named)
 
 
-def test_a_key_opens_every_route_and_nothing_else_does(service: Direct, path: Path) -> None:
+def test_a_key_opens_every_route_and_nothing_else_does(service: Service, path: Path) -> None:
     secret = keys.create(path, "ward-3", 600)
     api = create_api(service, access=Access(keys.Keys(path)))
     assert ask(api, Authorization=f"Bearer {secret}").status_code == 200
@@ -86,7 +69,7 @@ def test_a_key_opens_every_route_and_nothing_else_does(service: Direct, path: Pa
         assert got.json()["request_id"]
 
 
-def test_only_health_and_the_page_are_open(service: Direct, path: Path) -> None:
+def test_only_health_and_the_page_are_open(service: Service, path: Path) -> None:
     keys.create(path, "ward-3", 600)
     api = create_api(service, access=Access(keys.Keys(path)))
     assert send(api, "GET", "/healthz").status_code == 200
@@ -122,7 +105,7 @@ def status_of(api: FastAPI, method: str, path: str) -> int:
     return int(sent[0]["status"])
 
 
-def test_a_body_is_not_read_without_a_key(service: Direct, path: Path) -> None:
+def test_a_body_is_not_read_without_a_key(service: Service, path: Path) -> None:
     keys.create(path, "ward-3", 600)
     api = create_api(service, access=Access(keys.Keys(path)))
     sent: list[Any] = []
@@ -138,7 +121,7 @@ def test_a_body_is_not_read_without_a_key(service: Direct, path: Path) -> None:
     assert sent[0]["status"] == 401
 
 
-def test_a_websocket_is_closed(service: Direct) -> None:
+def test_a_websocket_is_closed(service: Service) -> None:
     api = create_api(service, access=Access())
     sent: list[Any] = []
 
@@ -153,7 +136,7 @@ def test_a_websocket_is_closed(service: Direct) -> None:
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_who_asks_too_often_is_told_when_to_come_back(service: Direct, path: Path) -> None:
+def test_who_asks_too_often_is_told_when_to_come_back(service: Service, path: Path) -> None:
     often, other = keys.create(path, "often", 3), keys.create(path, "other", 3)
     api = create_api(service, access=Access(keys.Keys(path)))
     got = [ask(api, X_API_Key=often) for _ in range(4)]
@@ -165,7 +148,7 @@ def test_who_asks_too_often_is_told_when_to_come_back(service: Direct, path: Pat
 
 
 def test_a_revoked_key_is_refused_without_a_restart(
-    service: Direct, path: Path, monkeypatch: pytest.MonkeyPatch
+    service: Service, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "REREAD_S", 0.0)
     first = keys.create(path, "first", 600)
@@ -179,7 +162,7 @@ def test_a_revoked_key_is_refused_without_a_restart(
 
 
 def test_logs_name_the_key_and_never_hold_it(
-    service: Direct, path: Path, caplog: pytest.LogCaptureFixture
+    service: Service, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Log lines and metric labels of a request that is answered and of those that are refused."""
 
@@ -243,7 +226,7 @@ def test_logs_name_the_key_and_never_hold_it(
     ],
 )
 def test_without_keys_only_the_loopback_is_answered(
-    service: Direct, host: str, status: int
+    service: Service, host: str, status: int
 ) -> None:
     api = create_api(service, access=Access())
     got = send(api, "GET", "/v1/model", headers={"Host": host})
@@ -303,7 +286,7 @@ def preflight(api: FastAPI, origin: str) -> httpx.Response:
 
 
 def test_pages_of_other_sites_may_not_ask_unless_they_are_listed(
-    service: Direct, path: Path
+    service: Service, path: Path
 ) -> None:
     closed = create_api(service, access=Access())
     assert preflight(closed, ORIGIN).status_code == 405
@@ -331,7 +314,7 @@ def test_an_origin_that_is_none_is_refused(origin: str) -> None:
         AccessConfig(cors_origins=(origin,))
 
 
-def test_answers_are_for_nobody_to_keep_frame_or_run(service: Direct) -> None:
+def test_answers_are_for_nobody_to_keep_frame_or_run(service: Service) -> None:
     api = create_api(service, access=Access())
     for method, route, status in (
         ("POST", "/v1/recommend", 200),
@@ -352,7 +335,7 @@ def test_answers_are_for_nobody_to_keep_frame_or_run(service: Direct) -> None:
     assert json.loads(got.content)["message"] == "Method Not Allowed"
 
 
-def test_a_page_may_use_its_own_files_alone(service: Direct) -> None:
+def test_a_page_may_use_its_own_files_alone(service: Service) -> None:
     api = create_api(service)
 
     @api.get("/page")
@@ -368,22 +351,23 @@ def test_a_page_may_use_its_own_files_alone(service: Direct) -> None:
     assert headers["cache-control"] == "no-cache"
 
 
-class Broken(Direct):
+class Broken:
     """Fails where no route expects it."""
 
-    @property  # type: ignore[override]
+    @property
     def recommender(self) -> Recommender:
         raise KeyError(MARKER)
 
-    @recommender.setter
-    def recommender(self, value: Recommender) -> None:
-        pass
+    async def probabilities(
+        self, _recommender: Recommender, _patients: Sequence[EncodedPatient]
+    ) -> list[Any]:
+        raise AssertionError("there is nothing to ask with")
 
 
 def test_a_fault_anywhere_is_an_answer_without_its_message(
-    service: Direct, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    api = create_api(Broken(service.recommender))
+    api = create_api(Broken())
     with caplog.at_level(logging.DEBUG):
         for method, route in (("GET", "/v1/model"), ("POST", "/v1/recommend")):
             content = {"json": BODY} if method == "POST" else {}
@@ -398,7 +382,7 @@ def test_a_fault_anywhere_is_an_answer_without_its_message(
 
 @pytest.mark.parametrize(("scheme", "told"), [("https", "max-age=31536000"), ("http", None)])
 def test_over_https_browsers_are_told_to_stay_there(
-    service: Direct, scheme: str, told: str | None
+    service: Service, scheme: str, told: str | None
 ) -> None:
     api = create_api(service)
 

@@ -1,7 +1,6 @@
 """The OpenAPI document held against what is answered: schemathesis draws requests from it."""
 
 import collections
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,15 @@ import pytest
 import schemathesis
 from schemathesis.specs.openapi import checks
 
-from cafemed.bundle import Bundle
 from serve import keys
 from serve.access import Access
 from serve.api import create_api
-from serve.encoding import EncodedPatient
-from serve.recommender import Recommender
+from serve.replying import Service
 from serve.schema import MAX_MESSAGES
 
 pytestmark = pytest.mark.slow
 
 ROUTES = ["POST /v1/recommend", "GET /v1/codes", "GET /v1/model", "GET /healthz", "GET /readyz"]
-
-
-class Direct:
-    """A service without Ray, queue or batch."""
-
-    def __init__(self, recommender: Recommender) -> None:
-        self.recommender = recommender
-
-    async def probabilities(
-        self, recommender: Recommender, patients: Sequence[EncodedPatient]
-    ) -> list[Any]:
-        return list(recommender.probabilities(patients))
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +27,8 @@ def secret(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def schema(served: Bundle, secret: tuple[Path, str]) -> Any:
-    api = create_api(Direct(Recommender(served, 3)), access=Access(keys.Keys(secret[0])))
+def schema(service: Service, secret: tuple[Path, str]) -> Any:
+    api = create_api(service, access=Access(keys.Keys(secret[0])))
     return schemathesis.openapi.from_asgi("/openapi.json", api, headers={"X-API-Key": secret[1]})
 
 

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from cafemed.bundle import Bundle
 from serve import keys
 from serve.access import Access
 from serve.api import create_api
-from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
+from serve.replying import Service
 
 pytestmark = pytest.mark.slow
 
@@ -29,24 +29,12 @@ TYPED = "return document.activeElement.getAttribute('aria-expanded')"
 ANSWERED = "return document.querySelectorAll('.medications > li').length > 0"
 
 
-class Direct:
-    """A service without Ray, queue or batch."""
-
-    def __init__(self, recommender: Recommender) -> None:
-        self.recommender = recommender
-
-    async def probabilities(
-        self, recommender: Recommender, patients: Sequence[EncodedPatient]
-    ) -> list[Any]:
-        return list(recommender.probabilities(patients))
-
-
 class Site:
     """The application at an address, and what it was asked."""
 
-    def __init__(self, recommender: Recommender) -> None:
-        self.recommender = recommender
-        self.app: Any = create_api(Direct(recommender))
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.app: Any = create_api(service)
         self.asked: list[tuple[str, dict[str, str], bytes]] = []
         self.address = ""
 
@@ -105,8 +93,8 @@ def hostile(served: Bundle) -> Bundle:
 
 
 @pytest.fixture
-def site(hostile: Bundle) -> Iterator[Site]:
-    with running(Site(Recommender(hostile, 3))) as site:
+def site(hostile: Bundle, direct: Callable[[Recommender], Service]) -> Iterator[Site]:
+    with running(Site(direct(Recommender(hostile, 3)))) as site:
         yield site
 
 
@@ -437,7 +425,7 @@ def test_the_key_is_sent_and_stored_nowhere(page: Any, site: Site) -> None:
 def test_a_server_with_keys_is_used_with_one(page: Any, site: Site, tmp_path: Path) -> None:
     key = keys.create(tmp_path / "keys.json", "browser", per_minute=600)
     access = Access(keys.Keys(tmp_path / "keys.json"))
-    site.app = create_api(Direct(site.recommender), access=access)
+    site.app = create_api(site.service, access=access)
     page.post("refresh")
     tab_to(page, "e.getAttribute('role') === 'combobox'")
     page.press("401")

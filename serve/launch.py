@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from types import FrameType
@@ -48,6 +49,29 @@ def usable_port(http: HttpConfig) -> int:
             "another, or 0 for a free one"
         ) from err
     return port
+
+
+@contextlib.contextmanager
+def _held(http: HttpConfig) -> Iterator[None]:
+    """No other endpoint of this machine starts at this port during the block.
+
+    Ray's proxies listen seconds after the port was looked at, and beside each other where they are
+    of one user: each would then answer some of what the other is asked.
+
+    Raises:
+        ConfigError: if another endpoint is there, or just starting.
+    """
+    # A name of the system's alone: no file is left, whatever becomes of this process.
+    with socket.socket(socket.AF_UNIX) as holder:
+        try:
+            if sys.platform == "linux":  # elsewhere there are no such names
+                holder.bind(f"\0cafemed/{http.host}:{http.port}")
+        except OSError as err:
+            raise ConfigError(
+                f"http.port: another endpoint has {http.host}:{http.port}, or is about to; choose "
+                "another, or 0 for a free one"
+            ) from err
+        yield
 
 
 def deploy(application: Any, name: str, http: HttpConfig) -> str:
@@ -188,6 +212,7 @@ def _ray(http: HttpConfig, cpus: float, gpus: float) -> Iterator[str]:
     with contextlib.ExitStack() as around:
         with_haproxy = haproxy.is_on(http, on_cluster())
         if not on_cluster():
+            around.enter_context(_held(http))
             if with_haproxy:
                 around.enter_context(haproxy.environment(http))
             else:

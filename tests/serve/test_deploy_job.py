@@ -1,7 +1,9 @@
 """jobs/deploy.py as a user runs it."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -65,6 +67,32 @@ def test_a_taken_port_is_one_line(root: Path, home: Path) -> None:
         port = held.getsockname()[1]
         line = refusal(root, home, f"http.port={port}")
     assert f"http.port: cannot listen on 127.0.0.1:{port}" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proxy", ["haproxy", "default"])
+def test_of_two_that_start_at_a_port_together_one_is_refused_in_one_line(
+    root: Path, home: Path, proxy: str
+) -> None:
+    """Both find it free: neither listens for seconds."""
+    (first_home := home / "a").mkdir()
+    (second_home := home / "b").mkdir()
+    arguments = [f"http.port={free_port()}", f"http.proxy={proxy}"]
+    first = start(root, first_home, "once=true", *arguments)
+    second = start(root, second_home, "once=true", *arguments)
+    done = [(job.communicate(timeout=120), job.returncode) for job in (first, second)]
+    assert sorted(code for _, code in done) == [0, 2]
+    [errors] = [told for (_, told), code in done if code == 2]
+    [line] = errors.splitlines()
+    assert line.startswith("error: http.port: another endpoint has 127.0.0.1:")
+
+
+def free_port() -> int:
+    """One that nobody listens at, and the system gives to nobody on its own."""
+    for port in random.SystemRandom().sample(range(20000, 30000), 20):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
 
 
 def test_an_edited_bundle_is_one_line(root: Path, home: Path, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ _OLD_S = 3600.0
 #: Seconds that a kernel may take to end a process that was killed, and its locks.
 _KILLED_S = 5.0
 _CLAIM = re.compile(r"lease-(\d+)-[0-9a-f]+\.json")
+_HALF = ".lease-"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _Claims = dict[str, dict[str, Any]]
@@ -230,7 +231,8 @@ def _kernel_lock(storage: Storage) -> Iterator[bool]:
     try:
         yield locked
     finally:
-        if storage.names() == [LOCK]:
+        # Of a write that was killed, half of a claim may be left.
+        if [name for name in storage.names() if not name.startswith(_HALF)] == [LOCK]:
             shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 

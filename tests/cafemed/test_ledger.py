@@ -165,4 +165,5 @@ def test_one_process_at_a_time_and_none_after_it_is_killed(tmp_path: Path):
     assert ledger.exists()
     with ledger.locked():
         ledger.remove()
+        (tmp_path / "trials" / ".lease-000001-00.json.half").touch()
     assert not (tmp_path / "trials").exists()  # an empty folder does not stay

@@ -16,6 +16,8 @@ from cafemed.reference import ScoreHistogram
 #: Least share of a bin: an empty one would make the index infinite.
 FLOOR = 1e-4
 _BLOCKS = 10
+#: Patients whose scores are counted together: to count has a cost of its own, some microseconds.
+_TOGETHER = 32
 
 
 def population_stability_index(
@@ -52,25 +54,36 @@ class ScoreWindow:
         self._expected = reference.shares
         self._per_block = -(-patients // _BLOCKS)
         self._full: deque[NDArray[np.int64]] = deque(maxlen=_BLOCKS - 1)
+        self._to_count: list[NDArray[np.floating]] = []
         self._start_block()
 
     def add(self, probabilities: NDArray[np.floating]) -> None:
-        """Counts one patient's probabilities, (N_m,)."""
-        # As np.histogram does: a bin has its lower edge, the last one both.
-        bins = np.searchsorted(self._inner_edges, probabilities, side="right")
-        self._counts += np.bincount(bins, minlength=len(self._counts))
+        """Counts one patient's probabilities, (N_m,), which must not change afterwards."""
+        self._to_count.append(probabilities)
         self._in_block += 1
         if self._in_block == self._per_block:
+            self._count()
             self._full.append(self._counts)
             self._start_block()
+        elif len(self._to_count) == _TOGETHER:
+            self._count()
 
     @property
     def index(self) -> float | None:
         """The index of the window; None before a tenth of the patients have come."""
         if not self._full:
             return None
+        self._count()
         counts = self._counts + np.sum(self._full, axis=0)
         return population_stability_index(self._expected, counts / counts.sum())
+
+    def _count(self) -> None:
+        if self._to_count:
+            # As np.histogram does: a bin has its lower edge, the last one both.
+            scores = np.concatenate(self._to_count)
+            bins = np.searchsorted(self._inner_edges, scores, side="right")
+            self._counts += np.bincount(bins, minlength=len(self._counts))
+            self._to_count.clear()
 
     def _start_block(self) -> None:
         self._counts = np.zeros(len(self._expected), np.int64)

@@ -84,7 +84,9 @@ class Answerer:
             system, _, code = name.partition(":")
             self._parts.append((system, code, names.get(name)))
         self._partners = [frozenset(np.flatnonzero(row).tolist()) for row in ddi]
-        self._threshold = threshold
+        # In single precision, as probabilities are.
+        self._threshold = float(np.float32(threshold))
+        self._lowest = threshold * NEAR
         self._base = _log_odds(threshold)
 
     def answer(
@@ -95,15 +97,18 @@ class Answerer:
         explanation: Explains | None = None,
     ) -> Recommendation:
         """The recommendation for a patient with these probabilities, float32 (N_m,)."""
-        order: list[int] = np.argsort(-probabilities, kind="stable").tolist()
-        number = int(np.count_nonzero(probabilities >= self._threshold))
+        order: list[int] = (-probabilities).argsort(kind="stable").tolist()
         values: list[float] = probabilities.tolist()
+        number = 0
+        while number < len(order) and values[order[number]] >= self._threshold:
+            number += 1
         refused = self._refused(patient.allergies)
         outcome = self._outcome(order[:number], values, refused, options)
         chosen, codes = outcome.chosen, self._codes
-        taken = set(patient.taken).difference(chosen)
+        recommended = frozenset(chosen)
+        taken = [m for m in dict.fromkeys(patient.taken) if m not in recommended]
         pairs = self._pairs(chosen)
-        lowest = self._threshold * NEAR
+        lowest = self._lowest
         near = (m for m in order[number:] if values[m] >= lowest and m not in refused)
         return Recommendation(
             medications=[
@@ -116,9 +121,8 @@ class Answerer:
             interactions_with_taken=[
                 InteractionWithTaken(codes[m], codes[other])
                 for m in chosen
-                if not self._partners[m].isdisjoint(taken)
-                for other in dict.fromkeys(patient.taken)
-                if other in taken and other in self._partners[m]
+                for other in taken
+                if other in self._partners[m]
             ],
             ddi_rate=selection.rate(len(pairs), len(chosen)),
             left_out=outcome.left_out,
@@ -161,10 +165,11 @@ class Answerer:
             chosen = [candidates[i] for i in kept]
         if len(chosen) == len(probable):
             return _Outcome(chosen, [], optimal)
+        recommended = frozenset(chosen)
         left_out = [
             self._left_out(m, values[m], refused.get(m), chosen, options)
             for m in probable
-            if m not in set(chosen)
+            if m not in recommended
         ]
         return _Outcome(chosen, left_out, optimal)
 
@@ -196,10 +201,11 @@ class Answerer:
 
     def _pairs(self, medications: Sequence[int]) -> list[Interaction]:
         """Interacting pairs among these medications, in their order."""
-        codes = self._codes
+        codes, everyone = self._codes, frozenset(medications)
         return [
             Interaction(codes[m], codes[other])
             for i, m in enumerate(medications)
+            if not self._partners[m].isdisjoint(everyone)
             for other in medications[i + 1 :]
             if other in self._partners[m]
         ]

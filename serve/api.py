@@ -78,7 +78,12 @@ def create_api(
         max_unknown_share: a patient with a larger share of unknown codes is refused.
     """
     api = FastAPI(
-        title="CafeMed", version="1", description=INTENDED_USE, docs_url=None, redoc_url=None
+        title="CafeMed",
+        version="1",
+        description=INTENDED_USE,
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False},  # spans would hold what is searched for
     )
     api.router.route_class = StrictRoute
     document_keys(api)

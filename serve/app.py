@@ -40,8 +40,8 @@ APPLICATION = "cafemed"
 
 #: Ray's logger in a replica, which writes to the replica's own file.
 _LOGGER = "ray.serve"
-#: How often states are put into the metrics.
-_REPORT_S = 2.0
+#: How often states, and what has been counted, are put into the metrics.
+_REPORT_S = 1.0
 #: Ray's own refusals come after ours, when even refusing has a queue.
 _RAY_RETRY_S = 5.0
 #: A replica that ended is missed at the next check, and only then replaced.
@@ -69,7 +69,7 @@ class Endpoint:
         logger = _log_with_ray()
         self._access = config.access
         self._max_unknown_share = config.max_unknown_share
-        meters = Meters()
+        meters = self._meters = Meters()
         sampling: Sampling[Asked] | None = None
         if compared is not None:
             compare = compared.compare.remote
@@ -121,6 +121,7 @@ class Endpoint:
     async def _report(self) -> None:
         while True:
             self._observer.report(self._admission.in_progress, self._runs.waiting)
+            self._meters.flush()
             await asyncio.sleep(_REPORT_S)
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from serve.answers import Recommendation, RecommendResponse
+from serve.answers import Recommendation
 from serve.asking import Asked
 from serve.encoding import EncodedPatient, UnknownCodesError
 from serve.explanation import Plan
@@ -21,7 +21,7 @@ _FEW = 4
 #: Of whom a code takes less than a microsecond: so many may have few patients.
 _FEW_CODES = 2048
 
-_RESPONSE = TypeAdapter(RecommendResponse)
+_ANSWERS = TypeAdapter(list[Recommendation])
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ async def replied(
         recommender: of the service, the one that has encoded the patients.
         asked: the request.
         patients: its patients.
-        request_id: as in the answer.
+        request_id: as in the answer: letters, digits, - and _.
         observer: is told what is recommended.
     """
     explainer, options = recommender.explainer, asked.options
@@ -81,17 +81,20 @@ async def replied(
     scores = await service.probabilities(recommender, everyone)
     rows = scores[: len(patients)]
 
+    model = recommender.name.model_dump_json().encode()
+
     def answer() -> tuple[list[Recommendation], bytes]:
         explanations = explainer.explanations(plans, scores) if plans else [None] * len(patients)
         answers = [
             recommender.answer(patient, row, options, explanation)
             for patient, row, explanation in zip(patients, rows, explanations, strict=True)
         ]
-        # It was made here, of values of the right types: there is nothing to validate.
-        response = RecommendResponse.model_construct(
-            request_id=request_id, model=recommender.name, recommendations=answers
+        # They were made here, of values of the right types: there is nothing to validate.
+        return answers, b'{"request_id":"%b","model":%b,"recommendations":%b}' % (
+            request_id.encode(),
+            model,
+            _ANSWERS.dump_json(answers),
         )
-        return answers, _RESPONSE.dump_json(response)
 
     long = len(patients) > _FEW or options.explain or options.max_ddi_rate is not None
     answers, content = await _run(long, answer)

@@ -293,8 +293,41 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     assert own - shown == set()  # and it shows all of them
 
 
+def test_the_dashboard_asks_by_labels_that_the_metrics_have() -> None:
+    """Those of the metric, those that Ray adds, and of a histogram's buckets their edge."""
+    own = {name: metric.labels for metric in METRICS.values() for name in metric.exported}
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", []):
+            asked = target["expr"]
+            for name, selected in re.findall(r"\b(ray_\w+)\{([^}]*)\}", asked):
+                labels = {*own[name], "application", "deployment", "replica"}
+                labels |= {"le"} if name.endswith("_bucket") else set()
+                wanted = set(re.findall(r"(\w+)(?:=~|!~|!=|=)", selected))
+                assert "application" in wanted <= labels, asked
+                grouped = [w for by in re.findall(r"by \(([^)]*)\)", asked) for w in by.split(", ")]
+                assert set(grouped) <= labels, asked
+                told = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+                assert told <= set(grouped), asked
+                assert ("histogram_quantile" in asked) == (grouped == ["le"]), asked
+            # The variables are Grafana's own, and the one that is listed.
+            variables = set(re.findall(r"\$(\w+)", asked))
+            assert variables <= {"application", "__rate_interval", "__range"}, asked
+
+
 def test_the_dashboard_is_one_that_grafana_takes() -> None:
     content = dashboard()
+    variables = [variable["name"] for variable in content["templating"]["list"]]
+    assert variables == ["datasource", "application"]
+    taken: set[tuple[int, int]] = set()
+    for panel in content["panels"]:
+        at = panel["gridPos"]
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        references = [target["refId"] for target in panel.get("targets", [])]
+        assert len(set(references)) == len(references)
+        assert (panel["type"] == "row") == (not references)
+        assert panel["type"] in ("row", "stat", "timeseries")
     assert content["title"]
     assert content["schemaVersion"] >= 36
     ids = [panel["id"] for panel in content["panels"]]

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import socket
 import tempfile
@@ -21,7 +22,7 @@ import pytest
 from ray.serve._private.http_util import set_socket_reuse_port
 
 from cafemed import bundle as bundles
-from cafemed import registry
+from cafemed import paths, registry
 from cafemed.bundle import Bundle
 from serve import app, launch
 from serve.example import example_request
@@ -329,6 +330,7 @@ def test_every_metric_is_on_the_nodes_port_and_nothing_of_a_patient_anywhere(
     for metric in METRICS.values():
         for name in metric.exported if metric.name not in unseen else ():
             assert f"\n{name}{{" in page, name
+    shown_by_the_dashboard(page, unseen)
     assert value(page, "ray_cafemed_requests_total", route="/v1/recommend", status="200") == 20
     assert value(page, "ray_cafemed_patients_total") == 20
     assert value(page, "ray_cafemed_unknown_codes_total") == 20
@@ -348,6 +350,27 @@ def test_every_metric_is_on_the_nodes_port_and_nothing_of_a_patient_anywhere(
     assert Counter(line["status"] for line in told) == {200: 20, 422: 2}
     assert {"request_id", "run_patients", "model_version", "patients", "key"} <= set(told[0])
     assert not [path for path, text in logs.items() if MARKER in text]
+
+
+def shown_by_the_dashboard(page: str, unseen: set[str]) -> None:
+    """Every selector of the dashboard finds something, for the application as it is called."""
+    text = (paths.PROJECT_DIR / "platform" / "dashboards" / "serving.json").read_text()
+    selectors = re.findall(r'(ray_\w+)\{((?:[^}\\]|\\")*)\}', text)
+    assert len(selectors) > 20
+    for name, selected in selectors:
+        if name.removeprefix("ray_").removesuffix("_total") in unseen:
+            continue
+        wanted = dict(re.findall(r'(\w+)=~?\\"([^"]*)\\"', selected))
+        if wanted.get("status") == "5..":  # nothing went wrong
+            continue
+        application = wanted.pop("application")
+        assert application == "$application"
+        found = [dict(re.findall(r'(\w+)="([^"]*)"', written)) for written in samples(page, name)]
+        assert any(
+            labels["application"] == "tiny"
+            and all(re.fullmatch(value, labels[label]) for label, value in wanted.items())
+            for labels in found
+        ), (name, selected)
 
 
 def test_replicas_go_to_none_and_come_back(start: Start, served: Bundle) -> None:

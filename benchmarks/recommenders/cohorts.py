@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from causal import compiled
+
 PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -28,7 +30,12 @@ def prepare(work: Path, data: str, seed: int) -> Path:
     for arguments in (["prepare.py", *seeds], ["discover.py", "causal.workers=2"]):
         done = subprocess.run(
             [sys.executable, str(PROJECT / "jobs" / arguments[0]), *arguments[1:], *common],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(PROJECT),
+                "NUMBA_CACHE_DIR": str(compiled.cache_dir()),  # WORK may be a new folder each time
+            },
             capture_output=True,
             text=True,
             check=False,

@@ -83,7 +83,8 @@ def create_api(
         description=INTENDED_USE,
         docs_url=None,
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False},  # spans would hold what is searched for
+        # Spans would hold what is searched for.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     api.router.route_class = StrictRoute
     document_keys(api)

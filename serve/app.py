@@ -169,6 +169,7 @@ class Shadow:
         if found is None:
             return "no_other_version"
         shadow.report(self._meters, found)
+        self._meters.flush()
         return "compared"
 
 

@@ -8,7 +8,7 @@ says what is wrong.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -28,21 +28,28 @@ from serve.schema import (
     MAX_VISITS,
     MAX_VISITS_OF_REQUEST,
     ATCPrefix,
+    Code,
     Options,
     RecommendRequest,
 )
 
-#: A code system and a code, or a laboratory item and its value.
-Pair = tuple[str, str]
+#: A laboratory item and its value.
 Measured = tuple[str, float]
 
 _FIELDS = ("diagnoses", "procedures", "medications")
 
 
-class AskedVisit(NamedTuple):
-    """One visit: codes of the three kinds as systems and codes, and items with their values."""
+class AskedCodes(NamedTuple):
+    """A list of codes: the systems and, as many, the codes."""
 
-    codes: tuple[list[Pair], ...]
+    systems: list[str]
+    codes: list[str]
+
+
+class AskedVisit(NamedTuple):
+    """One visit: the codes of the three kinds, and items with their values."""
+
+    codes: tuple[AskedCodes, AskedCodes, AskedCodes]
     laboratory: list[Measured]
 
 
@@ -77,8 +84,12 @@ def of_request(request: RecommendRequest) -> Asked:
         AskedPatient(
             [
                 AskedVisit(
-                    tuple(list(map(_PAIR_OF, getattr(visit, field))) for field in _FIELDS),
-                    list(map(_MEASURED_OF, visit.laboratory)),
+                    (
+                        _of_codes(visit.diagnoses),
+                        _of_codes(visit.procedures),
+                        _of_codes(visit.medications),
+                    ),
+                    [(one.item, one.value) for one in visit.laboratory],
                 )
                 for visit in patient.visits
             ],
@@ -126,9 +137,9 @@ def _patient(given: Mapping[str, Any]) -> AskedPatient:
     visits = [
         AskedVisit(
             (
-                list(map(_PAIR, visit.get("diagnoses", ()))),
-                list(map(_PAIR, visit.get("procedures", ()))),
-                list(map(_PAIR, visit.get("medications", ()))),
+                _codes(visit.get("diagnoses")),
+                _codes(visit.get("procedures")),
+                _codes(visit.get("medications")),
             ),
             list(map(_MEASURED, visit.get("laboratory", ()))),
         )
@@ -138,10 +149,18 @@ def _patient(given: Mapping[str, Any]) -> AskedPatient:
     return AskedPatient(visits, get("sex", "unknown"), get("age"), get("allergies", []))
 
 
-_PAIR: Callable[[Mapping[str, str]], Pair] = itemgetter("system", "code")
+def _codes(given: Sequence[Mapping[str, str]] | None) -> AskedCodes:
+    return AskedCodes(list(map(_SYSTEM, given)), list(map(_CODE, given))) if given else _NO_CODES
+
+
+def _of_codes(given: Sequence[Code]) -> AskedCodes:
+    return AskedCodes([one.system for one in given], [one.code for one in given])
+
+
+_SYSTEM: Callable[[Mapping[str, str]], str] = itemgetter("system")
+_CODE: Callable[[Mapping[str, str]], str] = itemgetter("code")
 _MEASURED: Callable[[Mapping[str, Any]], Measured] = itemgetter("item", "value")
-_PAIR_OF: Callable[[Any], Pair] = attrgetter("system", "code")
-_MEASURED_OF: Callable[[Any], Measured] = attrgetter("item", "value")
+_NO_CODES = AskedCodes([], [])
 _NO_OPTIONS = Options()
 _SAYS_SOMETHING = r"[^. \t\r\n]"  # as schema's check that a text is not blank
 

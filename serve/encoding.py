@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from cafemed.bundle import Preprocessing
 from cafemed.codes import KINDS, LABORATORY, LABORATORY_SYSTEM, normalise
 from cafemed.cohort import SEXES
 from serve.answers import Kind, UnknownCode
-from serve.asking import AskedPatient, AskedVisit, Measured, Pair, of_request
+from serve.asking import AskedCodes, AskedPatient, AskedVisit, Measured, of_request
 from serve.schema import Code, LaboratoryValue, RecommendRequest, field_path
 
 #: Systems that may be asked for although a model was not trained on them; their codes are
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 _KINDS: tuple[Kind, ...] = ("diagnosis", "procedure", "medication")
 _FIELDS = ("diagnoses", "procedures", "medications")
+_NO_CODES: Mapping[str, int] = {}
+_MISSED = (None,)
 
 
 class RefusedError(ValueError):
@@ -97,16 +100,15 @@ class Encoder:
         self, vocabularies: Mapping[str, Sequence[str]], preprocessing: Preprocessing
     ) -> None:
         self._index = [{code: i for i, code in enumerate(vocabularies[kind])} for kind in KINDS]
-        # System and code as they are mostly written, so that most need not be normalised.
-        self._usual = [
-            {
-                (system, written): i
-                for name, i in index.items()
-                for system, _, code in (name.partition(":"),)
-                for written in (code, f"{code[:2]}.{code[2:]}", f"{code[:3]}.{code[3:]}")
-            }
-            for index in self._index
-        ]
+        # For each system the codes as they are mostly written, so that most need not be normalised.
+        self._usual: list[dict[str, dict[str, int]]] = []
+        for index in self._index:
+            usual: dict[str, dict[str, int]] = defaultdict(dict)
+            for name, i in index.items():
+                system, _, code = name.partition(":")
+                for written in (code, f"{code[:2]}.{code[2:]}", f"{code[:3]}.{code[3:]}"):
+                    usual[system][written] = i
+            self._usual.append(dict(usual))
         self.items: tuple[str, ...] = tuple(vocabularies.get(LABORATORY, ()))
         self._item = {name: i for i, name in enumerate(self.items)}
         self._uses_current = preprocessing.inputs == "current"
@@ -176,7 +178,7 @@ class Encoder:
             unknown_share = num_unknown / (known + num_unknown) if num_unknown else 0.0
         return EncodedPatient(
             known=(diagnoses, procedures, previous),
-            taken=medications[-1] if patient.visits[-1].codes[2] else previous[-1],
+            taken=medications[-1] if patient.visits[-1].codes[2].codes else previous[-1],
             sex=SEXES.index(patient.sex),
             age=math.nan if patient.age is None else patient.age,
             laboratory=laboratory,
@@ -202,26 +204,28 @@ class Encoder:
         """Indices of the three kinds, in the request's order, repeated codes once."""
         encoded = []
         for k, (asked, usual) in enumerate(zip(visit.codes, self._usual, strict=True)):
-            found: Sequence[Any] = list(map(usual.get, asked))
+            if not asked.codes:
+                encoded.append(())
+                continue
+            found: Sequence[Any] = _MISSED
+            if len(set(asked.systems)) == 1:
+                found = list(map(usual.get(asked.systems[0], _NO_CODES).get, asked.codes))
             if None in found:
-                found = self._looked_up(k, asked, found, p, t, unknown)
+                found = self._looked_up(k, asked, p, t, unknown)
             encoded.append(tuple(dict.fromkeys(found)))
         return tuple(encoded)
 
     def _looked_up(
-        self,
-        k: int,
-        asked: Sequence[Pair],
-        usual: Sequence[int | None],
-        p: int,
-        t: int,
-        unknown: list[UnknownCode],
+        self, k: int, asked: AskedCodes, p: int, t: int, unknown: list[UnknownCode]
     ) -> list[int]:
-        """Indices of a list's codes that are not all written as usual."""
+        """Indices of a list's codes that are not all of one system and written as usual."""
         found = []
-        for i, (pair, index) in enumerate(zip(asked, usual, strict=True)):
+        usual = self._usual[k]
+        for i, (system, code) in enumerate(zip(*asked, strict=True)):
+            index = usual.get(system, _NO_CODES).get(code)
             if index is None:
-                name = self._name(k, *pair, ("patients", p, "visits", t, _FIELDS[k], i, "system"))
+                location = ("patients", p, "visits", t, _FIELDS[k], i, "system")
+                name = self._name(k, system, code, location)
                 index = self._index[k].get(name)
                 if index is None:
                     unknown.append(UnknownCode(t, _KINDS[k], name))

@@ -102,25 +102,31 @@ METRICS = {
 class Meters:
     """The metrics of one process.
 
-    Counts are gathered until `flush`: one is a fraction of a microsecond, and some microseconds to
-    Ray. Used from one event loop.
+    Counts and values are gathered until `flush`: one by one, among all else that a request needs,
+    each takes some microseconds to hand to Ray. Used from one event loop.
     """
 
     def __init__(self, *names: str) -> None:
         """Registers the named ones of METRICS; all of them without names."""
         self._meters: dict[str, Any] = {name: _meter(METRICS[name]) for name in (names or METRICS)}
         self._counted: defaultdict[tuple[Any, ...], float] = defaultdict(float)
+        self._observed: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
 
     def count(self, name: str, number: float = 1, **labels: str) -> None:
         """Adds to a counter."""
         self._counted[name, *labels.items()] += number
 
     def flush(self) -> None:
-        """Hands what was counted to Ray, which exports every few seconds what it has."""
+        """Hands what was counted and observed to Ray, which exports it every few seconds."""
         counted, self._counted = self._counted, defaultdict(float)
         for (name, *labels), number in counted.items():
             if number:  # Ray's counters take no zeros
                 self._meters[name].inc(number, tags=dict(labels))
+        observed, self._observed = self._observed, defaultdict(list)
+        for (name, *labels), seen in observed.items():
+            tags = dict(labels)
+            for value in seen:
+                self._meters[name].observe(value, tags=tags)
 
     def set(self, name: str, value: float) -> None:
         """Sets a gauge."""
@@ -128,7 +134,7 @@ class Meters:
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Adds a value to a histogram."""
-        self._meters[name].observe(value, tags=labels)
+        self._observed[name, *labels.items()].append(value)
 
 
 def _meter(metric: Metric) -> Any:

@@ -70,7 +70,11 @@ def test_a_whole_request_is_read() -> None:
     assert asked is not None
     assert asked.num_codes == 8
     [visit, *_] = asked.patients[0].visits
-    assert visit.codes == ([("icd9", "428.0"), (" ICD9", "v 10.1")], [], [("atc", "C03CA01")])
+    assert visit.codes == (
+        (["icd9", " ICD9"], ["428.0", "v 10.1"]),
+        ([], []),
+        (["atc"], ["C03CA01"]),
+    )
     assert visit.laboratory == [("50912", 1.4), ("5", -2.0)]
     assert asked.patients[0].allergies == ["J01C", "A01B"]
 

@@ -125,7 +125,8 @@ class PackedInstanceNorm(nn.Module):
         width = features.shape[1]
         visit = packing.position_visit
         visit = visit.repeat_interleave(width) if width > 1 else visit
-        out = normalise(features.flatten(0, 1), visit, packing.starts * width)
+        starts, number = packing.starts * width, packing.lengths * width
+        out = normalise(features.flatten(0, 1), visit, starts, number)
         if self.scale is not None and self.shift is not None:
             out = out * self.scale + self.shift
         return out.view_as(features)

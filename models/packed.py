@@ -73,13 +73,16 @@ def _kernel_matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.permute(2, 1, 0).reshape(kernel * in_channels, out_channels)
 
 
-def normalise(features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+def normalise(
+    features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor, number: torch.Tensor
+) -> torch.Tensor:
     """Instance norm: each column of a visit's rows to mean 0 and biased variance 1 (eps 1e-5).
 
     Args:
         features: (R, C), the rows of each visit together.
         visit: int64 (R,), the visit of each row, ascending, every visit at least once.
         starts: int64 (V,), the first row of each visit.
+        number: int64 (V,), the rows of each visit.
 
     Returns:
         (R, C), at least float32; 0 where a visit has a single row.
@@ -87,7 +90,7 @@ def normalise(features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor)
     if features.dtype.itemsize < torch.float32.itemsize:
         features = features.float()
     if blocks.is_fixed():
-        return _normalised(features, visit, starts)[0]
+        return _normalised_by_sums(features, visit, starts, number[:, None])
     out: torch.Tensor = _Normalise.apply(features, visit, starts)  # type: ignore[no-untyped-call]
     return out
 
@@ -138,6 +141,17 @@ def _normalised(
     variance = _bag(centred * centred, every, starts, mean=True)
     inverse = torch.rsqrt(variance + NORM_EPS).index_select(0, visit)
     return centred.mul_(inverse), inverse, every
+
+
+def _normalised_by_sums(
+    features: torch.Tensor, visit: torch.Tensor, starts: torch.Tensor, number: torch.Tensor
+) -> torch.Tensor:
+    """`_normalised` with divided sums: on few rows a mean of bags takes several times as long."""
+    every = torch.arange(visit.shape[0], device=visit.device)
+    mean = _bag(features, every, starts) / number
+    centred = features - mean.index_select(0, visit)
+    variance = _bag(centred * centred, every, starts) / number
+    return centred.mul_(torch.rsqrt(variance + NORM_EPS).index_select(0, visit))
 
 
 class _ProjectThenSum(torch.autograd.Function):

@@ -65,16 +65,42 @@ class ParallelGRU(nn.Module):
 
     def _in_blocks(self, visits: torch.Tensor, steps: Steps) -> torch.Tensor:
         """As `forward`, without gradients, every product of blocks.BLOCK rows."""
-        parts = zip(visits.unbind(1), self.weight_ih, self.bias_ih, strict=True)
-        inputs = torch.stack([blocks.product(rows, matrix.T, bias) for rows, matrix, bias in parts])
+        is_recorded = isinstance(steps.sizes, torch.Tensor)  # models/tracing.py
+        product = scripted_blocks() if is_recorded else in_blocks
+        inputs = product(
+            visits.transpose(0, 1),
+            blocks.widened(self.weight_ih.transpose(1, 2)),
+            blocks.widened(self.bias_ih)[:, None],
+            blocks.BLOCK,
+        )
         weight = blocks.widened(self.weight_hh.transpose(1, 2))
         bias = blocks.widened(self.bias_hh)[:, None]
         by_step = inputs.index_select(1, steps.order)
-        if isinstance(steps.sizes, torch.Tensor):  # being recorded (models/tracing.py)
+        if isinstance(steps.sizes, torch.Tensor):
             states = scripted_steps()(by_step, weight, bias, steps.sizes, blocks.BLOCK)
         else:
             states = run_steps(by_step, weight, bias, list(steps.sizes), blocks.BLOCK)
         return states.index_select(1, steps.place).transpose(0, 1)
+
+
+def in_blocks(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, block: int
+) -> torch.Tensor:
+    """K products at once, block by block of so many rows.
+
+    Args:
+        rows: (K, V, d).
+        weight: (K, d, 3d), or wider (`blocks.widened`).
+        bias: (K, 1, 3d), or as wide.
+        block: rows of a product, a divisor of V.
+
+    Returns:
+        (K, V, 3d), or as wide.
+    """
+    parts: list[torch.Tensor] = []
+    for i in range(0, rows.shape[1], block):
+        parts.append(torch.baddbmm(bias, rows[:, i : i + block], weight))
+    return torch.cat(parts, 1)
 
 
 def run_steps(
@@ -106,7 +132,7 @@ def run_steps(
             own = torch.cat(parts, 1)
         gate = torch.sigmoid(given[:, :, : 2 * d] + own[:, :, : 2 * d])
         reset, update = gate[:, :, :d], gate[:, :, d:]
-        new = torch.tanh(given[:, :, 2 * d :] + reset * own[:, :, 2 * d : 3 * d])
+        new = torch.tanh(given[:, :, 2 * d : 3 * d] + reset * own[:, :, 2 * d : 3 * d])
         states[:, begin : begin + size] = (
             torch.lerp(new, state, update) if t > 0 else new - update * new
         )
@@ -129,9 +155,19 @@ def _run_steps_of(
 @functools.cache
 def scripted_steps() -> Callable[..., torch.Tensor]:
     """`run_steps` compiled by torch, with the sizes in a tensor: a recording keeps its loop."""
+    return _scripted(_run_steps_of)
+
+
+@functools.cache
+def scripted_blocks() -> Callable[..., torch.Tensor]:
+    """`in_blocks` compiled by torch."""
+    return _scripted(in_blocks)
+
+
+def _scripted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        compiled: Callable[..., torch.Tensor] = torch.jit.script(_run_steps_of)
+        compiled: Callable[..., torch.Tensor] = torch.jit.script(function)
     return compiled
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 from cafemed.batches import Batch
 from models import blocks
-from models.recurrent import scripted_steps
 
 
 class Traced:
@@ -30,7 +29,6 @@ class Traced:
     """
 
     def __init__(self, model: nn.Module, batch: Batch, packing: Any) -> None:
-        scripted_steps()
         with blocks.fixed(), warnings.catch_warnings():
             # Of sizes that it takes for constants, which those of weights are.
             warnings.simplefilter("ignore")

@@ -27,9 +27,10 @@ from models.blocks import whole
 from models.packing import Codes
 from serve.encoding import EncodedPatient
 
-#: Positions of a run, at most: the more, the less a patient costs and the longer one waits. A
-#: hospital patient with two visits of fifteen codes takes 30.
-RUN_POSITIONS = 1024
+#: Positions of a run of the endpoint, at most: the more, the less a patient costs and the longer
+#: one waits. A hospital patient with two visits of fifteen codes takes 30. So few that of many who
+#: wait some are answered, and others read, while the next are computed.
+RUN_POSITIONS = 512
 #: [has incoming edges][has outgoing edges].
 _CLASSES = ((ORPHAN, CAUSE), (EFFECT, MIDDLE))
 _NOTHING: frozenset[int] = frozenset()
@@ -96,20 +97,25 @@ def positions_of(patient: EncodedPatient) -> int:
     return sum(max(1, *map(len, lists)) for lists in zip(*patient.known, strict=True))
 
 
-def room_for(positions: int) -> int:
+def room_for(positions: int, least: int = RUN_POSITIONS) -> int:
     """Positions of the runs that a patient with so many may be in, by itself or with others."""
-    room = RUN_POSITIONS
+    room = least
     while room < positions:
         room *= 2
     return room
 
 
-def runs_of(positions: Sequence[int]) -> list[list[int]]:
-    """Divides patients with so many positions into runs: indices, in order within each run."""
+def runs_of(positions: Sequence[int], least: int = RUN_POSITIONS) -> list[list[int]]:
+    """Divides patients with so many positions into runs: indices, in order within each run.
+
+    Args:
+        positions: of each patient.
+        least: positions that a run has room for, or more for a patient who has more.
+    """
     runs: dict[int, list[list[int]]] = {}
     left: dict[int, int] = {}
     for i, number in enumerate(positions):
-        room = room_for(number)
+        room = room_for(number, least)
         if left.get(room, 0) < number:
             runs.setdefault(room, []).append([])
             left[room] = room

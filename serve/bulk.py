@@ -13,9 +13,12 @@ from cafemed.batches import input_adjacencies
 from cafemed.codes import CodeLists
 from cafemed.graphs import node_classes
 from cafemed.laboratory import Laboratory
-from serve.batching import Visits, runs_of
+from serve.batching import RUN_POSITIONS, Visits, runs_of
 from serve.encoding import EncodedPatient
 from serve.recommender import Recommender
+
+#: Positions of a run: nobody waits for one, and a patient costs least in runs of so many.
+_RUN_POSITIONS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +95,8 @@ class Scorer:
         positions = np.add.reduceat(visits.counts.max(axis=1).clip(min=1), offsets[:-1]).tolist()
         # Runs with as many visits in a step as possible: patients of like lengths together.
         order = np.argsort(visits.lengths, kind="stable")
-        for run in runs_of([positions[p] for p in order]):
+        least = _RUN_POSITIONS if self.recommender.is_exact else RUN_POSITIONS
+        for run in runs_of([positions[p] for p in order], least):
             members = order[run]
             part = _taken(visits, offsets, members)
             result[members] = self.recommender.score(part, positions[members[0]])

@@ -44,7 +44,7 @@ def test_gradients_of_the_convolution(in_channels, out_channels, packing):
 def test_norm_is_torchs_instance_norm_on_each_visit(packing):
     torch.manual_seed(0)
     features = 3 + 2 * torch.randn(packing.num_positions, 4, dtype=torch.float64)
-    got = normalise(features, packing.position_visit, packing.starts)
+    got = normalise(features, packing.position_visit, packing.starts, packing.lengths)
     for visit, own in zip(_visits(packing, features), _visits(packing, got), strict=True):
         if len(visit) == 1:
             assert not own.any()
@@ -57,7 +57,7 @@ def test_gradients_of_the_norm(packing):
     torch.manual_seed(0)
     rows = torch.randn(packing.num_positions, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda x: normalise(x, packing.position_visit, packing.starts), [rows]
+        lambda x: normalise(x, packing.position_visit, packing.starts, packing.lengths), [rows]
     )
 
 

@@ -137,10 +137,11 @@ def test_patients_share_runs_up_to_their_room_and_long_ones_have_another() -> No
     positions = [half, 3 * RUN_POSITIONS, half, 10, half, 3 * RUN_POSITIONS, 4]
     assert runs_of(positions) == [[0, 2], [3, 4, 6], [1], [5]]
     rng = np.random.default_rng(0)
-    positions = rng.integers(1, 700, 300).tolist()
+    positions = rng.integers(1, RUN_POSITIONS, 300).tolist()
     runs = runs_of(positions)
     assert sorted(i for run in runs for i in run) == list(range(300))
     assert all(sum(positions[i] for i in run) <= RUN_POSITIONS for run in runs)
+    assert runs_of([10, 5000, 3, 4090], 4096) == [[0, 2], [3], [1]]
 
 
 def measured(rows: list[tuple[tuple[int, float], ...]], age: float) -> EncodedPatient:

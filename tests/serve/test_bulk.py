@@ -13,7 +13,7 @@ from cafemed.bundle import Bundle
 from cafemed.codes import CodeLists
 from cafemed.laboratory import Laboratory
 from serve import bulk
-from serve.batching import RUN_POSITIONS, Edges, Visits, lay
+from serve.batching import Edges, Visits, lay
 from serve.bulk import Patients, Scorer
 from serve.recommender import Recommender
 
@@ -85,7 +85,7 @@ def test_what_the_model_is_given_is_the_endpoints(
 
 def test_runs_are_full(served: Bundle, monkeypatch: pytest.MonkeyPatch):
     recommender = Recommender(served, 1)
-    patients = draw(served, 400, 4)
+    patients = draw(served, 1200, 4)
     real, positions = recommender.score, []
 
     def score(visits: Visits, of_one: int) -> object:
@@ -95,8 +95,8 @@ def test_runs_are_full(served: Bundle, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recommender, "score", score)
     Scorer(recommender).probabilities(patients)
     assert len(positions) > 3
-    assert max(positions) <= RUN_POSITIONS
-    assert min(positions[:-1]) > 0.7 * RUN_POSITIONS
+    assert max(positions) <= bulk._RUN_POSITIONS
+    assert min(positions[:-1]) > 0.9 * bulk._RUN_POSITIONS
 
 
 def test_one_patient_as_the_endpoint_has_it():

@@ -73,7 +73,8 @@ def test_asked_together_or_apart_the_rows_are_each_ones_own(
     assert [row.tobytes() for row in rows] == alone(recommender, patients)
     assert sum(told) == len(patients)
     assert len({patient.num_visits for patient in patients}) > 5
-    assert told == [len(patients)]  # whatever their lengths
+    # As many together as there is room for, whatever their lengths.
+    assert len(told) <= sum(map(positions_of, patients)) // RUN_POSITIONS + 1
 
 
 def test_a_run_has_at_most_so_many(

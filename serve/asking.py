@@ -108,7 +108,8 @@ def read(body: bytes) -> Asked | None:
 
     What this reads the schema reads too, and alike.
     """
-    if body.count(b"{") > MAX_OBJECTS:
+    num_objects, num_colons = body.count(b"{"), body.count(b":")
+    if num_objects > MAX_OBJECTS or num_colons > _MAX_FIELDS * num_objects:
         return None
     try:
         content = _READER.validate_json(body)
@@ -121,7 +122,7 @@ def read(body: bytes) -> Asked | None:
     # Every field has a colon, those among them that are given twice, of which only one was kept.
     num_fields = len(content) + (len(options.model_fields_set) if options else 0)
     num_fields += sum(map(len, patients)) + sum(map(len, visits)) + 2 * num_codes
-    if body.count(b":") != num_fields:
+    if num_colons != num_fields:
         return None
     if len(visits) > MAX_VISITS_OF_REQUEST or num_codes > MAX_CODES_OF_REQUEST:
         return None
@@ -162,6 +163,8 @@ _CODE: Callable[[Mapping[str, str]], str] = itemgetter("code")
 _MEASURED: Callable[[Mapping[str, Any]], Measured] = itemgetter("item", "value")
 _NO_CODES = AskedCodes([], [])
 _NO_OPTIONS = Options()
+#: Of an object: as many has a patient, and a visit. Each one too many would get a message.
+_MAX_FIELDS = 4
 _SAYS_SOMETHING = r"[^. \t\r\n]"  # as schema's check that a text is not blank
 
 

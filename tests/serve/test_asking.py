@@ -261,8 +261,9 @@ def test_a_long_body_that_is_refused_takes_little_time() -> None:
         b'{"patients":[{"visits":[{}],"age":%s}]}' % (b"1" * 4_000_000),
         b'{"patients":[{"visits":[{}],"%s":1}]}' % (b"\\u0041" * 600_000),
         b'{"a":%s' % (b"[" * 4_000_000),
+        b'{"patients":[{"visits":[{}],%s}]}' % b",".join(b'"k%d":1' % i for i in range(330_000)),
     ]
     for body in bodies:
         started = time.process_time()
         assert read(body) is None
-        assert time.process_time() - started < 1.0
+        assert time.process_time() - started < 0.5

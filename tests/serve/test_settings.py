@@ -7,7 +7,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cafemed import config, paths
 from cafemed.errors import ArtifactError, ConfigError
-from serve import app
+from serve import access, app
 from serve.settings import ApplicationArgs, DeployConfig, HttpConfig, ServeConfig
 
 
@@ -62,6 +62,19 @@ def test_config_yaml_builds_the_application(deployable: dict[str, Any], root: Pa
     assert registry_dir == str(root / "registry" / "tiny")
     assert settings == config.from_mapping(ServeConfig, application["args"]["serve"], "serve")
     assert deployment.max_queued_requests == ServeConfig().max_queued_requests
+
+
+def test_build_refuses_a_certificate_that_haproxy_would_not_use(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `serve deploy` has it: Ray would speak HTTP, without a word."""
+    args = {"root": str(root), "name": "tiny"}
+    monkeypatch.setattr(access, "listening_certificate", lambda: "/a.crt")
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    app.build(args)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    with pytest.raises(ConfigError, match="ssl_certfile: HAProxy takes no certificate from Ray"):
+        app.build(args)
 
 
 def test_build_refuses_unknown_arguments_and_an_empty_registry(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ CPU_COLUMNS = ("cpu_ms", "noop_cpu_ms", "plain_cpu_ms", "clients_share")
 _NUM_BODIES = 512
 _GROUP = 10_000  # rows of a Parquet file's group
 _READY_S = 120.0
-_WARM_S = 1.5
+_WARM_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Effort:
 
 
 FULL = Effort(CLIENTS, warm_s=2.0, measured_s=8.0, rounds=3, scored=100_000)
-QUICK = Effort((1, 32), warm_s=0.3, measured_s=0.9, rounds=3, scored=5_000)
+QUICK = Effort((1, 32), warm_s=0.2, measured_s=0.7, rounds=3, scored=5_000)
 
 
 def versions() -> str:

@@ -150,15 +150,19 @@ class Runs:
             self._places[key] = line
         return members
 
+    async def _in_thread(self, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, compute)
+
     async def _run(self, recommender: Recommender, room: int, members: list[_Place]) -> None:
         patients = [place.patient for place in members]
         most = _MAX_INLINE_POSITIONS if recommender.traced else _MAX_INLINE_UNTRACED
         try:
-            end = recommender.begun(patients, room)
-            if sum(place.positions for place in members) <= most:
-                rows = end()
+            if room > RUN_POSITIONS:  # so long that even to begin it takes a while
+                rows = await self._in_thread(lambda: recommender.begun(patients, room)())
             else:
-                rows = await asyncio.get_running_loop().run_in_executor(self._thread, end)
+                end = recommender.begun(patients, room)
+                is_short = sum(place.positions for place in members) <= most
+                rows = end() if is_short else await self._in_thread(end)
         except Exception as err:  # noqa: BLE001 - whoever asked gets it
             for place in members:
                 if not place.ask.done.done():

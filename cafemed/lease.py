@@ -24,10 +24,9 @@ import os
 import random
 import re
 import secrets
-import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,6 @@ BEAT_S = 10.0
 EXPIRY_S = 60.0
 #: Seconds between two looks at a claim that is watched.
 _LOOK_S = 1.0
-#: A claim so old by both machines' clocks is not watched: no clock of a cluster is so wrong.
-_OLD_S = 3600.0
 #: Seconds that a kernel may take to end a process that was killed, and its locks.
 _KILLED_S = 5.0
 _CLAIM = re.compile(r"lease-(\d+)-[0-9a-f]+\.json")
@@ -160,7 +157,8 @@ class Lease:
     def _look(self) -> None:
         found = _claims(self._storage)
         higher = [name for name in found if _number(name) > _number(self._name)]
-        if not higher and self._name in found:
+        # Some disks' listings may miss a file while others come and go beside it.
+        if not higher and (self._name in found or self._storage.has(self._name)):
             return
         who = _who(found[max(higher)] if higher else {})
         self.lost = TakenOverError(
@@ -205,10 +203,10 @@ class Lease:
         return not self._locked and owner.lives(claim) is True
 
     def _may_count(self, claim: Mapping[str, Any]) -> bool:
-        """Whether a claim's owner may be running somewhere."""
-        if owner.lives(claim) is False or (self._locked and claim.get("boot") == owner.boot()):
+        """Whether a claim's owner may be running somewhere; its clock does not count."""
+        if owner.lives(claim) is False:
             return False
-        return _age(claim) < _OLD_S
+        return not (self._locked and claim.get("boot") == owner.boot())
 
     def _write(self) -> None:
         self._beats += 1
@@ -231,10 +229,19 @@ def _kernel_lock(storage: Storage) -> Iterator[bool]:
     try:
         yield locked
     finally:
-        # Of a write that was killed, half of a claim may be left.
-        if [name for name in storage.names() if not name.startswith(_HALF)] == [LOCK]:
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(folder, storage.names())
         os.close(handle)
+
+
+def _remove_empty(folder: Path, names: Collection[str]) -> None:
+    """Removes a folder with nothing of a sweep's in it, but not what comes to it meanwhile."""
+    # Of a write that was killed, half of a claim may be left.
+    if [name for name in names if not name.startswith(_HALF)] != [LOCK]:
+        return
+    with contextlib.suppress(OSError):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _lock(folder: Path, storage: Storage) -> tuple[int, bool]:

@@ -138,16 +138,19 @@ def test_another_machines_is_watched_and_followed_when_it_is_silent(
     assert claims(tmp_path) == []
 
 
-def test_a_claim_of_long_ago_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lease, "EXPIRY_S", 3600.0)
+def test_a_clock_that_is_wrong_by_hours_ends_nobodys_claim(tmp_path: Path):
+    """By its own clock, the one that has it renewed it yesterday."""
     place = store(tmp_path)
-    old = owner.this_process() | {"boot": "b", "since": "", "beats": 7, "at": time.time() - 4000}
-    place.write("lease-000004-aa.json", old)
-    first = Lease(place)
-    first.acquire()
-    assert claims(tmp_path) == [first._name]
-    assert first._name.startswith("lease-000005-")
-    first.release()
+    first = owner.this_process() | {"boot": "b", "since": "", "beats": 7}
+    place.write("lease-000004-aa.json", first | {"at": time.time() - 86400})
+
+    def renew() -> None:
+        place.write("lease-000004-aa.json", first | {"beats": 8, "at": time.time() - 86399})
+
+    threading.Timer(lease.EXPIRY_S / 2, renew).start()
+    with pytest.raises(ArtifactError, match="another process runs this sweep"):
+        Lease(place).acquire()
+    assert claims(tmp_path) == ["lease-000004-aa.json"]
 
 
 def test_one_that_renews_after_all_keeps_it(tmp_path: Path):
@@ -202,6 +205,20 @@ def test_one_that_was_suspended_looks_before_it_writes(tmp_path: Path):
     with pytest.raises(TakenOverError):
         first.require()
     assert claims(tmp_path) == []
+    first.release()
+
+
+def test_a_listing_that_misses_a_file_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = store(tmp_path)
+    first = Lease(place)
+    first.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "names", lambda: [])
+        first.renew()
+        first.require()
+    assert claims(tmp_path) == [first._name]
     first.release()
 
 
@@ -307,6 +324,28 @@ def test_a_lock_on_a_folder_that_was_removed_is_none(
         assert (place / ".lock").exists()
         with pytest.raises(ArtifactError), lease.held(Storage(place)):
             pass
+
+
+def test_an_empty_folder_that_is_removed_takes_no_newcomers_claim_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of another machine, whose locks are its own."""
+    place = Storage(tmp_path / "trials")
+    real = place.names
+
+    def names() -> list[str]:
+        found = real()
+        if found == [".lock"]:
+            place.write("lease-000002-aa.json", {})
+        return found
+
+    with lease.held(place):
+        monkeypatch.setattr(place, "names", names)
+    assert claims(tmp_path) == ["lease-000002-aa.json"]
+    (tmp_path / "trials" / "lease-000002-aa.json").unlink()
+    with lease.held(Storage(tmp_path / "trials")):
+        (tmp_path / "trials" / ".lease-000001-00.json.half").touch()
+    assert not (tmp_path / "trials").exists()
 
 
 # Takes the lease as often as it gets it and adds one to a number, read before and written after.

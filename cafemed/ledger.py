@@ -190,6 +190,7 @@ class Ledger:
 
     def keep_tracking(self, content: Mapping[str, Any]) -> None:
         """Notes where the sweep is tracked; see cafemed/mlflow_sweep.py."""
+        self.require_ours()
         self._place.write(TRACKING, content)
 
     def tracking(self) -> dict[str, Any] | None:

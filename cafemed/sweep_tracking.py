@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cafemed import config, console, tracking
 from cafemed.errors import ArtifactError
 from cafemed.invocation import Invocation
+from cafemed.lease import TakenOverError
 from cafemed.ledger import Ledger
 from cafemed.sweep_plan import SweepPlan, completed
 from cafemed.tracking import Background, Progress, Tell, TensorBoard, TrackingConfig
@@ -62,10 +63,13 @@ class SweepTracking:
     def ending(self) -> Iterator[None]:
         """Ends the sweep's run in MLflow as the block ends, unless `finish` came first.
 
-        An error makes it FAILED, an interruption KILLED; it goes on from either.
+        An error makes it FAILED, an interruption KILLED; it goes on from either. Of a sweep that
+        another process took over, it is that one's.
         """
         try:
             yield
+        except TakenOverError:
+            raise
         except BaseException as err:
             if self._sending is not None:
                 with tracking.forgiving("the sweep's run stays RUNNING there"):
@@ -147,7 +151,13 @@ class SweepTracking:
             runs = Runs(self._uri, self._experiment)
         about = About(self._name, plan.settings(), inputs)
         ledger.keep_tracking(vars(runs))
-        return SweepRuns(self._client, runs, about, lambda found: ledger.keep_tracking(vars(found)))
+
+        def save(found: Runs) -> None:
+            # Ids that are not noted are found again; whoever took the sweep over has noted its own.
+            with contextlib.suppress(OSError, TakenOverError):
+                ledger.keep_tracking(vars(found))
+
+        return SweepRuns(self._client, runs, about, save)
 
 
 def send_evaluation(folder: Path, evaluation: Path, bundle: str) -> None:

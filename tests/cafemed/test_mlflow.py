@@ -30,6 +30,7 @@ from cafemed.conductor import Conductor
 from cafemed.errors import ArtifactError, TrackingError, TrainingError
 from cafemed.fit_tracking import FitTracking
 from cafemed.invocation import Invocation
+from cafemed.lease import TakenOverError
 from cafemed.ledger import Entry, Header, Ledger
 from cafemed.mlflow_client import Client
 from cafemed.sweep_tracking import SweepTracking, runs_in, send_evaluation
@@ -416,7 +417,8 @@ def statuses(place: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("ended_by", "status"), [(ArtifactError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+    ("ended_by", "status"),
+    [(ArtifactError, "FAILED"), (KeyboardInterrupt, "KILLED"), (TakenOverError, "RUNNING")],
 )
 def test_what_ends_the_job_after_the_trials_ends_the_run(
     sweeps: Any,

@@ -6,9 +6,9 @@
 
 A request that met a replica that just died, or one that has too much to do, is sent once more:
 asking for a recommendation changes nothing, so that this is safe. A proxy that is being replaced
-is waited for. No exception quotes a request,
-nor does a line of httpx's log, which would have what is searched for. Proxies of the environment
-(HTTP_PROXY) are not used: patients are sent to the endpoint alone.
+is waited for. No exception quotes a request, nor does a line of httpx's log, which would have what
+is searched for. Proxies of the environment (HTTP_PROXY) are not used: patients are sent to the
+endpoint alone.
 """
 
 import contextlib
@@ -220,6 +220,7 @@ class Client:
         attempt, refused_s = 0, 0.0
         while True:
             is_last = attempt == self._retries
+            begun = time.monotonic()
             try:
                 with _unlogged():
                     response = self._http.request(method, path, **content)
@@ -229,7 +230,7 @@ class Client:
                 raise self._strange() from None
             except httpx.TransportError as err:
                 if self._was_answered and refused_s < self._reconnect_s and _nobody_listens(err):
-                    refused_s += _RECONNECT_DELAY_S
+                    refused_s += _RECONNECT_DELAY_S + time.monotonic() - begun
                     self._sleep(_RECONNECT_DELAY_S)
                     continue
                 if is_last or isinstance(err, httpx.UnsupportedProtocol):

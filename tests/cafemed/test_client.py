@@ -5,6 +5,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -194,6 +195,26 @@ def test_but_not_for_ever_nor_where_nobody_ever_answered(serving: Callable[..., 
     with asking(server, stranger := Naps()) as client, pytest.raises(UnreachableError):
         client.model()
     assert len(stranger) == 1
+
+
+def test_the_time_that_attempts_to_connect_take_counts(
+    serving: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else names that are found slowly would make minutes of `reconnect_s`."""
+    server, naps = serving(http(200)), Naps()
+    with asking(server, naps, reconnect_s=1.0) as client:
+        client.model()
+        server.close()
+        found = socket.getaddrinfo
+
+        def slowly(*given: Any, **named: Any) -> Any:
+            time.sleep(0.1)
+            return found(*given, **named)
+
+        monkeypatch.setattr(socket, "getaddrinfo", slowly)
+        with pytest.raises(UnreachableError, match="ConnectError"):
+            client.model()
+    assert len(naps) <= 4  # three, and the one retry
 
 
 def test_an_endpoint_that_hangs_is_given_up() -> None:

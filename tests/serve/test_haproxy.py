@@ -180,6 +180,20 @@ def test_a_certificate_whose_key_is_not_beside_it_is_not_started_with(
     assert start(as_rays(known=True), tmp_path, checking | named).returncode == 1
 
 
+@pytest.mark.parametrize(
+    "front", [FRONT.replace("http_frontend", "front"), FRONT.replace("    bind", "\tbind")]
+)
+def test_where_https_is_asked_no_http_is_spoken_for_want_of_understanding(
+    front: str, tmp_path: Path, started: dict[str, str]
+) -> None:
+    named = {haproxy.CERTIFICATE: "/endpoint.pem"}
+    done = start(PAGES + front + KNOWN + STATS, tmp_path, started | named)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "could not be made to speak HTTPS" in done.stderr
+    assert start(PAGES + FRONT + KNOWN + STATS, tmp_path, started | named).returncode == 0
+    assert start(PAGES + FRONT + STATS, tmp_path, started | named).returncode == 0  # none known yet
+
+
 def test_the_environment_is_for_the_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", "1234")
     before = dict(os.environ)

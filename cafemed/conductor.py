@@ -300,15 +300,23 @@ class Conductor:
         self._records[number] = record
         self._proposer.tell(record)
         self._tell_of_end(record)
-        self._discard_beaten(number)
+        self._keep_unbeaten(number)
         if self._on_trial is not None:
             self._on_trial(record)
 
-    def _discard_beaten(self, ended: int) -> None:
-        """Removes the checkpoints that nobody will ask for: of trials that ended and are beaten."""
+    def _keep_unbeaten(self, ended: int) -> None:
+        """Removes the checkpoints that nobody will ask for: of trials that ended and are beaten.
+
+        First, that of the one that beats them has to outlive the machine's power.
+        """
         unbeaten = self._result_so_far().unbeaten
-        for number in (self._unbeaten | {ended}) - unbeaten:
-            self.ledger.discard(number)
+        try:
+            if ended in unbeaten:
+                self.ledger.secure(ended)
+            for number in (self._unbeaten | {ended}) - unbeaten:
+                self.ledger.discard(number)
+        except (OSError, TakenOverError) as err:
+            self.broken = err
         self._unbeaten = unbeaten
 
     def _tell_of(self, number: int) -> None:

@@ -11,8 +11,8 @@ A folder, or a URL of an object store, that every node sees:
 
 Each JSON file is replaced whole by the process that runs the sweep, and holds nothing that is
 unpickled. Losing that process, a trial's, a node or the disk's last free byte at any point leaves
-every trial that ended, and of the others the last whole checkpoint. Of the trials that ended, those
-that are beaten keep none.
+every trial that ended, and of the others the last whole checkpoint; a machine's power may take that
+of a trial that runs with it. Of the trials that ended, those that are beaten keep none.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeAlias
 
 from pyarrow import fs
 
-from cafemed import checkpoints, lease
+from cafemed import artifacts, checkpoints, lease
 from cafemed.errors import ArtifactError
 from cafemed.sweep import TrialRecord
 from cafemed.sweep_storage import Storage
@@ -246,6 +246,17 @@ class Ledger:
         ours = filter(_OURS.fullmatch, self._place.names())
         for name in sorted(ours, key=lambda name: name != FILE):
             self._place.remove(name)
+
+    def secure(self, number: int) -> None:
+        """Waits until a trial's newest checkpoint is on the disk: trials do not, to lose no time.
+
+        Raises:
+            OSError: if the disk is full, among others.
+        """
+        if self.folder is not None:
+            for name in self._checkpoints(number)[:1]:
+                for path in (self.folder / name).iterdir():
+                    artifacts.sync(path)
 
     def discard(self, number: int) -> None:
         """Removes a trial's checkpoints; what cannot be removed stays until the sweep is over."""

@@ -108,6 +108,7 @@ def _save(conductor: Conductor, number: int, history: list[dict[str, Any]]) -> N
         checkpoints.Checkpoint(
             "", len(history), 1, weights, weights, {}, RandomStates({}, {}), list(history)
         ),
+        flush=False,  # as trials do
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from cafemed import artifacts
 from cafemed.conductor import Conductor
 from cafemed.errors import TrainingError
+from cafemed.lease import TakenOverError
 from cafemed.ledger import Header, Ledger
 from cafemed.sweep import SweepResult, TrialRecord
 
@@ -181,6 +182,48 @@ def test_only_trials_that_are_unbeaten_or_have_not_ended_keep_checkpoints(
     conductor._on_trial = lambda _: look(conductor)
     sweeps.play(conductor, slots=2)
     assert looks > 3
+
+
+def test_what_beats_others_is_on_the_disk_before_theirs_are_removed(
+    sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without power only what was waited for is left, and the ledger has the trial's end."""
+    on_disk = set[Path]()
+
+    def fsync(handle: int) -> None:
+        on_disk.add(Path(f"/proc/self/fd/{handle}").readlink())
+
+    monkeypatch.setattr("os.fsync", fsync)
+    conductor = begin(sweeps.plan_of(), tmp_path)
+    discard, removed = conductor.ledger.discard, []
+
+    def look(number: int | None = None) -> None:
+        for kept in conductor._result_so_far().unbeaten:
+            place = Path(conductor.ledger.checkpoint(kept)[0])  # type: ignore[index]
+            assert set(place.iterdir()) <= on_disk
+        if number is not None:
+            removed.append(number)
+            discard(number)
+
+    monkeypatch.setattr(conductor.ledger, "discard", look)
+    conductor._on_trial = lambda _: look()
+    sweeps.play(conductor)
+    assert len(removed) > 3
+
+
+@pytest.mark.parametrize("step", ["secure", "discard"])
+def test_what_cannot_be_kept_ends_the_sweep_in_one_line(
+    sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    conductor = begin(sweeps.plan_of(), tmp_path)
+
+    def lost(_: int) -> None:
+        raise TakenOverError("another process took this sweep over")
+
+    monkeypatch.setattr(conductor.ledger, step, lost)
+    sweeps.play(conductor)
+    with pytest.raises(TakenOverError):
+        conductor.result()
 
 
 def test_the_chosen_trial_is_unbeaten_where_another_ties_with_a_lower_rate(sweeps: Any):

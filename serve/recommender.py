@@ -249,12 +249,14 @@ class Recommender:
         """A recording of the model; None if it does not give invented patients the model's bits."""
         if self._device.type != "cpu" or not getattr(self._model, "reads_packing_alone", False):
             return None
-        patients = _invented(self._sizes, self.bundle.preprocessing.scaling.num_items)
+        scaling = self.bundle.preprocessing.scaling
+        patients = _invented(self._sizes, scaling.num_items)
         try:
             recorded: Traced | None = None
-            for number in (len(patients), 1, 2, 9):
-                laid = lay(patients[-number:], self._edges, self.bundle.preprocessing.scaling)
-                batch, codes = run_of(laid, self._sizes, 0)
+            # Many and few; the first has one visit, the second two, the last five.
+            for some in (patients, patients[:1], patients[:2], patients[-1:], patients[-9:]):
+                laid = lay(some, self._edges, scaling)
+                batch, codes = run_of(laid, self._sizes, scaling.num_items)
                 prepared = self._model.prepare(batch, codes)
                 recorded = recorded or Traced(self._model, batch, prepared)
                 with blocks.fixed():

@@ -21,7 +21,7 @@ from serve.encoding import EncodedPatient
 from serve.example import example_request
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
-from tests.serve.conftest import make_bundle
+from tests.serve.conftest import ITEMS, SCALING, make_bundle
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +253,35 @@ def test_a_recording_gives_the_models_bits(served: Bundle) -> None:
     recommender.traced = None
     for company, rows in zip(companies, recorded, strict=True):
         np.testing.assert_array_equal(recommender.run(company, 1), rows)
+
+
+def test_a_model_of_a_cohort_with_laboratory_values_is_recorded_too(served: Bundle) -> None:
+    """Its bundle has items that the model does not read."""
+    bundle = dataclasses.replace(
+        served,
+        preprocessing=dataclasses.replace(served.preprocessing, scaling=SCALING),
+        vocabularies={**served.vocabularies, "laboratory": ITEMS},
+    )
+    recommender = Recommender(bundle, 7)
+    assert recommender.traced is not None
+    patients = recommender.encode(some_patients(bundle, 20))
+    assert any(visit for one in patients for visit in one.laboratory)
+    recorded = recommender.probabilities(patients)
+    recommender.traced = None
+    np.testing.assert_array_equal(recommender.probabilities(patients), recorded)
+
+
+def test_a_recording_is_tried_with_few_visits_and_many(
+    served: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one that always takes as many steps as its example would be used."""
+    real = Traced.__call__
+
+    def wrong_for_others(traced: Traced, packing: Any) -> torch.Tensor:
+        return real(traced, packing) * (1 if len(packing.steps.sizes) == 5 else 2)
+
+    monkeypatch.setattr(Traced, "__call__", wrong_for_others)
+    assert Recommender(served, 7).traced is None
 
 
 def test_a_recording_with_other_bits_is_not_used(

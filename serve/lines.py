@@ -7,6 +7,7 @@ that are written together.
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
@@ -45,7 +46,7 @@ class GatheredLines:
         """Prepares the logger's handlers.
 
         Args:
-            logger: writes JSON, to a file.
+            logger: writes to a file, as JSON.
             wait_s: how long a line waits for others.
         """
         self._logger = logger
@@ -86,7 +87,9 @@ class _Finished(logging.Formatter):
         lines: list[_Line] | None = of_record.pop(_LINES, None)
         if lines is None:
             return self._inner.format(record)
-        shared = json.loads(self._inner.format(record))
+        shared = {"levelname": record.levelname}
+        with contextlib.suppress(ValueError):  # a logger of text has lines of JSON all the same
+            shared |= json.loads(self._inner.format(record))
         end = json.dumps({name: value for name, value in shared.items() if name not in _OWN})
         of_record[_WRITTEN] = "\n".join(_written(line, end) for line in lines)
         return str(of_record[_WRITTEN])

@@ -64,6 +64,25 @@ def test_lines_are_those_of_a_logger_but_for_their_place_in_the_program() -> Non
         assert found == {**other, "route": "/v1/recommend"}
 
 
+def test_they_are_json_in_a_log_of_text_too() -> None:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    logger = logger_to(handler)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    gathered = GatheredLines(logger, wait_s=0.01)
+
+    async def log() -> None:
+        gathered.info("%s", "POST", extra=told(1))
+        logger.warning("no shadow yet")
+        await asyncio.sleep(0.05)
+
+    asyncio.run(log())
+    other, line = written.getvalue().splitlines()
+    assert other == "WARNING no shadow yet"
+    found = json.loads(line)
+    assert (found["message"], found["request_id"], found["levelname"]) == ("POST", "id-1", "INFO")
+
+
 def test_other_records_are_written_as_before() -> None:
     written = io.StringIO()
     logger = logger_to(logging.StreamHandler(written))

@@ -154,8 +154,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    tensors = str(json.loads(path.read_text())["tensors"])
-    return {name: (folder / name).read_bytes() for name in (tensors, FILE)}
+    content = path.read_bytes()  # once: it may be replaced by the next one meanwhile
+    tensors = str(json.loads(content)["tensors"])
+    return {tensors: (folder / tensors).read_bytes(), FILE: content}
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -89,9 +89,8 @@ def run_trial(config: dict[str, Any], data: TrialData) -> None:
     """Trains one model; Ray Tune calls this in a worker.
 
     An interrupted trial goes on from its last checkpoint; one that another version of the program
-    left begins anew. What it would do again, such as a model
-    that cannot be built or a loss that is not finite, is reported instead of raised, so that it is
-    not tried again.
+    left begins anew. What it would do again, such as a model that cannot be built or a loss that is
+    not finite, is reported instead of raised, so that it is not tried again.
 
     Args:
         config: "trial", "seed", "parameters" ("train.learning_rate" → value); "checkpoint", where
@@ -243,10 +242,17 @@ def _checkpoint_folder(config: Mapping[str, Any]) -> Iterator[tuple[Path, bool]]
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder has a checkpoint; one that a node's loss damaged is none."""
+    """Whether a folder has a checkpoint; one that a node's loss damaged is none.
+
+    Raises:
+        OSError: if that cannot be found out now; the trial is started again.
+    """
     try:
         return checkpoints.load(folder, None) is not None
-    except ArtifactError:
+    except ArtifactError as err:
+        cause = err.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise cause from None
         return False
 
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -105,6 +106,23 @@ def test_only_the_newest_is_kept(tmp_path):
         "checkpoint.json",
         "state-000003.safetensors",
     ]
+
+
+def test_files_that_are_read_while_the_next_one_is_saved_belong_together(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path / "there", _checkpoint(1))
+    real = pathlib.Path.read_bytes
+
+    def read_bytes(path):
+        content = real(path)
+        if path.suffix == ".safetensors":
+            checkpoints.save(tmp_path / "there", _checkpoint(2))
+        return content
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "read_bytes", read_bytes)
+        files = checkpoints.read_files(tmp_path / "there")
+    checkpoints.write_files(tmp_path / "copy", files)
+    assert checkpoints.load(tmp_path / "copy", "abc").epoch == 1
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "write_text"])

@@ -1,6 +1,7 @@
 """What a trial does in its worker, without Ray's processes."""
 
 import contextlib
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cafemed import sweep, trials, tuning_hooks
+from cafemed import artifacts, sweep, trials, tuning_hooks
 from cafemed.conductor import Conductor
 from cafemed.ledger import Ledger
 from cafemed.training import FitConfig
@@ -138,6 +139,22 @@ def test_a_trial_goes_on_in_another_run_of_the_sweep_with_a_folder_of_its_own(
     assert trial.run(folder=again, checkpoint=path).told == whole[2:]
     next(Path(again).glob("*.safetensors")).write_bytes(b"half")
     assert trial.run(folder=again).told == whole
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_lost(
+    trial: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = trial.run(folder=str(tmp_path / "whole")).told
+    trial.run(cut_at=3)
+
+    def stale(_: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "sha256_of", stale)
+        with pytest.raises(OSError, match="Stale file handle"):
+            trial.run()
+    assert trial.run().told == whole[2:]
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -118,15 +118,19 @@ def _interrupts_deferred() -> Iterator[None]:
         yield
         return
     received = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(_number: int, _frame: FrameType | None) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         nonlocal received
         signal.alarm(0)
+        if before[signal.Signals(number)] is signal.SIG_IGN:
+            return  # as shells want it of what they run by &
         if received:
             raise KeyboardInterrupt
         received = True
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
     utils = ray._private.utils
     rays_own, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda _handler: None
     try:

@@ -97,6 +97,29 @@ def seen(part: str, folder: Path) -> bool:
     return any(part in " ".join(p.info["cmdline"] or ()) for p in started_with(folder))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupts_wait_for_the_start_and_those_that_were_ignored_are(number: signal.Signals):
+    before, reached = signal.getsignal(number), []
+
+    def start(times: int) -> None:
+        with cluster._interrupts_deferred():
+            for _ in range(times):
+                signal.raise_signal(number)
+            reached.append(times)
+
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            start(times)
+    assert reached == [1]
+    assert signal.getsignal(number) == before
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        start(2)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 _START = """
 import time
 from cafemed import cluster

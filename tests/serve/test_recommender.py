@@ -104,7 +104,7 @@ def test_probabilities_are_those_of_the_model(served_model: Bundle) -> None:
     patients = recommender.encode(some_patients(served_model, 40))
     expected = np.stack([direct(served_model, patient) for patient in patients])
     assert expected.std() > 0.05  # the weights do tell patients apart
-    # float32: the fixed shapes sum in another order than a patient alone
+    # float32: products in blocks sum in another order than those of a patient alone
     np.testing.assert_allclose(recommender.probabilities(patients), expected, atol=1e-6)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cafemed.errors import TrainingError
+from cafemed.errors import ArtifactError, TrainingError
 from cafemed.lease import TakenOverError
 from cafemed.ledger import Entry, Ledger
 from cafemed.sampling import Proposer, trial_seed
@@ -208,6 +208,7 @@ class Conductor:
 
         Raises:
             OSError: if the ledger, or a trial's checkpoint, cannot be written.
+            ArtifactError: if an object store refuses it, or another process took the sweep over.
             ConfigError: if a node does not see the storage.
             TrainingError: if more trials failed than may, if time was up before any trial had an
                 epoch, or if trials are left that nothing kept from running.
@@ -235,6 +236,9 @@ class Conductor:
         return SweepResult(tuple(self.ended), search.objectives, search.max_ddi_rate)
 
     def _require_going(self) -> None:
+        if isinstance(self.broken, OSError) and self.broken.errno is None:  # of an object store
+            lines = str(self.broken).strip().splitlines() or [type(self.broken).__name__]
+            raise ArtifactError(f"{self.ledger.storage}: {lines[0]}") from self.broken
         if self.broken is not None:
             raise self.broken
         if self.failed is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from cafemed import artifacts
 from cafemed.conductor import Conductor
-from cafemed.errors import TrainingError
+from cafemed.errors import ArtifactError, TrainingError
 from cafemed.lease import TakenOverError
 from cafemed.ledger import Header, Ledger
 from cafemed.sweep import SweepResult, TrialRecord
@@ -115,6 +115,22 @@ def test_a_full_disk_ends_the_sweep_and_freed_it_goes_on(
         conductor = begin(plan, folder)
         sweeps.play(conductor)
         assert sweeps.outcome(conductor) == expected, free
+
+
+def test_an_object_store_that_does_not_answer_ends_the_sweep_in_one_line(
+    sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its errors have no number, as those of a disk have."""
+    conductor = begin(sweeps.plan_of(), tmp_path)
+
+    def away(*_: Any) -> None:
+        raise OSError("When writing: AWS Error NETWORK_CONNECTION\nand more")
+
+    monkeypatch.setattr(conductor.ledger, "write", away)
+    sweeps.play(conductor)
+    message = f"^{tmp_path}: When writing: AWS Error NETWORK_CONNECTION$"
+    with pytest.raises(ArtifactError, match=message):
+        conductor.result()
 
 
 def test_a_damaged_checkpoint_is_passed_over(sweeps: Any, tmp_path: Path):

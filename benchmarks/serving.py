@@ -264,7 +264,7 @@ def run(effort: Effort, seed: int) -> dict[str, dict[str, float]]:
                 "noop": Asked(port, "/noop", replica("noop")),
                 "plain": Asked(plain_port, "", psutil.Process(plain_pid)),
             }
-            for one in asked.values():  # every shape of the model has run, every path is warm
+            for one in asked.values():  # every path is warm
                 measured(process, one, bodies, 16, 0.0, _WARM_S)
             for number in effort.clients:
                 seen: dict[str, list[Measured]] = {name: [] for name in asked}

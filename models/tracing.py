@@ -8,6 +8,7 @@ blocks, is for whoever makes one to try.
 """
 
 import dataclasses
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +37,12 @@ class Traced:
             recorded = torch.jit.trace(  # type: ignore[no-untyped-call]
                 _OfTensors(model, batch, packing).eval(), tensors, check_trace=False
             )
-            self._recorded: Callable[..., torch.Tensor] = torch.jit.freeze(recorded)
+            # Read back: what torch keeps of a recording for good is without the weights then.
+            stored = io.BytesIO()
+            torch.jit.save(recorded, stored)
+            stored.seek(0)
+            read = torch.jit.load(stored)  # type: ignore[no-untyped-call]
+            self._recorded: Callable[..., torch.Tensor] = torch.jit.freeze(read)
 
     def __call__(self, packing: Any) -> torch.Tensor:
         """Gives the logits of the visits asked about, float32 (A, N_m)."""

@@ -57,6 +57,22 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         os._exit(status)
 
 
+_TOKEN = os.environ.get("RAY_AUTH_TOKEN")
+
+
+@pytest.fixture(autouse=True)
+def _no_token_is_left() -> Iterator[None]:
+    """No test starts a Ray with a token in this process: later ones could start none without.
+
+    Ray reads mode and token once in a process's life. What starts Ray here sets RAY_AUTH_MODE to
+    "disabled"; tokens are for processes and clusters that a test starts.
+    """
+    yield
+    if os.environ.get("RAY_AUTH_TOKEN") != _TOKEN:
+        os.environ.pop("RAY_AUTH_TOKEN")
+        pytest.fail("a Ray with a token was started in this process; set RAY_AUTH_MODE=disabled")
+
+
 def _module(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

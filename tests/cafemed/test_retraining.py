@@ -277,6 +277,7 @@ def test_on_ray_it_is_trained_as_without(
     retrained: bundle.Bundle,
     monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with cluster.ray_cluster(2.0):
         monkeypatch.setenv("RAY_ADDRESS", "the one that this process is connected to")
         retraining.run(experiment, plan, models.build, True)

@@ -48,8 +48,10 @@ def data() -> FitData:
 
 
 @pytest.fixture
-def gpus() -> Iterator[int]:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The cluster's GPUs, two or more; Ray is connected."""
+    if "RAY_ADDRESS" not in os.environ:
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     with cluster.ray_cluster(os.cpu_count() or 1, num_gpus=1):
         count = int(ray.cluster_resources().get("GPU", 0))
         if count < 2:

@@ -277,9 +277,12 @@ def test_a_cohort_is_answered_as_the_requests_of_its_patients(served: Bundle, tm
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Data's own settings
-def test_workers_on_ray_give_the_same_file(served: Bundle, root: Path, tmp_path: Path):
+def test_workers_on_ray_give_the_same_file(
+    served: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from cafemed import cluster, registry
 
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     folder = registry.resolve(root / "registry" / "tiny", 1)
     recommender = Recommender.load(folder, 1)
     patients = invent(served, 90)

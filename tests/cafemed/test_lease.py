@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,20 @@ def store(folder: Path) -> Storage:
     made.files, made.root = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem()), "x"
     made.files.create_dir("x")
     return made
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Storage:
+    return store(tmp_path)
+
+
+@pytest.fixture
+def first(place: Storage) -> Iterator[Lease]:
+    """One that has the storage."""
+    made = Lease(place)
+    made.acquire()
+    yield made
+    made.release()
 
 
 def claims(folder: Path) -> list[str]:
@@ -187,10 +201,8 @@ def test_the_lock_of_a_folder_tells_of_processes_in_other_containers(
     assert capsys.readouterr().out == ""
 
 
-def test_one_that_was_suspended_looks_before_it_writes(tmp_path: Path):
+def test_one_that_was_suspended_looks_before_it_writes(tmp_path: Path, first: Lease):
     """Not after a minute of its own thread's, which did not run meanwhile either."""
-    first = Lease(store(tmp_path))
-    first.acquire()
     first._ended.set()
     assert first._thread is not None
     first._thread.join()
@@ -205,41 +217,31 @@ def test_one_that_was_suspended_looks_before_it_writes(tmp_path: Path):
     with pytest.raises(TakenOverError):
         first.require()
     assert claims(tmp_path) == []
-    first.release()
 
 
 def test_a_listing_that_misses_a_file_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, place: Storage, first: Lease, monkeypatch: pytest.MonkeyPatch
 ):
-    place = store(tmp_path)
-    first = Lease(place)
-    first.acquire()
     with monkeypatch.context() as patch:
         patch.setattr(place, "names", lambda: [])
         first.renew()
         first.require()
     assert claims(tmp_path) == [first._name]
-    first.release()
 
 
-def test_a_later_claim_counts_while_the_old_one_is_still_there(tmp_path: Path):
-    place = store(tmp_path)
-    first = Lease(place)
-    first.acquire()
+def test_a_later_claim_counts_while_the_old_one_is_still_there(
+    tmp_path: Path, place: Storage, first: Lease
+):
     place.write("lease-000009-aa.json", owner.this_process() | {"user": "her", "since": ""})
     first.renew()
     with pytest.raises(TakenOverError, match=r"took this sweep over \(her on "):
         first.require()
     assert claims(tmp_path) == ["lease-000009-aa.json"]
-    first.release()
 
 
 def test_a_storage_that_fails_for_a_while_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Storage, first: Lease, monkeypatch: pytest.MonkeyPatch
 ):
-    place = store(tmp_path)
-    first = Lease(place)
-    first.acquire()
     with monkeypatch.context() as patch:
 
         def full(*_: Any) -> None:

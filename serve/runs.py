@@ -11,7 +11,7 @@ answered at once, and the busier a replica is the less a patient costs.
 import asyncio
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -84,6 +84,8 @@ class Runs:
         self._on_run = on_run
         # Two recommenders are in use around a change of version; a run is of one of them.
         self._places: dict[tuple[Recommender, int], dict[_Ask, deque[_Place]]] = {}
+        # Whoever waits for an answer, with or without a place in a line.
+        self._asked: set[_Ask] = set()
         self._passed = 0
         self._working: asyncio.Task[None] | None = None
         # One of its own, so that what runs need of memory is set aside once.
@@ -100,22 +102,32 @@ class Runs:
             line = self._places.setdefault((recommender, room_for(positions)), {})
             line.setdefault(ask, deque()).append(_Place(patient, positions, ask, i))
         self.waiting += len(patients)
+        self._asked.add(ask)
         if self._working is None:
             self._working = loop.create_task(self._work())
-        await ask.done
+        try:
+            await ask.done
+        finally:
+            self._asked.discard(ask)
         return [row for row in ask.rows if row is not None], ask.first_run
 
     async def _work(self) -> None:
         """Makes runs until nobody waits."""
-        # At least one turn of the loop: requests that have come together are in one run.
-        await asyncio.sleep(self._wait_s)
-        while self._places:
-            key = self._next()
-            members = self._take(key)
-            if members:
-                await self._run(*key, members)
-                await asyncio.sleep(0)
-        self._working = None
+        try:
+            # At least one turn of the loop: requests that have come together are in one run.
+            await asyncio.sleep(self._wait_s)
+            while self._places:
+                key = self._next()
+                members = self._take(key)
+                if members:
+                    await self._run(*key, members)
+                    await asyncio.sleep(0)
+        except Exception as err:  # noqa: BLE001 - nobody else would tell those who wait
+            self._places.clear()
+            self.waiting = 0
+            _fail(self._asked, err)
+        finally:
+            self._working = None
 
     def _next(self) -> tuple[Recommender, int]:
         """Recommender and room of the next run; the longest waiting one is first in line."""
@@ -164,9 +176,7 @@ class Runs:
                 is_short = sum(place.positions for place in members) <= most
                 rows = end() if is_short else await self._in_thread(end)
         except Exception as err:  # noqa: BLE001 - whoever asked gets it
-            for place in members:
-                if not place.ask.done.done():
-                    place.ask.done.set_exception(err)
+            _fail((place.ask for place in members), err)
             return
         self._on_run(len(members))
         for place, row in zip(members, rows, strict=True):
@@ -177,3 +187,9 @@ class Runs:
                 ask.first_run = len(members)
             if ask.missing == 0 and not ask.done.done():
                 ask.done.set_result(None)
+
+
+def _fail(asks: Iterable[_Ask], err: Exception) -> None:
+    for ask in asks:
+        if not ask.done.done():
+            ask.done.set_exception(err)

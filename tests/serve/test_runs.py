@@ -188,3 +188,26 @@ def test_a_failed_run_fails_those_who_asked_and_no_other(
         await runs.probabilities(recommender, patients[:1])
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("where", ["_on_run", "_next", "_take"])
+def test_a_failure_beside_the_model_fails_all_who_wait_and_not_who_asks_next(
+    recommender: Recommender,
+    patients: list[EncodedPatient],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    async def ask() -> None:
+        runs = Runs(2, 0.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, where, lambda *_: 1 / 0)
+            # More than one run takes.
+            asked = [runs.probabilities(recommender, patients[i : i + 3]) for i in (0, 3, 6)]
+            both = asyncio.gather(*asked, return_exceptions=True)
+            for result in await asyncio.wait_for(both, 10):
+                assert isinstance(result, ZeroDivisionError)
+        assert runs.waiting == 0
+        rows, _ = await asyncio.wait_for(runs.probabilities(recommender, patients[:3]), 10)
+        assert [row.tobytes() for row in rows] == alone(recommender, patients[:3])
+
+    asyncio.run(ask())

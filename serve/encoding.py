@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from msgspec import UNSET
 from pydantic import ValidationError
 
 from cafemed.bundle import Preprocessing
 from cafemed.codes import KINDS, LABORATORY, LABORATORY_SYSTEM, normalise
 from cafemed.cohort import SEXES
 from serve.answers import Kind, UnknownCode
-from serve.asking import AskedCodes, AskedPatient, AskedVisit, Measured, of_request
+from serve.asking import AskedCode, AskedPatient, AskedValue, AskedVisit, of_request
 from serve.schema import Code, LaboratoryValue, RecommendRequest, field_path
 
 #: Systems that may be asked for although a model was not trained on them; their codes are
@@ -31,7 +32,6 @@ T = TypeVar("T")
 _KINDS: tuple[Kind, ...] = ("diagnosis", "procedure", "medication")
 _FIELDS = ("diagnoses", "procedures", "medications")
 _NO_CODES: Mapping[str, int] = {}
-_MISSED = (None,)
 
 
 class RefusedError(ValueError):
@@ -178,12 +178,12 @@ class Encoder:
             unknown_share = num_unknown / (known + num_unknown) if num_unknown else 0.0
         return EncodedPatient(
             known=(diagnoses, procedures, previous),
-            taken=medications[-1] if patient.visits[-1].codes[2].codes else previous[-1],
-            sex=SEXES.index(patient.sex),
-            age=math.nan if patient.age is None else patient.age,
+            taken=medications[-1] if patient.visits[-1].medications else previous[-1],
+            sex=SEXES.index(patient.sex or "unknown"),
+            age=math.nan if patient.age is None or patient.age is UNSET else patient.age,
             laboratory=laboratory,
             unknown=tuple(unknown),
-            allergies=tuple(patient.allergies),
+            allergies=tuple(patient.allergies or ()),
             unknown_share=unknown_share,
         )
 
@@ -203,29 +203,29 @@ class Encoder:
     ) -> tuple[tuple[int, ...], ...]:
         """Indices of the three kinds, in the request's order, repeated codes once."""
         encoded = []
-        for k, (asked, usual) in enumerate(zip(visit.codes, self._usual, strict=True)):
-            if not asked.codes:
+        for k, asked in enumerate((visit.diagnoses, visit.procedures, visit.medications)):
+            if not asked:
                 encoded.append(())
                 continue
-            found: Sequence[Any] = _MISSED
-            if len(set(asked.systems)) == 1:
-                found = list(map(usual.get(asked.systems[0], _NO_CODES).get, asked.codes))
-            if None in found:
+            system = asked[0].system
+            get = self._usual[k].get(system, _NO_CODES).get
+            found: list[Any] = [get(one.code) if one.system == system else None for one in asked]
+            if None in found:  # of several systems, or not written as usual
                 found = self._looked_up(k, asked, p, t, unknown)
             encoded.append(tuple(dict.fromkeys(found)))
         return tuple(encoded)
 
     def _looked_up(
-        self, k: int, asked: AskedCodes, p: int, t: int, unknown: list[UnknownCode]
+        self, k: int, asked: Sequence[AskedCode], p: int, t: int, unknown: list[UnknownCode]
     ) -> list[int]:
         """Indices of a list's codes that are not all of one system and written as usual."""
         found = []
         usual = self._usual[k]
-        for i, (system, code) in enumerate(zip(*asked, strict=True)):
-            index = usual.get(system, _NO_CODES).get(code)
+        for i, one in enumerate(asked):
+            index = usual.get(one.system, _NO_CODES).get(one.code)
             if index is None:
                 location = ("patients", p, "visits", t, _FIELDS[k], i, "system")
-                name = self._name(k, system, code, location)
+                name = self._name(k, one.system, one.code, location)
                 index = self._index[k].get(name)
                 if index is None:
                     unknown.append(UnknownCode(t, _KINDS[k], name))
@@ -234,17 +234,17 @@ class Encoder:
         return found
 
     def _laboratory(
-        self, measured: Sequence[Measured], t: int, unknown: list[UnknownCode]
+        self, measured: Sequence[AskedValue], t: int, unknown: list[UnknownCode]
     ) -> tuple[tuple[int, float], ...]:
         """Items and values of a visit, ordered by item; of an item asked twice the first value."""
         values: dict[int, float] = {}
-        for asked, value in measured:
-            name = normalise(LABORATORY_SYSTEM, asked)
+        for asked in measured:
+            name = normalise(LABORATORY_SYSTEM, asked.item)
             item = self._item.get(name)
             if item is None:
                 unknown.append(UnknownCode(t, "laboratory", name))
             else:
-                values.setdefault(item, value)
+                values.setdefault(item, asked.value)
         return tuple(sorted(values.items()))
 
     def _name(self, k: int, system: str, code: str, location: tuple[str | int, ...]) -> str:

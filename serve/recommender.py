@@ -45,6 +45,7 @@ class Recommender:
     Attributes:
         bundle: as given.
         name: of the model, with its version.
+        name_json: the same as JSON.
         names: of codes, where the user gave any.
         vocabulary: to search.
         stored_card: the model card of the version; None: it was never evaluated.
@@ -62,6 +63,7 @@ class Recommender:
             ConfigError: if the model or an option is unknown.
         """
         self.name = ModelName(name=bundle.model_name, version=version)
+        self.name_json = self.name.model_dump_json().encode()
         self.bundle = bundle
         self._encoder = Encoder(bundle.vocabularies, bundle.preprocessing)
         self._model: Any = bundles.restore_model(bundle, models.build)
@@ -73,8 +75,7 @@ class Recommender:
         fold = getattr(self._model, "fold", None)
         if fold is not None:
             fold()
-        adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
-        self._edges = [Edges.of(adjacency) for adjacency in adjacencies]
+        self._edges = Edges.of(input_adjacencies(bundle.graph, bundle.vocabularies))
         diagnoses, procedures, medications = (len(bundle.vocabularies[kind]) for kind in KINDS)
         self._sizes = (diagnoses, procedures, medications)
         self.traced = self._recorded()

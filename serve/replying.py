@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
 from serve.answers import Recommendation
 from serve.asking import Asked
@@ -20,8 +20,6 @@ from serve.recommender import Recommender
 _FEW = 4
 #: Of whom a code takes less than a microsecond: so many may have few patients.
 _FEW_CODES = 2048
-
-_ANSWERS = TypeAdapter(list[Recommendation])
 
 T = TypeVar("T")
 
@@ -81,8 +79,6 @@ async def replied(
     scores = await service.probabilities(recommender, everyone)
     rows = scores[: len(patients)]
 
-    model = recommender.name.model_dump_json().encode()
-
     def answer() -> tuple[list[Recommendation], bytes]:
         explanations = explainer.explanations(plans, scores) if plans else [None] * len(patients)
         answers = [
@@ -92,8 +88,8 @@ async def replied(
         # They were made here, of values of the right types: there is nothing to validate.
         return answers, b'{"request_id":"%b","model":%b,"recommendations":%b}' % (
             request_id.encode(),
-            model,
-            _ANSWERS.dump_json(answers),
+            recommender.name_json,
+            msgspec.json.encode(answers),
         )
 
     long = len(patients) > _FEW or options.explain or options.max_ddi_rate is not None

@@ -85,15 +85,15 @@ class Code(_Asked):
 Codes = Annotated[list[Code], Field(max_length=MAX_CODES, fail_fast=True)]
 
 
-def _atc_prefix(value: str) -> str:
-    """An ATC prefix without dots, in capitals."""
+def atc_prefix(value: str) -> str:
+    """An ATC prefix without dots, in capitals; ValueError if it is none."""
     prefix = value.strip().replace(".", "").upper()
     if not _ATC_PREFIX.fullmatch(prefix):
         raise ValueError("expected an ATC code or its beginning, such as J01C or J01CA04")
     return prefix
 
 
-ATCPrefix = Annotated[str, Field(max_length=MAX_ALLERGY_LENGTH), AfterValidator(_atc_prefix)]
+ATCPrefix = Annotated[str, Field(max_length=MAX_ALLERGY_LENGTH), AfterValidator(atc_prefix)]
 
 
 class LaboratoryValue(_Asked):

@@ -13,7 +13,7 @@ they are not (a GPU, several threads, another build of torch), a run is filled u
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,9 +31,12 @@ from serve.encoding import EncodedPatient
 #: one waits. A hospital patient with two visits of fifteen codes takes 30. So few that of many who
 #: wait some are answered, and others read, while the next are computed.
 RUN_POSITIONS = 512
-#: [has incoming edges][has outgoing edges].
-_CLASSES = ((ORPHAN, CAUSE), (EFFECT, MIDDLE))
-_NOTHING: frozenset[int] = frozenset()
+#: Of a code without edges among its list's codes, with outgoing, with incoming and with both.
+_CLASSES = np.array([ORPHAN, CAUSE, EFFECT, MIDDLE])
+#: Marks of the codes of a run: few enough to stay at hand, and twenty times as many as the codes.
+_MARKS = 1 << 15
+
+_chained = itertools.chain.from_iterable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,31 +68,57 @@ class Visits:
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """Directed edges among the codes of a kind: index → the indices that it leads to, or that lead
-    to it; codes without any are left out.
+    """Directed edges among the codes of each kind. The codes of all kinds are nodes of one table.
+
+    Attributes:
+        first: int64 (3,), the node of each kind's first code.
+        starts: int64 (nodes,), where the nodes that each leads to begin among `targets`.
+        numbers: int64 (nodes,), how many they are.
+        targets: int64 (edges,).
     """
 
-    out: Mapping[int, frozenset[int]]
-    into: Mapping[int, frozenset[int]]
+    first: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    targets: NDArray[np.int64]
 
     @classmethod
-    def of(cls, adjacency: sparse.csr_array) -> "Edges":
-        """Those of an adjacency matrix (`batches.input_adjacencies`)."""
-        pair: list[dict[int, frozenset[int]]] = []
-        for matrix in (adjacency, adjacency.T.tocsr()):
-            ends = np.split(matrix.indices, matrix.indptr[1:-1])
-            pair.append({i: frozenset(to.tolist()) for i, to in enumerate(ends) if len(to)})
-        return cls(*pair)
+    def of(cls, adjacencies: Sequence[sparse.csr_array]) -> "Edges":
+        """Those of each kind's adjacency matrix (`batches.input_adjacencies`)."""
+        first = _starts(np.array([matrix.shape[0] for matrix in adjacencies]))
+        numbers = np.concatenate([np.diff(matrix.indptr) for matrix in adjacencies])
+        targets = [matrix.indices + node for matrix, node in zip(adjacencies, first, strict=True)]
+        return cls(first, _starts(numbers), numbers.astype(np.int64), np.concatenate(targets))
 
-    def classes(self, codes: Sequence[int]) -> list[int]:
-        """Classes of a visit's codes in the graph of these codes alone, as `node_classes`."""
-        into, out, among = self.into.get, self.out.get, frozenset(codes)
-        return [
-            _CLASSES[not among.isdisjoint(into(code, _NOTHING))][
-                not among.isdisjoint(out(code, _NOTHING))
-            ]
-            for code in codes
-        ]
+    def classes(self, counts: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Class of each code in the graph of its list's codes alone, as `node_classes`, int64 (N,).
+
+        Args:
+            counts: int64 (V, 3), codes of each visit and kind, which are a list.
+            ids: int64 (N,), indices into each kind's vocabulary, by visit and kind.
+        """
+        per_list, size = counts.reshape(-1), len(self.starts)
+        nodes = ids + np.repeat(np.broadcast_to(self.first, counts.shape).reshape(-1), per_list)
+        # A key says which node of which list: a code has edges to the keys it leads to that exist.
+        lists = np.repeat(np.arange(0, len(per_list) * size, size), per_list)
+        keys = lists + nodes
+        numbers = self.numbers[nodes]
+        source = np.repeat(np.arange(len(ids)), numbers)
+        leads = np.arange(len(source)) + (self.starts[nodes] - _starts(numbers))[source]
+        wanted = lists[source] + self.targets[leads]
+        # Most codes that one leads to are not in its list: few keys are left to be looked for.
+        marks = np.zeros(_MARKS, np.bool_)
+        marks[keys & (_MARKS - 1)] = True
+        likely = np.flatnonzero(marks[wanted & (_MARKS - 1)])
+        has = np.zeros(len(ids), np.int64)
+        if len(likely):
+            source, wanted, order = source[likely], wanted[likely], np.argsort(keys)
+            place = np.searchsorted(keys, wanted, sorter=order)
+            target = order[np.minimum(place, len(keys) - 1)]
+            exists = keys[target] == wanted
+            has[source[exists]] = 1
+            has[target[exists]] |= 2
+        return _CLASSES[has]
 
 
 def positions_of(patient: EncodedPatient) -> int:
@@ -124,33 +153,34 @@ def runs_of(positions: Sequence[int], least: int = RUN_POSITIONS) -> list[list[i
     return [run for of_room in runs.values() for run in of_room]
 
 
-def lay(patients: Sequence[EncodedPatient], edges: Sequence[Edges], scaling: Scaling) -> Visits:
+def lay(patients: Sequence[EncodedPatient], edges: Edges, scaling: Scaling) -> Visits:
     """Lays patients end to end.
 
     Args:
         patients: at least one.
-        edges: of the bundle's graph, one a kind.
+        edges: of the bundle's graph.
         scaling: of the bundle.
     """
-    lists = [
-        (edges[k], kind[t])
-        for patient in patients
-        for t in range(patient.num_visits)
-        for k, kind in enumerate(patient.known)
-    ]
-    measured = [visit for patient in patients for visit in patient.laboratory]
-    values = list(itertools.chain.from_iterable(measured))
-    items = np.array([item for item, _ in values], np.int64)
+    visits = (zip(*patient.known, strict=True) for patient in patients)
+    lists = list(_chained(_chained(visits)))
+    counts = np.fromiter(map(len, lists), np.int64, len(lists)).reshape(-1, 3)
+    ids = np.fromiter(_chained(lists), np.int64, int(counts.sum()))
+    measured = list(_chained(patient.laboratory for patient in patients))
+    pairs = list(_chained(measured))
+    items, values = np.empty(0, np.int64), np.empty(0, np.float32)
+    if pairs:
+        items = np.array([item for item, _ in pairs], np.int64)
+        values = scaling.values(items, np.array([value for _, value in pairs], np.float32))
     return Visits(
         lengths=np.array([patient.num_visits for patient in patients]),
-        counts=np.array([len(ids) for _, ids in lists]).reshape(-1, 3),
-        ids=np.array([i for _, ids in lists for i in ids], np.int64),
-        classes=np.array([c for of, ids in lists for c in of.classes(ids)], np.int64),
-        sex=np.array([patient.sex for patient in patients], np.int64),
+        counts=counts,
+        ids=ids,
+        classes=edges.classes(counts, ids),
+        sex=np.array([patient.sex for patient in patients]),
         age=scaling.ages(np.array([patient.age for patient in patients], np.float32)),
-        num_values=np.array([len(visit) for visit in measured]),
+        num_values=np.fromiter(map(len, measured), np.int64, len(measured)),
         items=items,
-        values=scaling.values(items, np.array([value for _, value in values], np.float32)),
+        values=values,
     )
 
 
@@ -217,3 +247,9 @@ def _laboratory(visits: Visits, rows: int, num_items: int) -> dict[str, torch.Te
         "laboratory_values": torch.from_numpy(values),
         "laboratory_counts": torch.from_numpy(number),
     }
+
+
+def _starts(counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Where each of groups of these sizes begins."""
+    starts: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64) - counts
+    return starts

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 
 from cafemed.batches import Batch, collate, input_adjacencies, visit_arrays
 from cafemed.bundle import Bundle
 from cafemed.codes import KINDS, CodeLists
-from cafemed.graphs import node_classes
+from cafemed.graphs import CAUSE, EFFECT, MIDDLE, ORPHAN, node_classes
 from cafemed.scaling import Scaling
 from models.blocks import BLOCK
 from models.packing import Codes, Packing, pack
@@ -26,6 +27,7 @@ from serve.batching import (
 from serve.encoding import EncodedPatient
 
 SIZES = (13, 6, 12)
+_NONE = np.empty((0, 2), np.int64)
 
 
 def patient(sizes: list[tuple[int, int, int]]) -> EncodedPatient:
@@ -49,8 +51,13 @@ def drawn(seed: int) -> list[EncodedPatient]:
     ]
 
 
-def edges_of(bundle: Bundle) -> list[Edges]:
-    return [Edges.of(a) for a in input_adjacencies(bundle.graph, bundle.vocabularies)]
+def edges_of(bundle: Bundle) -> Edges:
+    return Edges.of(input_adjacencies(bundle.graph, bundle.vocabularies))
+
+
+def adjacency(size: int, pairs: NDArray[np.integer]) -> sparse.csr_array:
+    """Of the edges pairs[:, 0] → pairs[:, 1]."""
+    return sparse.csr_array((np.ones(len(pairs), np.float32), pairs.T), shape=(size, size))
 
 
 def made(
@@ -117,8 +124,9 @@ def test_with_a_room_all_runs_are_of_one_size(served: Bundle) -> None:
             sizes.add(extents(made(served, patients, 512))[:4])
     assert len(sizes) == 1
     # The most visits, the most codes, and the most of both that there is room for.
+    without = Edges.of([adjacency(13, _NONE)] * 3)
     for patients in ([patient([(0, 0, 0)] * 512)], [patient([(13, 13, 13)] * 39)]):
-        batch, codes = run_of(lay(patients, [Edges({}, {})] * 3, Scaling()), (13,) * 3, 0, 512)
+        batch, codes = run_of(lay(patients, without, Scaling()), (13,) * 3, 0, 512)
         found = pack(batch, (13, 13, 13), window=True, given=codes)
         assert found.asked is not None
         numbers = (found.num_visits, found.num_positions, len(found.ids), len(found.asked.visits))
@@ -168,20 +176,50 @@ def test_a_run_has_the_scaled_ages_and_laboratory_values_at_one_width(served: Bu
     assert torch.isnan(batch.age[2:]).all()
 
 
-def test_classes_are_those_of_the_graph_of_a_visits_codes_alone() -> None:
+@pytest.mark.parametrize(
+    ("sizes", "density", "most"),
+    [
+        ((60, 40, 50), 0.05, 25),  # edges among the codes of most lists
+        ((900, 0, 30), 0.01, 9),  # few, and a kind without a vocabulary
+        ((5, 4, 3), 1.0, 5),  # every edge, from each code to itself too
+        ((5, 4, 3), 0.0, 5),
+        ((40_000, 3, 2), 0.0002, 300),  # codes that share a mark
+    ],
+)
+def test_classes_are_those_of_the_graph_of_a_lists_codes_alone(
+    sizes: tuple[int, int, int], density: float, most: int
+) -> None:
     """Against the sparse products that training uses."""
     rng = np.random.default_rng(5)
-    size = 60
-    pairs = np.array([(i, j) for i in range(size) for j in range(size) if i < j])
-    chosen = pairs[rng.random(len(pairs)) < 0.05]
-    adjacency = sparse.csr_array(
-        (np.ones(len(chosen), np.float32), (chosen[:, 0], chosen[:, 1])), shape=(size, size)
-    )
-    visits = [rng.permutation(size)[: rng.integers(0, 25)].tolist() for _ in range(40)]
-    edges = Edges.of(adjacency)
-    mine = [c for visit in visits for c in edges.classes(visit)]
-    assert mine == node_classes(CodeLists.of(visits), adjacency).tolist()
-    assert set(mine) == {0, 1, 2, 3}
+    adjacencies = [
+        adjacency(size, rng.integers(0, size, (round(density * size**2), 2)) if size else _NONE)
+        for size in sizes
+    ]
+    if density == 1:
+        adjacencies = [sparse.csr_array(np.ones((size, size), np.float32)) for size in sizes]
+    lists = [
+        [rng.permutation(size)[: rng.integers(0, most)].tolist() for size in sizes]
+        for _ in range(40)
+    ]
+    counts = np.array([[len(ids) for ids in visit] for visit in lists])
+    ids = np.array([i for visit in lists for ids in visit for i in ids], np.int64)
+    mine = Edges.of(adjacencies).classes(counts, ids)
+    of_kinds = [
+        iter(node_classes(CodeLists.of([visit[k] for visit in lists]), adjacencies[k]).tolist())
+        for k in range(3)
+    ]
+    expected = [
+        next(of_kinds[k]) for visit in lists for k, codes in enumerate(visit) for _ in codes
+    ]
+    assert mine.dtype == np.int64
+    assert mine.tolist() == expected
+    if 0 < density < 1:
+        assert set(expected) == {CAUSE, ORPHAN, MIDDLE, EFFECT}
+
+
+def test_visits_without_codes_have_no_classes() -> None:
+    edges = Edges.of([adjacency(4, np.array([[0, 1], [1, 1]]))] * 3)
+    assert edges.classes(np.zeros((2, 3), np.int64), np.empty(0, np.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize("room", [None, 512])

@@ -69,12 +69,7 @@ def test_what_the_model_is_given_is_the_endpoints(
     scorer = Scorer(recommender)
     laid = scorer._laid(patients)
     chosen = np.random.default_rng(seed).permutation(number)[: number // 2 + 1]
-    edges = [
-        Edges.of(adjacency)
-        for adjacency in input_adjacencies(
-            served_reading_all.graph, served_reading_all.vocabularies
-        )
-    ]
+    edges = Edges.of(input_adjacencies(served_reading_all.graph, served_reading_all.vocabularies))
     expected = lay([patients[p] for p in chosen], edges, served_reading_all.preprocessing.scaling)
     got = bulk._taken(laid, patients.offsets, chosen)
     for field in dataclasses.fields(Visits):

@@ -15,6 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 #: How long a line waits for others. A process that is killed takes so much with it.
 WAIT_S = 0.2
 #: Lines that are written together at most.
@@ -104,7 +106,7 @@ def _written(line: _Line, end: str) -> str:
         **line.fields,
         "timestamp_ns": int(1e9 * line.at_s),
     }
-    return f"{json.dumps(told)[:-1]}, {end[1:]}"
+    return f"{msgspec.json.encode(told).decode()[:-1]},{end[1:]}"
 
 
 @functools.lru_cache(maxsize=4)

@@ -83,8 +83,8 @@ class Endpoint:
                 return str(await compare(asked.request(), answered))
 
             sampling = Sampling(ask, meters, config.shadow_share, config.shadow_queue)
-        lines = GatheredLines(logger) if config.log_requests else None
-        self._observer = Observer(meters, lines, config.drift_patients, sampling)
+        self._lines = GatheredLines(logger) if config.log_requests else None
+        self._observer = Observer(meters, self._lines, config.drift_patients, sampling)
         self._admission = Admission(config.max_admitted_requests)
         self._runs = Runs(config.max_batch_size, config.batch_wait_s, self._observer.ran)
         device = "cuda" if config.num_gpus else "cpu"
@@ -99,6 +99,12 @@ class Endpoint:
             asyncio.create_task(self._follow(config.refresh_s)),
             asyncio.create_task(self._report()),
         ]
+
+    def __del__(self) -> None:
+        """Hands on what was counted and logged last; Ray Serve calls it when a replica ends."""
+        self._meters.flush()
+        if self._lines is not None:
+            self._lines.write()
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(

@@ -13,7 +13,8 @@ from torch import nn
 
 from models import blocks
 from models.packed import FoldedConvolution, convolve, normalise, sum_slots
-from models.packing import KERNEL, Packing, sum_groups
+from models.packing import Packing, sum_groups
+from models.windows import KERNEL
 
 
 class ChannelAttention(nn.Module):

@@ -11,8 +11,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from models import blocks
-from models.packing import Packing, Window
+from models.packing import Packing
 from models.precision import product_type
+from models.windows import Window
 
 NORM_EPS = 1e-5
 

@@ -1,8 +1,8 @@
 """Visits of different lengths laid end to end, so that no work is spent on padding.
 
 A map of CHARM has one position for each row of the longest modality of its visit. The positions of
-all visits of a batch follow one another without gaps; `window` says which neighbours of a position
-belong to its own visit, and so where a convolution meets the zeros of its padding.
+all visits of a batch follow one another without gaps; models/windows.py says which neighbours of a
+position belong to its own visit, and so where a convolution meets the zeros of its padding.
 
 All of it follows from how many codes each visit has, and is worked out on the host, in NumPy: on a
 GPU, shapes that depend on data would make every step wait for the device.
@@ -24,10 +24,7 @@ from cafemed.codes import KINDS
 from cafemed.errors import ArtifactError
 from models.blocks import BLOCK, whole
 from models.sparse_map import Rows, SparseMap
-
-#: Kernel width of equations (10) and (11), and the padding on each side.
-KERNEL = 7
-PADDING = 3
+from models.windows import Window, window_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,37 +71,6 @@ class Asked:
     visits: torch.Tensor
     codes: Rows
     known: Rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Backward:
-    """What the gradients of a `Window` need.
-
-    Attributes:
-        opposite: int64 (Q, 7); [q, o] is q - o + 3 if that lies in the visit of q, else Q.
-        to_sum, to_sum_starts: as those of the window, over `opposite`.
-    """
-
-    opposite: torch.Tensor
-    to_sum: torch.Tensor
-    to_sum_starts: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Window:
-    """The neighbours of every position within its visit. Q positions.
-
-    Attributes:
-        neighbour: int64 (Q, 7); [q, o] is q + o - 3 if that lies in the visit of q, else Q.
-        to_sum, to_sum_starts: rows of a (Q * 7, ...) array, row q * 7 + o, that add up at each
-            position: those at its neighbours, each under its own offset o.
-        backward: None where there will be no gradients.
-    """
-
-    neighbour: torch.Tensor
-    to_sum: torch.Tensor
-    to_sum_starts: torch.Tensor
-    backward: Backward | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +226,7 @@ def pack(
         **_look_up(ids, visit, _starts(counts.sum(1)), distinct),
         to_groups=SparseMap(_rows(every, of_groups), _rows(group, every)),
         steps=_steps(host.lengths.numpy(), host.slots.numpy(), host.num_steps),
-        window=_window(lengths, gradients=True) if window else None,
+        window=window_of(lengths, gradients=True) if window else None,
     )
 
 
@@ -272,57 +238,61 @@ def _pack_blocks(
     window: bool,
 ) -> Packing:
     """The packing of codes that are asked about, in whole blocks and without gradients."""
-    counts = batch.counts.numpy()
+    counts, patients = batch.counts.numpy(), batch.lengths.numpy()
     num_visits, number = len(counts), len(given.ids)
-    filling = given.num_codes() - number
+    list_numbers, every = np.arange(3 * num_visits), np.arange(given.num_codes())
     per_list = counts.reshape(-1).copy()
-    per_list[-1] += filling  # medications: the one kind that every cohort has codes of
-    group, place = _ranges(per_list)
+    per_list[-1] += len(every) - number  # medications: the one kind that every cohort has codes of
+    group = list_numbers.repeat(per_list)
     visit = group // 3
     modality = group - 3 * visit
-    ids = np.concatenate([given.ids, np.zeros(filling, np.int64)])
+    ids = np.zeros(len(every), np.int64)
+    ids[:number] = given.ids
     _require_inside(ids, modality, sizes)
-    ids += np.cumsum([0, *sizes[:2]])[modality]
+    ids += np.array([0, sizes[0], sizes[0] + sizes[1]])[modality]
+    classes = np.zeros(len(every), np.int64)
+    classes[:number] = given.classes
     lengths = counts.max(1, initial=1)
     own = int(lengths.sum())
     lengths[-1] += given.num_positions(own) - own
     starts = _starts(lengths)
-    cell = (starts[visit] + place) * 3 + modality
-    cell[number:] = 3 * starts[-1] + 2
-    slots, slot_group, slot_cell = counts.reshape(-1), group[:number], cell[:number]
+    first_cells = (3 * starts[:, None] + np.arange(3)).reshape(-1)
+    list_starts = _starts(per_list)
+    cell = 3 * every + (first_cells - 3 * list_starts)[group]
+    cell[number:] = first_cells[-1]
+    slot_starts, slot_group, slot_cell = list_starts, group[:number], cell[:number]
     if first_visit_slot:
-        is_first = batch.slots.numpy() % batch.num_steps == 0
-        slots = counts.copy()
-        slots[:, 2] = np.maximum(counts[:, 2], is_first)
-        slots = slots.reshape(-1)
-        slot_group, slot_place = _ranges(slots)
-        slot_visit = slot_group // 3
-        slot_cell = (starts[slot_visit] + slot_place) * 3 + slot_group - 3 * slot_visit
+        slots = counts.reshape(-1).copy()
+        of_first = 3 * _starts(patients) + 2
+        slots[of_first] = np.maximum(slots[of_first], 1)
+        slot_starts = _starts(slots)
+        slot_group = list_numbers.repeat(slots)
+        slot_cell = 3 * np.arange(len(slot_group)) + (first_cells - 3 * slot_starts)[slot_group]
     found = {
         "ids": ids,
         "modality": modality,
-        "classes": np.concatenate([given.classes, np.zeros(filling, np.int64)]),
+        "classes": classes,
         "visit": visit,
         "group": group,
         "cell": cell,
-        "distinct": ids,
         "slot_cell": slot_cell,
         "slot_group": slot_group,
-        "slot_starts": _starts(slots),
-        "position_visit": np.repeat(np.arange(num_visits), lengths),
+        "slot_starts": slot_starts,
+        "position_visit": np.arange(num_visits).repeat(lengths),
         "lengths": lengths,
         "starts": starts,
     }
-    every = np.arange(len(ids))
-    of_visits = per_list.reshape(-1, 3).sum(1)
+    tensors, rows = _tensors(found), torch.from_numpy(every)
+    visit_starts = list_starts[::3].copy()
     return Packing(
-        **_tensors(found),
+        **tensors,
+        distinct=tensors["ids"],
         spread=None,
-        to_visits=SparseMap(_rows(every, _starts(of_visits)), None),
-        to_groups=SparseMap(_rows(every, _starts(per_list)), None),
-        steps=_steps(batch.lengths.numpy(), batch.slots.numpy(), batch.num_steps, BLOCK),
-        window=_window(lengths, gradients=False) if window else None,
-        asked=_asked(given.asked, ids, _starts(of_visits), counts),
+        to_visits=SparseMap(Rows(rows, torch.from_numpy(visit_starts), None), None),
+        to_groups=SparseMap(Rows(rows, torch.from_numpy(list_starts), None), None),
+        steps=_steps(patients, batch.slots.numpy(), batch.num_steps, BLOCK),
+        window=window_of(lengths, gradients=False) if window else None,
+        asked=_asked(given.asked, ids, visit_starts, counts),
     )
 
 
@@ -333,10 +303,14 @@ def _asked(
     counts: NDArray[np.int64],
 ) -> Asked:
     """The codes of the visits asked about; those of a visit begin with diagnoses and procedures."""
+    diagnoses, procedures, medications = counts[visits].T
+    known = diagnoses + procedures
     found = []
-    for number in (counts[visits].sum(1), counts[visits, :2].sum(1)):
-        row, place = _ranges(number)
-        found.append(_rows(ids[starts[visits][row] + place], _starts(number)))
+    for number in (known + medications, known):
+        begins = _starts(number)
+        place = (starts[visits] - begins).repeat(number)
+        place += np.arange(len(place))
+        found.append(_rows(ids[place], begins))
     return Asked(torch.from_numpy(visits), *found)
 
 
@@ -344,7 +318,8 @@ def _require_inside(
     ids: NDArray[np.int64], modality: NDArray[np.int64], sizes: tuple[int, int, int]
 ) -> None:
     """Refuses a code beyond its vocabulary, which would be another one's of the one table."""
-    bad = np.flatnonzero((ids < 0) | (ids >= np.asarray(sizes)[modality]))
+    # A negative index is a huge one without its sign.
+    bad = (ids.view(np.uint64) >= np.array(sizes, np.uint64)[modality]).nonzero()[0]
     if len(bad):
         k = int(modality[bad[0]])
         raise ArtifactError(
@@ -360,7 +335,7 @@ def _ranges(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.in
 
 
 def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    ends: NDArray[np.int64] = np.cumsum(counts)
+    ends: NDArray[np.int64] = counts.cumsum()
     return ends - counts
 
 
@@ -419,34 +394,6 @@ def _steps(
     previous = np.arange(sizes[0], len(place)) - np.repeat(sizes[:-1], sizes[1:])
     found = {"order": order, "place": place, "previous": previous}
     return Steps(**_tensors(found), sizes=tuple(sizes.tolist()))
-
-
-def _window(lengths: NDArray[np.int64], gradients: bool) -> Window:
-    visit, place = _ranges(lengths)
-    number = len(visit)
-    position, offset = np.arange(number)[:, None], np.arange(KERNEL)
-    # Offsets from `low` to below `high` lead to the position's own visit.
-    low, high = PADDING - place[:, None], PADDING + (lengths[visit] - place)[:, None]
-    inside = (offset >= low) & (offset < high)
-    neighbour = np.where(inside, position + offset - PADDING, number)
-    own = np.minimum(high, KERNEL) - np.maximum(low, 0)
-    # Row q * 7 + o of what is added up lies 7 (o - 3) rows from the position's, q' * 7 + o.
-    rows = np.flatnonzero(inside)
-    starts = _starts(own[:, 0])
-    found = {
-        "neighbour": neighbour,
-        "to_sum": rows + KERNEL * (rows % KERNEL - PADDING),
-        "to_sum_starts": starts,
-    }
-    if not gradients:
-        return Window(**_tensors(found), backward=None)
-    opposite_rows = np.flatnonzero(inside[:, ::-1])
-    back = {
-        "opposite": np.ascontiguousarray(neighbour[:, ::-1]),
-        "to_sum": opposite_rows - KERNEL * (opposite_rows % KERNEL - PADDING),
-        "to_sum_starts": starts,
-    }
-    return Window(**_tensors(found), backward=Backward(**_tensors(back)))
 
 
 def sum_groups(rows: torch.Tensor, group: torch.Tensor, num_groups: int) -> torch.Tensor:

@@ -98,23 +98,28 @@ class Edges:
             ids: int64 (N,), indices into each kind's vocabulary, by visit and kind.
         """
         per_list, size = counts.reshape(-1), len(self.starts)
-        nodes = ids + np.repeat(np.broadcast_to(self.first, counts.shape).reshape(-1), per_list)
         # A key says which node of which list: a code has edges to the keys it leads to that exist.
-        lists = np.repeat(np.arange(0, len(per_list) * size, size), per_list)
-        keys = lists + nodes
+        zeros = np.arange(0, len(per_list) * size, size)
+        lists = zeros.repeat(per_list)
+        keys = (zeros.reshape(-1, 3) + self.first).reshape(-1).repeat(per_list) + ids
+        nodes = keys - lists
         numbers = self.numbers[nodes]
-        source = np.repeat(np.arange(len(ids)), numbers)
+        source = np.arange(len(ids)).repeat(numbers)
         leads = np.arange(len(source)) + (self.starts[nodes] - _starts(numbers))[source]
         wanted = lists[source] + self.targets[leads]
-        # Most codes that one leads to are not in its list: few keys are left to be looked for.
-        marks = np.zeros(_MARKS, np.bool_)
-        marks[keys & (_MARKS - 1)] = True
-        likely = np.flatnonzero(marks[wanted & (_MARKS - 1)])
         has = np.zeros(len(ids), np.int64)
+        # Most codes that one leads to are not in its list: few keys are left to be looked for, and
+        # few to be looked at.
+        marks, mark = np.zeros(_MARKS, np.int8), keys & (_MARKS - 1)
+        marks[mark] = 1
+        likely = marks[wanted & (_MARKS - 1)].nonzero()[0]
         if len(likely):
-            source, wanted, order = source[likely], wanted[likely], np.argsort(keys)
-            place = np.searchsorted(keys, wanted, sorter=order)
-            target = order[np.minimum(place, len(keys) - 1)]
+            source, wanted = source[likely], wanted[likely]
+            marks[wanted & (_MARKS - 1)] = 2
+            target = (marks[mark] == 2).nonzero()[0]
+            target = target[keys[target].argsort()]
+            place = keys[target].searchsorted(wanted)
+            target = target[np.minimum(place, len(target) - 1)]
             exists = keys[target] == wanted
             has[source[exists]] = 1
             has[target[exists]] |= 2
@@ -163,8 +168,8 @@ def lay(patients: Sequence[EncodedPatient], edges: Edges, scaling: Scaling) -> V
     """
     visits = (zip(*patient.known, strict=True) for patient in patients)
     lists = list(_chained(_chained(visits)))
-    counts = np.fromiter(map(len, lists), np.int64, len(lists)).reshape(-1, 3)
-    ids = np.fromiter(_chained(lists), np.int64, int(counts.sum()))
+    counts = np.array([len(codes) for codes in lists]).reshape(-1, 3)
+    ids = np.fromiter(_chained(lists), np.int64)
     measured = list(_chained(patient.laboratory for patient in patients))
     pairs = list(_chained(measured))
     items, values = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -178,7 +183,7 @@ def lay(patients: Sequence[EncodedPatient], edges: Edges, scaling: Scaling) -> V
         classes=edges.classes(counts, ids),
         sex=np.array([patient.sex for patient in patients]),
         age=scaling.ages(np.array([patient.age for patient in patients], np.float32)),
-        num_values=np.fromiter(map(len, measured), np.int64, len(measured)),
+        num_values=np.array([len(visit) for visit in measured]),
         items=items,
         values=values,
     )
@@ -200,13 +205,14 @@ def run_of(
         codes.
     """
     number = len(visits.lengths)
-    last = np.cumsum(visits.lengths) - 1
+    last = visits.lengths.cumsum() - 1
     own = len(visits.counts)
     rows = whole((own if room is None else room) + 1)
-    lengths = np.concatenate([visits.lengths, np.ones(rows - own, np.int64)])
-    patient = np.repeat(np.arange(len(lengths)), lengths)
-    first = np.cumsum(lengths) - lengths
+    lengths = np.ones(number + rows - own, np.int64)
+    lengths[:number] = visits.lengths
     steps = int(lengths.max())
+    # Places of the grid that hold no visit before each patient's first one.
+    before = np.arange(0, steps * len(lengths), steps) - _starts(lengths)
     counts = np.zeros((rows, 3), np.int64)
     counts[:own] = visits.counts
     asked = np.full(whole((number if room is None else room) + 1), rows - 1)
@@ -215,16 +221,17 @@ def run_of(
     age[:number] = visits.age
     sex = np.zeros(len(lengths), np.int64)
     sex[:number] = visits.sex
+    none = torch.from_numpy(np.empty((rows, 3, 0), np.int64))
     batch = Batch(
-        codes=torch.zeros(rows, 3, 0, dtype=torch.int64),
+        codes=none,
         counts=torch.from_numpy(counts),
-        classes=torch.zeros(rows, 3, 0, dtype=torch.int64),
+        classes=none,
         lengths=torch.from_numpy(lengths),
-        targets=torch.zeros(rows, 0),
+        targets=torch.from_numpy(np.empty((rows, 0), np.float32)),
         sex=torch.from_numpy(sex),
-        age=torch.from_numpy(age[patient]),
+        age=torch.from_numpy(age.repeat(lengths)),
         **_laboratory(visits, rows, num_items),
-        slots=torch.from_numpy(np.arange(rows) + (np.arange(len(first)) * steps - first)[patient]),
+        slots=torch.from_numpy(np.arange(rows) + before.repeat(lengths)),
         num_steps=steps,
         sizes=sizes,
     )
@@ -251,5 +258,5 @@ def _laboratory(visits: Visits, rows: int, num_items: int) -> dict[str, torch.Te
 
 def _starts(counts: NDArray[np.integer]) -> NDArray[np.int64]:
     """Where each of groups of these sizes begins."""
-    starts: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64) - counts
+    starts: NDArray[np.int64] = counts.cumsum(dtype=np.int64) - counts
     return starts

@@ -188,12 +188,16 @@ class Gate:
 
 
 def _refuse_foreign_host(scope: Message, headers: Mapping[bytes, bytes]) -> JSONResponse | None:
-    host = headers.get(b"host", b"localhost").decode("latin-1")
-    named = _HOST.fullmatch(host)
-    if named and is_loopback(named[1]):
+    if _names_loopback(headers.get(b"host", b"localhost")):
         return None
     message = "without API keys only requests to localhost are answered (see serve.access.auth)"
     return problem(scope, HTTPStatus.FORBIDDEN, message)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_loopback(host: bytes) -> bool:
+    named = _HOST.fullmatch(host.decode("latin-1"))
+    return named is not None and is_loopback(named[1])
 
 
 async def _refuse_without_key(

@@ -9,9 +9,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from cafemed.batches import input_adjacencies
 from cafemed.codes import CodeLists
-from cafemed.graphs import node_classes
 from cafemed.laboratory import Laboratory
 from serve.batching import RUN_POSITIONS, Visits, runs_of
 from serve.encoding import EncodedPatient
@@ -78,10 +76,8 @@ class Scorer:
     """
 
     def __init__(self, recommender: Recommender) -> None:
-        """Prepares what all calls share."""
+        """Takes the model that answers."""
         self.recommender = recommender
-        bundle = recommender.bundle
-        self._adjacencies = input_adjacencies(bundle.graph, bundle.vocabularies)
 
     def probabilities(self, patients: Patients) -> NDArray[np.float32]:
         """Probability of each medication at every patient's current visit, float32 (P, N_m).
@@ -107,17 +103,16 @@ class Scorer:
         lists, items = patients.known, patients.laboratory.items
         counts = np.stack([of.counts for of in lists], axis=1)
         starts = (np.cumsum(counts) - counts.reshape(-1)).reshape(-1, 3)
-        ids, classes = np.empty((2, int(counts.sum())), np.int64)
-        for k, (of, adjacency) in enumerate(zip(lists, self._adjacencies, strict=True)):
+        ids = np.empty(int(counts.sum()), np.int64)
+        for k, of in enumerate(lists):
             place = np.arange(len(of.ids)) + np.repeat(starts[:, k] - of.offsets[:-1], of.counts)
             ids[place] = of.ids
-            classes[place] = node_classes(of, adjacency)
         scaling = self.recommender.bundle.preprocessing.scaling
         return Visits(
             lengths=np.diff(patients.offsets),
             counts=counts,
             ids=ids,
-            classes=classes,
+            classes=self.recommender.edges.classes(counts, ids),
             sex=patients.sex.astype(np.int64),
             age=scaling.ages(patients.age),
             num_values=items.counts,

@@ -50,6 +50,7 @@ class Recommender:
         vocabulary: to search.
         stored_card: the model card of the version; None: it was never evaluated.
         explainer: tells what a probability comes from.
+        edges: of the bundle's graph, which give the codes' classes.
         is_exact: a patient's bits do not depend on how much else is in a run.
         traced: a recording of the model, which does what a run needs without the interpreter; None
             where there is none.
@@ -75,7 +76,7 @@ class Recommender:
         fold = getattr(self._model, "fold", None)
         if fold is not None:
             fold()
-        self._edges = Edges.of(input_adjacencies(bundle.graph, bundle.vocabularies))
+        self.edges = Edges.of(input_adjacencies(bundle.graph, bundle.vocabularies))
         diagnoses, procedures, medications = (len(bundle.vocabularies[kind]) for kind in KINDS)
         self._sizes = (diagnoses, procedures, medications)
         self.traced = self._recorded()
@@ -213,7 +214,7 @@ class Recommender:
             patients: see `run`.
             positions: see `run`.
         """
-        visits = lay(patients, self._edges, self.bundle.preprocessing.scaling)
+        visits = lay(patients, self.edges, self.bundle.preprocessing.scaling)
         return self._begun(visits, None if self.is_exact else room_for(positions))
 
     def score(self, visits: Visits, positions: int) -> NDArray[np.float32]:
@@ -256,7 +257,7 @@ class Recommender:
             recorded: Traced | None = None
             # Many and few; the first has one visit, the second two, the last five.
             for some in (patients, patients[:1], patients[:2], patients[-1:], patients[-9:]):
-                laid = lay(some, self._edges, scaling)
+                laid = lay(some, self.edges, scaling)
                 batch, codes = run_of(laid, self._sizes, scaling.num_items)
                 prepared = self._model.prepare(batch, codes)
                 recorded = recorded or Traced(self._model, batch, prepared)
@@ -275,7 +276,7 @@ class Recommender:
         patients = _invented(self._sizes, scaling.num_items)
 
         def logits(chosen: Sequence[EncodedPatient]) -> torch.Tensor:
-            visits = lay(chosen, self._edges, scaling)
+            visits = lay(chosen, self.edges, scaling)
             return self._logits(visits, None)()[: len(chosen)]
 
         together = logits(patients)

@@ -179,7 +179,13 @@ def test_behind_haproxy_ports_are_closed_requests_drained_and_nothing_is_left(
             await asyncio.to_thread(launch.drain, "tiny")
             return await asked
 
-    assert asyncio.run(stop_while_asked()).status_code == 200
+    last = asyncio.run(stop_while_asked())
+    assert last.status_code == 200
+    # And the replica told of it before it ended.
+    told = [text for path, text in running.logs().items() if "replica_tiny_Endpoint" in path.name]
+    assert any(f'"{last.json()["request_id"]}"' in text for text in told)
+    name = "ray_cafemed_requests_total"
+    wait_for(lambda: value(running.scrape(), name, route="/v1/recommend", status="200") == 2)
 
 
 def test_promoted_and_rolled_back_under_load_every_answer_is_one_versions(

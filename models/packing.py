@@ -303,10 +303,10 @@ def _asked(
     counts: NDArray[np.int64],
 ) -> Asked:
     """The codes of the visits asked about; those of a visit begin with diagnoses and procedures."""
-    diagnoses, procedures, medications = counts[visits].T
-    known = diagnoses + procedures
+    of_visits = counts.take(visits, 0)
+    known = of_visits[:, 0] + of_visits[:, 1]
     found = []
-    for number in (known + medications, known):
+    for number in (known + of_visits[:, 2], known):
         begins = _starts(number)
         place = (starts[visits] - begins).repeat(number)
         place += np.arange(len(place))
@@ -377,7 +377,7 @@ def _steps(
 ) -> Steps:
     """The steps of patients of these lengths; `block`: each has a multiple of so many patients."""
     rank = np.empty(len(lengths), np.int64)
-    rank[np.argsort(-lengths, kind="stable")] = np.arange(len(lengths))
+    rank[(-lengths).argsort(kind="stable")] = np.arange(len(lengths))
     patient = slots // num_steps
     step = slots - patient * num_steps
     sizes = np.bincount(step, minlength=1)

@@ -100,6 +100,7 @@ def test_what_fills_up_is_less_than_two_blocks_and_comes_last(served: Bundle) ->
         assert 0 < len(found.ids) - len(codes.ids) <= BLOCK
         assert (found.visit[len(codes.ids) :] == found.num_visits - 1).all()
         assert (found.cell[len(codes.ids) :] >= 3 * positions).all()
+        assert (found.cell < 3 * found.num_positions).all()
 
 
 def test_what_is_asked_about_are_the_last_visits_with_their_codes(served: Bundle) -> None:

@@ -7,7 +7,6 @@ out: on a CPU the many small steps of three separate GRUs cost more than their a
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from models import blocks
 from models.packing import Steps
 from models.precision import without_autocast
+from models.tracing import scripted
 
 
 class ParallelGRU(nn.Module):
@@ -155,20 +155,13 @@ def _run_steps_of(
 @functools.cache
 def scripted_steps() -> Callable[..., torch.Tensor]:
     """`run_steps` compiled by torch, with the sizes in a tensor: a recording keeps its loop."""
-    return _scripted(_run_steps_of)
+    return scripted(_run_steps_of)
 
 
 @functools.cache
 def scripted_blocks() -> Callable[..., torch.Tensor]:
     """`in_blocks` compiled by torch."""
-    return _scripted(in_blocks)
-
-
-def _scripted(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        compiled: Callable[..., torch.Tensor] = torch.jit.script(function)
-    return compiled
+    return scripted(in_blocks)
 
 
 class _Recurrence(torch.autograd.Function):

@@ -8,16 +8,27 @@ blocks, is for whoever makes one to try.
 """
 
 import dataclasses
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from cafemed.batches import Batch
 from models import blocks
+
+T = TypeVar("T")
+
+
+def scripted(function: Callable[..., T]) -> Callable[..., T]:
+    """A function compiled by torch: a recording keeps its loops, and what it reads of tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled: Callable[..., T] = torch.jit.script(function)
+    return compiled
 
 
 class Traced:
@@ -26,16 +37,29 @@ class Traced:
     Args:
         model: in evaluation, with weights that no longer change.
         batch: an example.
-        packing: of the example, with visits that are asked about.
+        packing: of the example, with visits that are asked about; its tensors are int64.
+        finish: of the model's logits, float32 (A, N_m), recorded with it.
+
+    Raises:
+        TypeError: if a tensor of the packing is not int64.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, packing: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        packing: Any,
+        finish: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        if any(tensor.dtype != torch.int64 for tensor in _tensors(packing)):
+            raise TypeError("a packing to be recorded has int64 alone")
         with blocks.fixed(), warnings.catch_warnings():
             # Of sizes that it takes for constants, which those of weights are.
             warnings.simplefilter("ignore")
-            tensors = tuple(_tensors(packing))
             recorded = torch.jit.trace(  # type: ignore[no-untyped-call]
-                _OfTensors(model, batch, packing).eval(), tensors, check_trace=False
+                _OfTensors(model, batch, packing, finish).eval(),
+                (_joined(packing),),
+                check_trace=False,
             )
             # Read back: what torch keeps of a recording for good is without the weights then.
             stored = io.BytesIO()
@@ -44,23 +68,59 @@ class Traced:
             read = torch.jit.load(stored)  # type: ignore[no-untyped-call]
             self._recorded: Callable[..., torch.Tensor] = torch.jit.freeze(read)
 
-    def __call__(self, packing: Any) -> torch.Tensor:
-        """Gives the logits of the visits asked about, float32 (A, N_m)."""
-        with torch.inference_mode():
-            return self._recorded(*_tensors(packing))
+    def __call__(self, packing: Any) -> Callable[[], torch.Tensor]:
+        """Gives what replays for a packing: finished float32 (A, N_m) of the visits asked about.
+
+        To replay takes the interpreter for a few microseconds alone, so that a thread can.
+        """
+        joined = _joined(packing)
+
+        def replay() -> torch.Tensor:
+            with torch.inference_mode():
+                return self._recorded(joined)
+
+        return replay
 
 
 class _OfTensors(nn.Module):
     """The model as a function of the packing's tensors alone."""
 
-    def __init__(self, model: nn.Module, batch: Batch, packing: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        packing: Any,
+        finish: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
         super().__init__()
         self.model = model
-        self._batch, self._packing = batch, packing
+        self._batch, self._packing, self._finish = batch, packing, finish
+        self._shapes = [tensor.shape[1:] for tensor in _tensors(packing)]
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(self._batch, _refilled(self._packing, iter(tensors)))
-        return logits
+    def forward(self, joined: torch.Tensor) -> torch.Tensor:
+        parts = zip(_scripted_parts()(joined, len(self._shapes)), self._shapes, strict=True)
+        tensors = (part.view(-1, *shape) for part, shape in parts)
+        return self._finish(self.model(self._batch, _refilled(self._packing, tensors)))
+
+
+def _joined(packing: Any) -> torch.Tensor:
+    """The tensors of a packing, int64, end to end behind their sizes.
+
+    Of several arguments each would make a recording wait for the interpreter once.
+    """
+    flat = [tensor.reshape(-1) for tensor in _tensors(packing)]
+    return torch.cat([torch.tensor([len(one) for one in flat]), *flat])
+
+
+def _parts(joined: torch.Tensor, number: int) -> list[torch.Tensor]:
+    """What `_joined` has joined."""
+    sizes: list[int] = joined[:number].tolist()
+    return list(joined[number:].split_with_sizes(sizes))
+
+
+@functools.cache
+def _scripted_parts() -> Callable[..., list[torch.Tensor]]:
+    return scripted(_parts)
 
 
 def _names(value: Any) -> list[str]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import models
 from cafemed import bundle as bundles
-from cafemed.batches import input_adjacencies
+from cafemed.batches import Batch, input_adjacencies
 from cafemed.bundle import Bundle
 from cafemed.card import INTENDED_USE, LIMITS
 from cafemed.codes import KINDS
@@ -222,30 +222,24 @@ class Recommender:
         return self._begun(visits, None if self.is_exact else room_for(positions))()
 
     def _begun(self, visits: Visits, room: int | None) -> Callable[[], NDArray[np.float32]]:
-        logits = self._logits(visits, room)
-        number, temperature = len(visits.lengths), self.bundle.preprocessing.temperature
-
-        def end() -> NDArray[np.float32]:
-            scores = torch.sigmoid(logits() / temperature)
-            return np.asarray(scores[:number].numpy(), np.float32)
-
-        return end
-
-    def _logits(self, visits: Visits, room: int | None) -> Callable[[], torch.Tensor]:
-        """Logits of the patients' last visits and, after them, of what fills up the run."""
         batch, codes = run_of(
             visits, self._sizes, self.bundle.preprocessing.scaling.num_items, room
         )
         prepared = self._model.prepare(batch, codes)
         if self.traced is not None:
-            return functools.partial(self.traced, prepared)
+            scores = self.traced(prepared)
+        else:
+            scores = functools.partial(self._scores, batch, prepared)
+        number = len(visits.lengths)
+        return lambda: scores().numpy()[:number]
 
-        def logits() -> torch.Tensor:
-            with blocks.fixed():
-                found: torch.Tensor = self._model(*moved((batch, prepared), self._device))
-                return found.cpu()
+    def _scores(self, batch: Batch, prepared: Any) -> torch.Tensor:
+        """Probabilities of the visits asked about, those that fill up the run among them."""
+        with blocks.fixed():
+            return self._finish(self._model(*moved((batch, prepared), self._device)).cpu())
 
-        return logits
+    def _finish(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(logits / self.bundle.preprocessing.temperature)
 
     def _recorded(self) -> Traced | None:
         """A recording of the model; None if it does not give invented patients the model's bits."""
@@ -260,10 +254,8 @@ class Recommender:
                 laid = lay(some, self.edges, scaling)
                 batch, codes = run_of(laid, self._sizes, scaling.num_items)
                 prepared = self._model.prepare(batch, codes)
-                recorded = recorded or Traced(self._model, batch, prepared)
-                with blocks.fixed():
-                    expected = self._model(batch, prepared)
-                if not torch.equal(recorded(prepared), expected):
+                recorded = recorded or Traced(self._model, batch, prepared, self._finish)
+                if not torch.equal(recorded(prepared)(), self._scores(batch, prepared)):
                     raise ArtifactError("other bits")
         except Exception as err:  # noqa: BLE001 - whatever a build of torch makes of it
             logger.warning("the model is not recorded, answers take longer: %s", type(err).__name__)
@@ -275,14 +267,13 @@ class Recommender:
         scaling = self.bundle.preprocessing.scaling
         patients = _invented(self._sizes, scaling.num_items)
 
-        def logits(chosen: Sequence[EncodedPatient]) -> torch.Tensor:
-            visits = lay(chosen, self.edges, scaling)
-            return self._logits(visits, None)()[: len(chosen)]
+        def scores(chosen: Sequence[EncodedPatient]) -> NDArray[np.float32]:
+            return self._begun(lay(chosen, self.edges, scaling), None)()
 
-        together = logits(patients)
-        alone = [logits([patient])[0] for patient in patients]
-        turned = logits(patients[::-1]).flip(0)
-        return torch.equal(together, torch.stack(alone)) and torch.equal(together, turned)
+        together = scores(patients)
+        alone = [scores([patient])[0] for patient in patients]
+        turned = scores(patients[::-1])[::-1]
+        return np.array_equal(together, np.stack(alone)) and np.array_equal(together, turned)
 
 
 def _invented(sizes: tuple[int, int, int], num_items: int) -> list[EncodedPatient]:

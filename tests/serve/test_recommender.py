@@ -1,5 +1,8 @@
 import dataclasses
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +280,9 @@ def test_a_recording_is_tried_with_few_visits_and_many(
     """Else one that always takes as many steps as its example would be used."""
     real = Traced.__call__
 
-    def wrong_for_others(traced: Traced, packing: Any) -> torch.Tensor:
-        return real(traced, packing) * (1 if len(packing.steps.sizes) == 5 else 2)
+    def wrong_for_others(traced: Traced, packing: Any) -> Callable[[], torch.Tensor]:
+        replay = real(traced, packing)
+        return lambda: replay() * (1 if len(packing.steps.sizes) == 5 else 2)
 
     monkeypatch.setattr(Traced, "__call__", wrong_for_others)
     assert Recommender(served, 7).traced is None
@@ -288,7 +292,12 @@ def test_a_recording_with_other_bits_is_not_used(
     served: Bundle, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Traced.__call__
-    monkeypatch.setattr(Traced, "__call__", lambda *given: real(*given) * (1 + 2.0**-23))
+
+    def imprecise(traced: Traced, packing: Any) -> Callable[[], torch.Tensor]:
+        replay = real(traced, packing)
+        return lambda: replay() * (1 + 2.0**-23)
+
+    monkeypatch.setattr(Traced, "__call__", imprecise)
     other = Recommender(served, 7)
     assert other.traced is None
     patients = recommender.encode(some_patients(served, 20))
@@ -408,3 +417,28 @@ def test_a_bundle_that_cannot_answer_is_not_loaded(
     monkeypatch.setattr(Recommender, "answer", fails)
     with pytest.raises(ArtifactError, match=r"bundle: cannot answer \(RuntimeError\)$"):
         Recommender.load(tmp_path / "bundle", 1)
+
+
+def test_a_recorded_run_hardly_waits_for_the_interpreter(served: Bundle) -> None:
+    """It took a turn for each tensor that it was given, two dozen, while others read and answer."""
+    recommender = Recommender(served, 7)
+    end = recommender.begun(recommender.encode(some_patients(served, 9)), 1)
+    end()
+    turn_s = 0.05
+    took: list[float] = []
+
+    def run() -> None:
+        started = time.perf_counter()
+        end()
+        took.append(time.perf_counter() - started)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(turn_s)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+        while thread.is_alive():  # keeps the interpreter until it has to give it away
+            sum(range(100))
+    finally:
+        sys.setswitchinterval(before)
+    assert took[0] < 8 * turn_s

@@ -100,7 +100,8 @@ def fit(cohort: Cohort) -> Scaling:
 
 
 def _cut(scaled: NDArray[np.float64]) -> NDArray[np.float32]:
-    return np.clip(scaled, -LIMIT, LIMIT).astype(np.float32)
+    # What np.clip does, which takes twice the time for the few values of a run.
+    return np.minimum(np.maximum(scaled, -LIMIT), LIMIT).astype(np.float32)
 
 
 def _trimmed(values: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -51,14 +52,16 @@ class Traced:
         packing: Any,
         finish: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        if any(tensor.dtype != torch.int64 for tensor in _tensors(packing)):
+        self._all_of: Callable[[Any], tuple[Any, ...]] = attrgetter(*_paths(packing))
+        tensors = _tensors(self._all_of(packing))
+        if any(tensor.dtype != torch.int64 for tensor in tensors):
             raise TypeError("a packing to be recorded has int64 alone")
         with blocks.fixed(), warnings.catch_warnings():
             # Of sizes that it takes for constants, which those of weights are.
             warnings.simplefilter("ignore")
             recorded = torch.jit.trace(  # type: ignore[no-untyped-call]
-                _OfTensors(model, batch, packing, finish).eval(),
-                (_joined(packing),),
+                _OfTensors(model, batch, packing, finish, tensors).eval(),
+                (_joined(tensors),),
                 check_trace=False,
             )
             # Read back: what torch keeps of a recording for good is without the weights then.
@@ -73,7 +76,7 @@ class Traced:
 
         To replay takes the interpreter for a few microseconds alone, so that a thread can.
         """
-        joined = _joined(packing)
+        joined = _joined(_tensors(self._all_of(packing)))
 
         def replay() -> torch.Tensor:
             with torch.inference_mode():
@@ -91,11 +94,12 @@ class _OfTensors(nn.Module):
         batch: Batch,
         packing: Any,
         finish: Callable[[torch.Tensor], torch.Tensor],
+        tensors: Sequence[torch.Tensor],
     ) -> None:
         super().__init__()
         self.model = model
         self._batch, self._packing, self._finish = batch, packing, finish
-        self._shapes = [tensor.shape[1:] for tensor in _tensors(packing)]
+        self._shapes = [tensor.shape[1:] for tensor in tensors]
 
     def forward(self, joined: torch.Tensor) -> torch.Tensor:
         parts = zip(_scripted_parts()(joined, len(self._shapes)), self._shapes, strict=True)
@@ -103,13 +107,14 @@ class _OfTensors(nn.Module):
         return self._finish(self.model(self._batch, _refilled(self._packing, tensors)))
 
 
-def _joined(packing: Any) -> torch.Tensor:
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The tensors of a packing, int64, end to end behind their sizes.
 
     Of several arguments each would make a recording wait for the interpreter once.
     """
-    flat = [tensor.reshape(-1) for tensor in _tensors(packing)]
-    return torch.cat([torch.tensor([len(one) for one in flat]), *flat])
+    sizes = torch.tensor([tensor.numel() for tensor in tensors])
+    flat = [tensor if tensor.dim() == 1 else tensor.view(-1) for tensor in tensors]
+    return torch.cat([sizes, *flat])
 
 
 def _parts(joined: torch.Tensor, number: int) -> list[torch.Tensor]:
@@ -123,19 +128,18 @@ def _scripted_parts() -> Callable[..., list[torch.Tensor]]:
     return scripted(_parts)
 
 
-def _names(value: Any) -> list[str]:
-    return list(vars(value))  # of a dataclass: its fields, in their order
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in a dataclass and those in it, sizes of steps among them, in a fixed order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, tuple):
-        return [torch.tensor(value)]
+def _paths(value: Any, path: str = "") -> list[str]:
+    """Where a dataclass and those in it have tensors, and sizes of steps, in a fixed order."""
+    if isinstance(value, torch.Tensor | tuple):
+        return [path]
     if value is None:
         return []
-    return [tensor for name in _names(value) for tensor in _tensors(getattr(value, name))]
+    inner = f"{path}." if path else ""
+    return [found for name, one in vars(value).items() for found in _paths(one, inner + name)]
+
+
+def _tensors(found: Sequence[Any]) -> list[torch.Tensor]:
+    return [torch.tensor(one) if type(one) is tuple else one for one in found]
 
 
 def _refilled(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
@@ -144,5 +148,5 @@ def _refilled(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
         return next(tensors)
     if value is None:
         return None
-    changed = {name: _refilled(getattr(value, name), tensors) for name in _names(value)}
+    changed = {name: _refilled(getattr(value, name), tensors) for name in vars(value)}
     return dataclasses.replace(value, **changed)

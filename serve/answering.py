@@ -4,11 +4,10 @@ In this order: what reaches the threshold; without what falls under an allergy; 
 choice that keeps to the options (serve/selection.py).
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +44,7 @@ class Explains(Protocol):
         """What raised and lowered a medication, by its index."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     """What became of the probable medications, all the most probable first.
 
     Attributes:

@@ -100,7 +100,7 @@ def create_api(
             content = await replied(service, recommender, asked, patients, identity, observer)
         except Exception as err:  # noqa: BLE001 - the server would log the message with its codes
             return failed(scope, err)
-        return Response(content, media_type="application/json")
+        return _Answer(content)
 
     # What is added later is further out.
     api.add_middleware(Straight, path=_RECOMMEND, answer=answer)
@@ -152,6 +152,17 @@ def create_api(
 
     add_page(api)
     return api
+
+
+class _Answer(Response):
+    """An answer of JSON, without what finds out the headers of any other."""
+
+    def __init__(self, content: bytes) -> None:
+        self.status_code = HTTPStatus.OK
+        self.background = None
+        self.body = content
+        length = b"%d" % len(content)
+        self.raw_headers = [(b"content-length", length), (b"content-type", b"application/json")]
 
 
 def _refuse_busy(observer: Observer | None, scope: Message, retry_after_s: int) -> JSONResponse:

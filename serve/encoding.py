@@ -1,10 +1,9 @@
 """From a request's codes to the model's indices, and what was lost on the way."""
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from msgspec import UNSET
 from pydantic import ValidationError
@@ -60,8 +59,7 @@ class AllergyError(RefusedError):
     """Allergies that the model's medications cannot be compared with."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedPatient:
+class EncodedPatient(NamedTuple):
     """What the model is given for one patient of T visits.
 
     Attributes:

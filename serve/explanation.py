@@ -243,9 +243,9 @@ def _without(patient: EncodedPatient, given: Given) -> EncodedPatient:
     if given.kind == LABORATORY:
         measured = list(patient.laboratory)
         measured[given.at] = tuple(m for m in measured[given.at] if m[0] != given.index)
-        return dataclasses.replace(patient, laboratory=tuple(measured))
+        return patient._replace(laboratory=tuple(measured))
     known = list(patient.known)
     lists = list(known[KINDS.index(given.kind)])
     lists[given.at] = tuple(index for index in lists[given.at] if index != given.index)
     known[KINDS.index(given.kind)] = tuple(lists)
-    return dataclasses.replace(patient, known=tuple(known))
+    return patient._replace(known=tuple(known))

@@ -13,6 +13,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,7 @@ _MAX_INLINE_POSITIONS = 128
 #: The same of a model that needs the interpreter at each of its hundreds of small steps, for which
 #: a thread would wrestle with the loop: some milliseconds. Longer runs get the thread all the same,
 #: so that the loop goes on answering.
-_MAX_INLINE_UNTRACED = RUN_POSITIONS
+_MAX_INLINE_UNTRACED = 512
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,8 +52,7 @@ class _Ask:
     first_run: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """A patient who waits: the i-th of an ask."""
 
     patient: EncodedPatient

@@ -149,7 +149,7 @@ def test_an_allergy_is_never_recommended(
 ) -> None:
     row = draw(served, 2)
     row[:3] = 0.999
-    allergic = dataclasses.replace(NOBODY, allergies=(allergy,))
+    allergic = NOBODY._replace(allergies=(allergy,))
     got = recommender.answer(allergic, row)
     free = answer(recommender, row)
     assert codes(got.medications) == [c for c in codes(free.medications) if c not in hit]
@@ -169,7 +169,7 @@ def test_allergies_come_before_the_rate(served: Bundle) -> None:
     decided = Recommender(dataclasses.replace(served, ddi=ddi), 1)
     row = np.full(len(ddi), 0.1, np.float32)
     row[:2] = (0.9, 0.6)
-    allergic = dataclasses.replace(NOBODY, allergies=("A01",))
+    allergic = NOBODY._replace(allergies=("A01",))
     got = decided.answer(allergic, row, Options(max_ddi_rate=0.0))
     assert codes(got.medications) == ["atc:A02B"]
     assert [one.reason for one in got.left_out] == ["allergy"]
@@ -202,5 +202,5 @@ def test_medications_have_the_names_that_the_user_gave(
     row[0] = 0.49
     assert answer(recommender, row).near_misses[0].name == "A first class"
     row[0] = 0.99
-    left_out = recommender.answer(dataclasses.replace(NOBODY, allergies=("A01",)), row).left_out
+    left_out = recommender.answer(NOBODY._replace(allergies=("A01",)), row).left_out
     assert left_out[0].name == "A first class"

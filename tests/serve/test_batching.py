@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -155,7 +154,7 @@ def test_patients_share_runs_up_to_their_room_and_long_ones_have_another() -> No
 
 def measured(rows: list[tuple[tuple[int, float], ...]], age: float) -> EncodedPatient:
     plain = patient([(1, 1, 0)] * len(rows))
-    return dataclasses.replace(plain, laboratory=tuple(rows), age=age)
+    return plain._replace(laboratory=tuple(rows), age=age)
 
 
 def test_a_run_has_the_scaled_ages_and_laboratory_values_at_one_width(served: Bundle) -> None:

@@ -349,7 +349,7 @@ def test_interactions_are_every_pair_and_each_once(
     probabilities = np.linspace(0.99, 0.2, size, dtype=np.float32)
     chosen = np.flatnonzero(probabilities >= 0.5)
     taken = (0, size - 1, size - 2)
-    answer = recommender.answer(dataclasses.replace(patient, taken=taken), probabilities)
+    answer = recommender.answer(patient._replace(taken=taken), probabilities)
     pairs = [(a, b) for a in chosen for b in chosen if a < b and served.ddi[a, b]]
     assert pairs
     assert [(i.first, i.second) for i in answer.interactions] == [

@@ -1,7 +1,6 @@
 """Which patients share a run; against the recommender asked for each alone."""
 
 import asyncio
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -96,7 +95,7 @@ def many_positions(patient: EncodedPatient, number: int) -> EncodedPatient:
     repeated = -(-number // positions_of(patient))
     known = tuple(lists[:1] * (repeated * patient.num_visits) for lists in patient.known)
     count = repeated * patient.num_visits
-    return dataclasses.replace(patient, known=known, laboratory=((),) * count)
+    return patient._replace(known=known, laboratory=((),) * count)
 
 
 def test_a_run_has_no_more_than_its_room(

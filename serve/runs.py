@@ -121,7 +121,6 @@ class Runs:
                 members = self._take(key)
                 if members:
                     await self._run(*key, members)
-                    await asyncio.sleep(0)
         except Exception as err:  # noqa: BLE001 - nobody else would tell those who wait
             self._places.clear()
             self.waiting = 0
@@ -168,17 +167,31 @@ class Runs:
     async def _run(self, recommender: Recommender, room: int, members: list[_Place]) -> None:
         patients = [place.patient for place in members]
         most = _MAX_INLINE_POSITIONS if recommender.traced else _MAX_INLINE_UNTRACED
+        is_short = sum(place.positions for place in members) <= most
         try:
             if room > RUN_POSITIONS:  # so long that even to begin it takes a while
                 rows = await self._in_thread(lambda: recommender.begun(patients, room)())
             else:
                 end = recommender.begun(patients, room)
-                is_short = sum(place.positions for place in members) <= most
                 rows = end() if is_short else await self._in_thread(end)
         except Exception as err:  # noqa: BLE001 - whoever asked gets it
             _fail((place.ask for place in members), err)
             return
-        self._on_run(len(members))
+        if is_short:
+            self._hand_out(members, rows)
+            await asyncio.sleep(0)
+        else:
+            # In the loop's next turn: before the answers are written the next run begins, and
+            # works meanwhile.
+            asyncio.get_running_loop().call_soon(self._hand_out, members, rows)
+
+    def _hand_out(self, members: Sequence[_Place], rows: NDArray[np.float32]) -> None:
+        """Gives the members of a run their rows."""
+        try:
+            self._on_run(len(members))
+        except Exception as err:  # noqa: BLE001 - nobody else would tell those who wait
+            _fail((place.ask for place in members), err)
+            return
         for place, row in zip(members, rows, strict=True):
             ask = place.ask
             ask.rows[place.i] = row

@@ -30,7 +30,7 @@ from serve.encoding import EncodedPatient
 #: Positions of a run of the endpoint, at most: the more, the less a patient costs and the longer
 #: one waits. A hospital patient with two visits of fifteen codes takes 30. So few that of many who
 #: wait some are answered, and others read, while the next are computed.
-RUN_POSITIONS = 1024
+RUN_POSITIONS = 512
 #: Of a code without edges among its list's codes, with outgoing, with incoming and with both.
 _CLASSES = np.array([ORPHAN, CAUSE, EFFECT, MIDDLE])
 #: Marks of the codes of a run: few enough to stay at hand, and twenty times as many as the codes.

@@ -32,7 +32,7 @@ _MAX_INLINE_POSITIONS = 128
 #: The same of a model that needs the interpreter at each of its hundreds of small steps, for which
 #: a thread would wrestle with the loop: some milliseconds. Longer runs get the thread all the same,
 #: so that the loop goes on answering.
-_MAX_INLINE_UNTRACED = 512
+_MAX_INLINE_UNTRACED = RUN_POSITIONS
 
 
 @dataclasses.dataclass(eq=False)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import optimize, special
+from scipy import special
 from torch import nn
 
 from cafemed import evaluation, metrics
@@ -140,6 +140,9 @@ def fit_temperature(logits: NDArray[np.floating[Any]], targets: NDArray[np.bool_
         return highest
     if slope(last) <= 0:
         return lowest
+    # Imported here: 26 MB, and an endpoint, which has this module, fits nothing.
+    from scipy import optimize
+
     return float(np.exp(-optimize.brentq(slope, first, last, xtol=1e-10)))
 
 

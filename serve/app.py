@@ -56,7 +56,7 @@ _HEALTH_TIMEOUT_S = 30.0
 _SWITCH_S = 0.0002
 #: New objects until Python looks for cycles among them: with its own 700 it looks at the same ones
 #: again and again while their requests wait, a twentieth of a request's processor time.
-_YOUNG_OBJECTS = 20_000
+_YOUNG_OBJECTS = 10_000
 #: Of every replica.
 LOGGING = {"encoding": "JSON", "enable_access_log": False}  # our own line a request says more
 

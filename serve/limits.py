@@ -83,12 +83,7 @@ class BodyLimit:
         if refusal is None and not takes_body:
             body = b""
         elif refusal is None:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    body, refusal = await self._gather(scope, receive)
-            except TimeoutError:
-                message = f"the body did not come within {self._timeout_s:g} s"
-                refusal = problem(scope, HTTPStatus.REQUEST_TIMEOUT, message)
+            body, refusal = await self._gather_in_time(scope, receive)
         if refusal is not None:
             # What has not come yet is not waited for.
             refusal.headers["Connection"] = "close"
@@ -124,6 +119,30 @@ class BodyLimit:
             message = "expected Content-Type: application/json"
             return problem(scope, HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
         return None
+
+    async def _gather_in_time(
+        self, scope: Message, receive: Receive
+    ) -> tuple[bytes | None, JSONResponse | None]:
+        """As `asyncio.timeout` around `_gather`, which takes three times as long to set up."""
+        task = asyncio.current_task()
+        assert task is not None
+        is_late = False
+
+        def give_up() -> None:
+            nonlocal is_late
+            is_late = True
+            task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(self._timeout_s, give_up)
+        try:
+            return await self._gather(scope, receive)
+        except asyncio.CancelledError:
+            if not is_late or task.uncancel():  # somebody else cancels, too
+                raise
+        finally:
+            timer.cancel()
+        message = f"the body did not come within {self._timeout_s:g} s"
+        return None, problem(scope, HTTPStatus.REQUEST_TIMEOUT, message)
 
     async def _gather(
         self, scope: Message, receive: Receive

@@ -4,7 +4,7 @@ A matrix product gives a row other last bits among 64 rows than alone. A server 
 patients with one run of a model, and each as if alone, therefore has every product done in blocks
 of BLOCK rows: the same routine on the same sizes, however many blocks there are. That costs a tenth
 of the products' time, so training and evaluation do without. Whoever asks for it (`fixed`) sees to
-it that all rows come in whole blocks (`packing.Codes`); elementwise functions then have no last few
+it that all rows come in whole blocks (`asked.Codes`); elementwise functions then have no last few
 elements either, which fill no vector register and would be computed by another routine.
 """
 

@@ -16,13 +16,14 @@ from cafemed.config import Range
 from cafemed.errors import ConfigError
 from cafemed.stepping import moved
 from models import blocks
+from models.asked import Codes
 from models.charm import Charm, WideConvolution
 from models.cwg import CausalWeightGenerator, EntityWeights
 from models.direct import DirectPath, direct_path
 from models.dropout import FastDropout
 from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import NUM_CLASSES, ClassMask
-from models.packing import Codes, Packing, pack
+from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
 from models.sparse_map import Rows
 
@@ -139,10 +140,10 @@ class CafeMed(nn.Module):
         options: see CafeMedOptions.
 
     Attributes:
-        reads_packing_alone: for visits that are asked about; so it can be recorded.
+        reads_codes_alone: for visits that are asked about; so it can be recorded.
     """
 
-    reads_packing_alone = True
+    reads_codes_alone = True
 
     def __init__(self, inputs: ModelInputs, options: CafeMedOptions) -> None:
         super().__init__()
@@ -196,7 +197,9 @@ class CafeMed(nn.Module):
             codes: of a batch whose last visits are asked about.
         """
         slot, window = self.options.first_visit_slot, self.charm is not None
-        return pack(batch, self.sizes, slot, window, distinct=self.training, given=codes)
+        if codes is not None:
+            return codes.packed(slot, window)
+        return pack(batch, self.sizes, slot, window, distinct=self.training)
 
     def fold(self) -> None:
         """Works out once what follows from the weights alone, for answers in blocks.

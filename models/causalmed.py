@@ -14,11 +14,12 @@ from cafemed.batches import Batch, ModelInputs
 from cafemed.config import Range
 from cafemed.stepping import moved
 from models import blocks
+from models.asked import Codes
 from models.dropout import FastDropout
 from models.effect_edges import EffectRelations
 from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
-from models.packing import Codes, Packing, pack
+from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
 from models.relational import HeterogeneousBranch, Messages
 
@@ -99,9 +100,10 @@ class CausalMed(nn.Module):
             codes: of a batch whose last visits are asked about.
         """
         host = batch.to("cpu")
-        packing = pack(
-            host, self.sizes, first_visit_slot=False, distinct=self.training, given=codes
-        )
+        if codes is not None:
+            packing = codes.packed(first_visit_slot=False, window=False)
+        else:
+            packing = pack(host, self.sizes, first_visit_slot=False, distinct=self.training)
         return Prepared(packing, self.heterogeneous.prepare(host, packing))
 
     def forward(self, batch: Batch, prepared: Prepared | None = None) -> torch.Tensor:

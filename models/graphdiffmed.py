@@ -16,6 +16,7 @@ from cafemed.config import Range
 from cafemed.errors import ConfigError
 from cafemed.stepping import moved
 from models import blocks
+from models.asked import Codes
 from models.demographics import Demographics
 from models.differential import InterVisitAttention, IntraVisitAttention, VisitPairs
 from models.direct import direct_path
@@ -24,7 +25,7 @@ from models.embeddings import embedding_table, require_sizes
 from models.homogeneous import ClassMask
 from models.laboratory import LaboratoryEncoder
 from models.molecules import MoleculeBranch
-from models.packing import Codes, Packing, pack
+from models.packing import Packing, pack
 from models.recurrent import ParallelGRU
 from models.review import CausalReview, known_codes
 from models.sparse_map import Rows
@@ -143,9 +144,10 @@ class GraphDiffMed(nn.Module):
             codes: of a batch whose last visits are asked about.
         """
         host = batch.to("cpu")
-        packing = pack(
-            host, self.sizes, first_visit_slot=False, distinct=self.training, given=codes
-        )
+        if codes is not None:
+            packing = codes.packed(first_visit_slot=False, window=False)
+        else:
+            packing = pack(host, self.sizes, first_visit_slot=False, distinct=self.training)
         known = None
         if self.review is not None:
             known = known_codes(packing) if packing.asked is None else packing.asked.known

@@ -7,8 +7,7 @@ position belong to its own visit, and so where a convolution meets the zeros of 
 All of it follows from how many codes each visit has, and is worked out on the host, in NumPy: on a
 GPU, shapes that depend on data would make every step wait for the device.
 
-For a server's answers (`Codes`) codes, positions and steps are filled up to whole blocks
-(models/blocks.py) by what belongs to nobody.
+models/asked.py has the packing of a server's answers.
 """
 
 import dataclasses
@@ -22,40 +21,8 @@ from numpy.typing import NDArray
 from cafemed.batches import Batch
 from cafemed.codes import KINDS
 from cafemed.errors import ArtifactError
-from models.blocks import BLOCK, whole
 from models.sparse_map import Rows, SparseMap
 from models.windows import Window, window_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Codes:
-    """The codes of a batch whose last visits are asked about, without gradients.
-
-    They take the place of the batch's own `codes` and `classes`. The batch has whole blocks of
-    visits, of which the last is its patient's only one, has no codes and is not asked about: what
-    fills up codes and positions is laid there.
-
-    Attributes:
-        ids: int64 (N,), indices into each modality's own vocabulary, ordered by visit, modality
-            and position, as `counts` of the batch says.
-        classes: int64 (N,), node classes.
-        asked: int64 (A,), the visit rows that are asked about; whole blocks of them.
-        room: None, or positions of own visits that there is room for: codes and positions are
-            filled up to the same numbers whatever patients there are.
-    """
-
-    ids: NDArray[np.int64]
-    classes: NDArray[np.int64]
-    asked: NDArray[np.int64]
-    room: int | None = None
-
-    def num_codes(self) -> int:
-        """Codes, filled up; more than there are."""
-        return whole((len(self.ids) if self.room is None else 3 * self.room) + 1)
-
-    def num_positions(self, own: int) -> int:
-        """Positions, filled up, of a batch with so many."""
-        return whole(own if self.room is None else 2 * self.room + BLOCK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +135,6 @@ def pack(
     first_visit_slot: bool = True,
     window: bool = False,
     distinct: bool = False,
-    given: Codes | None = None,
 ) -> Packing:
     """Finds the places of a batch's codes; reads codes only where `counts` says they exist.
 
@@ -180,13 +146,10 @@ def pack(
         window: whether the positions' neighbours are wanted.
         distinct: whether codes that several visits share are to be computed once. Which they are
             depends on the other patients of the batch, and with it a result's last bits.
-        given: see Codes; None: those of the batch.
 
     Raises:
         ArtifactError: if a code lies outside its vocabulary.
     """
-    if given is not None:
-        return _pack_blocks(batch, given, sizes, first_visit_slot, window)
     host = batch.to("cpu")
     counts, codes, classes = (x.numpy() for x in (host.counts, host.codes, host.classes))
     group, place = _ranges(counts.reshape(-1))
@@ -204,7 +167,7 @@ def pack(
         slot_cell = (starts[slot_visit] + slot_place) * 3 + slot_group - 3 * slot_visit
     where = group * codes.shape[2] + place
     ids = codes.reshape(-1)[where]
-    _require_inside(ids, modality, sizes)
+    require_inside(ids, modality, sizes)
     ids += np.cumsum([0, *sizes[:2]])[modality]
     found = {
         "ids": ids,
@@ -230,91 +193,7 @@ def pack(
     )
 
 
-def _pack_blocks(
-    batch: Batch,
-    given: Codes,
-    sizes: tuple[int, int, int],
-    first_visit_slot: bool,
-    window: bool,
-) -> Packing:
-    """The packing of codes that are asked about, in whole blocks and without gradients."""
-    counts, patients = batch.counts.numpy(), batch.lengths.numpy()
-    num_visits, number = len(counts), len(given.ids)
-    list_numbers, every = np.arange(3 * num_visits), np.arange(given.num_codes())
-    per_list = counts.reshape(-1).copy()
-    per_list[-1] += len(every) - number  # medications: the one kind that every cohort has codes of
-    group = list_numbers.repeat(per_list)
-    visit = group // 3
-    modality = group - 3 * visit
-    ids = np.zeros(len(every), np.int64)
-    ids[:number] = given.ids
-    _require_inside(ids, modality, sizes)
-    ids += np.array([0, sizes[0], sizes[0] + sizes[1]])[modality]
-    classes = np.zeros(len(every), np.int64)
-    classes[:number] = given.classes
-    lengths = counts.max(1, initial=1)
-    own = int(lengths.sum())
-    lengths[-1] += given.num_positions(own) - own
-    starts = _starts(lengths)
-    first_cells = (3 * starts[:, None] + np.arange(3)).reshape(-1)
-    list_starts = _starts(per_list)
-    cell = 3 * every + (first_cells - 3 * list_starts)[group]
-    cell[number:] = first_cells[-1]
-    slot_starts, slot_group, slot_cell = list_starts, group[:number], cell[:number]
-    if first_visit_slot:
-        slots = counts.reshape(-1).copy()
-        of_first = 3 * _starts(patients) + 2
-        slots[of_first] = np.maximum(slots[of_first], 1)
-        slot_starts = _starts(slots)
-        slot_group = list_numbers.repeat(slots)
-        slot_cell = 3 * np.arange(len(slot_group)) + (first_cells - 3 * slot_starts)[slot_group]
-    found = {
-        "ids": ids,
-        "modality": modality,
-        "classes": classes,
-        "visit": visit,
-        "group": group,
-        "cell": cell,
-        "slot_cell": slot_cell,
-        "slot_group": slot_group,
-        "slot_starts": slot_starts,
-        "position_visit": np.arange(num_visits).repeat(lengths),
-        "lengths": lengths,
-        "starts": starts,
-    }
-    tensors, rows = _tensors(found), torch.from_numpy(every)
-    visit_starts = list_starts[::3].copy()
-    return Packing(
-        **tensors,
-        distinct=tensors["ids"],
-        spread=None,
-        to_visits=SparseMap(Rows(rows, torch.from_numpy(visit_starts), None), None),
-        to_groups=SparseMap(Rows(rows, torch.from_numpy(list_starts), None), None),
-        steps=_steps(patients, batch.slots.numpy(), batch.num_steps, BLOCK),
-        window=window_of(lengths, gradients=False) if window else None,
-        asked=_asked(given.asked, ids, visit_starts, counts),
-    )
-
-
-def _asked(
-    visits: NDArray[np.int64],
-    ids: NDArray[np.int64],
-    starts: NDArray[np.int64],
-    counts: NDArray[np.int64],
-) -> Asked:
-    """The codes of the visits asked about; those of a visit begin with diagnoses and procedures."""
-    of_visits = counts.take(visits, 0)
-    known = of_visits[:, 0] + of_visits[:, 1]
-    found = []
-    for number in (known + of_visits[:, 2], known):
-        begins = _starts(number)
-        place = (starts[visits] - begins).repeat(number)
-        place += np.arange(len(place))
-        found.append(_rows(ids[place], begins))
-    return Asked(torch.from_numpy(visits), *found)
-
-
-def _require_inside(
+def require_inside(
     ids: NDArray[np.int64], modality: NDArray[np.int64], sizes: tuple[int, int, int]
 ) -> None:
     """Refuses a code beyond its vocabulary, which would be another one's of the one table."""
@@ -372,21 +251,12 @@ def _look_up(
     }
 
 
-def _steps(
-    lengths: NDArray[np.int64], slots: NDArray[np.int64], num_steps: int, block: int = 0
-) -> Steps:
-    """The steps of patients of these lengths; `block`: each has a multiple of so many patients."""
+def _steps(lengths: NDArray[np.int64], slots: NDArray[np.int64], num_steps: int) -> Steps:
     rank = np.empty(len(lengths), np.int64)
     rank[(-lengths).argsort(kind="stable")] = np.arange(len(lengths))
     patient = slots // num_steps
     step = slots - patient * num_steps
     sizes = np.bincount(step, minlength=1)
-    if block:
-        sizes = -(-sizes // block) * block
-        place = _starts(sizes)[step] + rank[patient]
-        order = np.full(int(sizes.sum()), len(slots) - 1)
-        order[place] = np.arange(len(place))
-        return Steps(torch.from_numpy(order), torch.from_numpy(place), None, tuple(sizes.tolist()))
     place = _starts(sizes)[step] + rank[patient]
     order = np.empty(len(place), np.int64)
     order[place] = np.arange(len(place))

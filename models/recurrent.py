@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from models import blocks
 from models.packing import Steps
 from models.precision import without_autocast
-from models.tracing import scripted
+from models.scripting import scripted
 
 
 class ParallelGRU(nn.Module):

@@ -58,7 +58,7 @@ def window_of(lengths: NDArray[np.int64], gradients: bool) -> Window:
     # How many neighbours a position has before itself, and how many from itself on.
     before = np.minimum(position - begin, PADDING)
     after = np.minimum(ends.repeat(lengths) - position, PADDING + 1)
-    neighbour = _OFFSETS.take(before * (PADDING + 2) + after, 0)
+    neighbour = OFFSETS.take(before * (PADDING + 2) + after, 0)
     neighbour += position[:, None]
     np.minimum(neighbour, len(position), out=neighbour)
     numbers = before + after
@@ -84,7 +84,7 @@ def _offsets() -> NDArray[np.int64]:
     return np.where(inside, offset, far).astype(np.int64).reshape(-1, KERNEL)
 
 
-_OFFSETS = _offsets()
+OFFSETS = _offsets()
 
 
 def _sequences(

@@ -5,7 +5,7 @@ gives a row other last bits among 64 rows than alone, so products are done in bl
 number of rows (models/blocks.py), and what a run has of visits, codes, positions (the sum over
 visits of the longest list, at least 1) and asked-about visits is filled up to whole blocks: by
 invented patients of one empty visit here, by codes and positions of the last of these in
-models/packing.py. They come last, so that no patient's row is among a tensor's last few elements.
+models/asked.py. They come last, so that no patient's row is among a tensor's last few elements.
 
 That the bits are a patient's own then is tried when a model is loaded (serve/recommender.py). Where
 they are not (a GPU, several threads, another build of torch), a run is filled up to its whole room.
@@ -23,8 +23,9 @@ from scipy import sparse
 from cafemed.batches import Batch
 from cafemed.graphs import CAUSE, EFFECT, MIDDLE, ORPHAN
 from cafemed.scaling import Scaling
+from models.asked import Codes
 from models.blocks import whole
-from models.packing import Codes
+from models.packing import require_inside
 from serve.encoding import EncodedPatient
 
 #: Positions of a run of the endpoint, at most: the more, the less a patient costs and the longer
@@ -189,44 +190,67 @@ def lay(patients: Sequence[EncodedPatient], edges: Edges, scaling: Scaling) -> V
     )
 
 
-def run_of(
-    visits: Visits, sizes: tuple[int, int, int], num_items: int, room: int | None = None
-) -> tuple[Batch, Codes]:
-    """Makes one run of patients: what the model is given to answer for the last visit of each.
+def codes_of(visits: Visits, sizes: tuple[int, int, int], room: int | None = None) -> Codes:
+    """The codes of a run of patients of whom each one's last visit is asked about.
 
     Args:
         visits: of P patients, at least one.
         sizes: of the vocabularies.
-        num_items: laboratory items of the bundle.
         room: positions that the run is filled up for; None: it has whole blocks alone.
 
     Returns:
-        a batch whose first P patients are the given ones, as many visits asked about, and its
-        codes.
+        codes whose first P visits asked about are the given patients' last.
+
+    Raises:
+        ArtifactError: if a code lies outside its vocabulary.
     """
-    number = len(visits.lengths)
-    last = visits.lengths.cumsum() - 1
-    own = len(visits.counts)
+    number, own = len(visits.lengths), len(visits.counts)
     rows = whole((own if room is None else room) + 1)
     lengths = np.ones(number + rows - own, np.int64)
     lengths[:number] = visits.lengths
-    steps = int(lengths.max())
-    # Places of the grid that hold no visit before each patient's first one.
-    before = np.arange(0, steps * len(lengths), steps) - _starts(lengths)
     counts = np.zeros((rows, 3), np.int64)
     counts[:own] = visits.counts
     asked = np.full(whole((number if room is None else room) + 1), rows - 1)
-    asked[:number] = last
+    asked[:number] = visits.lengths.cumsum() - 1
+    modality = np.arange(3 * own).repeat(visits.counts.reshape(-1)) % 3
+    require_inside(visits.ids, modality, sizes)
+    offsets = np.array([0, sizes[0], sizes[0] + sizes[1]])
+    return Codes(
+        counts=torch.from_numpy(counts),
+        lengths=torch.from_numpy(lengths),
+        ids=torch.from_numpy(visits.ids + offsets[modality]),
+        classes=torch.from_numpy(visits.classes),
+        asked=torch.from_numpy(asked),
+        filling=torch.tensor([offsets[2], -1 if room is None else room]),
+    )
+
+
+def batch_of(visits: Visits, codes: Codes, sizes: tuple[int, int, int], num_items: int) -> Batch:
+    """The rest of what a model is given of a run, for one that reads more than its codes.
+
+    Args:
+        visits: of P patients.
+        codes: of these visits.
+        sizes: of the vocabularies.
+        num_items: laboratory items of the bundle.
+
+    Returns:
+        a batch whose first P patients are the given ones.
+    """
+    number, rows, lengths = len(visits.lengths), len(codes.counts), codes.lengths.numpy()
+    steps = int(lengths.max())
+    # Places of the grid that hold no visit before each patient's first one.
+    before = np.arange(0, steps * len(lengths), steps) - _starts(lengths)
     age = np.full(len(lengths), np.nan, np.float32)
     age[:number] = visits.age
     sex = np.zeros(len(lengths), np.int64)
     sex[:number] = visits.sex
     none = torch.from_numpy(np.empty((rows, 3, 0), np.int64))
-    batch = Batch(
+    return Batch(
         codes=none,
-        counts=torch.from_numpy(counts),
+        counts=codes.counts,
         classes=none,
-        lengths=torch.from_numpy(lengths),
+        lengths=codes.lengths,
         targets=torch.from_numpy(np.empty((rows, 0), np.float32)),
         sex=torch.from_numpy(sex),
         age=torch.from_numpy(age.repeat(lengths)),
@@ -235,7 +259,6 @@ def run_of(
         num_steps=steps,
         sizes=sizes,
     )
-    return batch, Codes(visits.ids, visits.classes, asked, room)
 
 
 def _laboratory(visits: Visits, rows: int, num_items: int) -> dict[str, torch.Tensor]:

@@ -23,10 +23,11 @@ from cafemed.codes import KINDS
 from cafemed.errors import ArtifactError
 from cafemed.stepping import moved
 from models import blocks
+from models.asked import Codes
 from models.tracing import Traced
 from serve.answering import Answerer, Explains
 from serve.answers import ModelCard, ModelName, Recommendation, RecommendResponse
-from serve.batching import Edges, Visits, lay, positions_of, room_for, run_of, runs_of
+from serve.batching import Edges, Visits, batch_of, codes_of, lay, positions_of, room_for, runs_of
 from serve.encoding import EncodedPatient, Encoder
 from serve.example import example_request
 from serve.explanation import Explainer
@@ -222,16 +223,17 @@ class Recommender:
         return self._begun(visits, None if self.is_exact else room_for(positions))()
 
     def _begun(self, visits: Visits, room: int | None) -> Callable[[], NDArray[np.float32]]:
-        batch, codes = run_of(
-            visits, self._sizes, self.bundle.preprocessing.scaling.num_items, room
-        )
-        prepared = self._model.prepare(batch, codes)
+        codes = codes_of(visits, self._sizes, room)
         if self.traced is not None:
-            scores = self.traced(prepared)
+            scores = self.traced(codes)
         else:
-            scores = functools.partial(self._scores, batch, prepared)
+            batch = self._batch_of(visits, codes)
+            scores = functools.partial(self._scores, batch, self._model.prepare(batch, codes))
         number = len(visits.lengths)
         return lambda: scores().numpy()[:number]
+
+    def _batch_of(self, visits: Visits, codes: Codes) -> Batch:
+        return batch_of(visits, codes, self._sizes, self.bundle.preprocessing.scaling.num_items)
 
     def _scores(self, batch: Batch, prepared: Any) -> torch.Tensor:
         """Probabilities of the visits asked about, those that fill up the run among them."""
@@ -243,7 +245,7 @@ class Recommender:
 
     def _recorded(self) -> Traced | None:
         """A recording of the model; None if it does not give invented patients the model's bits."""
-        if self._device.type != "cpu" or not getattr(self._model, "reads_packing_alone", False):
+        if self._device.type != "cpu" or not getattr(self._model, "reads_codes_alone", False):
             return None
         scaling = self.bundle.preprocessing.scaling
         patients = _invented(self._sizes, scaling.num_items)
@@ -252,10 +254,11 @@ class Recommender:
             # Many and few; the first has one visit, the second two, the last five.
             for some in (patients, patients[:1], patients[:2], patients[-1:], patients[-9:]):
                 laid = lay(some, self.edges, scaling)
-                batch, codes = run_of(laid, self._sizes, scaling.num_items)
+                codes = codes_of(laid, self._sizes)
+                batch = self._batch_of(laid, codes)
                 prepared = self._model.prepare(batch, codes)
-                recorded = recorded or Traced(self._model, batch, prepared, self._finish)
-                if not torch.equal(recorded(prepared)(), self._scores(batch, prepared)):
+                recorded = recorded or Traced(self._model, batch, codes, self._finish)
+                if not torch.equal(recorded(codes)(), self._scores(batch, prepared)):
                     raise ArtifactError("other bits")
         except Exception as err:  # noqa: BLE001 - whatever a build of torch makes of it
             logger.warning("the model is not recorded, answers take longer: %s", type(err).__name__)

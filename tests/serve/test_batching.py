@@ -10,17 +10,22 @@ from scipy import sparse
 from cafemed.batches import Batch, collate, input_adjacencies, visit_arrays
 from cafemed.bundle import Bundle
 from cafemed.codes import KINDS, CodeLists
+from cafemed.errors import ArtifactError
 from cafemed.graphs import CAUSE, EFFECT, MIDDLE, ORPHAN, node_classes
 from cafemed.scaling import Scaling
+from models.asked import Codes, places
 from models.blocks import BLOCK
-from models.packing import Codes, Packing, pack
+from models.packing import pack
+from models.scripting import scripted
+from models.windows import KERNEL, OFFSETS, PADDING
 from serve.batching import (
     RUN_POSITIONS,
     Edges,
+    batch_of,
+    codes_of,
     lay,
     positions_of,
     room_for,
-    run_of,
     runs_of,
 )
 from serve.encoding import EncodedPatient
@@ -62,17 +67,14 @@ def adjacency(size: int, pairs: NDArray[np.integer]) -> sparse.csr_array:
 def made(
     bundle: Bundle, patients: Sequence[EncodedPatient], room: int | None = None
 ) -> tuple[Batch, Codes]:
-    return run_of(lay(patients, edges_of(bundle), Scaling()), SIZES, 0, room)
-
-
-def packed(run: tuple[Batch, Codes]) -> Packing:
-    batch, codes = run
-    return pack(batch, SIZES, window=True, given=codes)
+    visits = lay(patients, edges_of(bundle), Scaling())
+    codes = codes_of(visits, SIZES, room)
+    return batch_of(visits, codes, SIZES, 0), codes
 
 
 def extents(run: tuple[Batch, Codes]) -> tuple[int, ...]:
     """Rows of everything that is multiplied or that a function of each element is taken of."""
-    found = packed(run)
+    found = run[1].packed(True, True)
     assert found.asked is not None
     numbers = (found.num_visits, found.num_positions, len(found.ids), len(found.asked.visits))
     return (*numbers, *found.steps.sizes)
@@ -88,7 +90,7 @@ def test_what_fills_up_is_less_than_two_blocks_and_comes_last(served: Bundle) ->
     for seed in range(20):
         patients = drawn(seed)
         batch, codes = made(served, patients)
-        found = packed((batch, codes))
+        found = codes.packed(True, True)
         own = sum(one.num_visits for one in patients)
         positions = sum(map(positions_of, patients))
         assert 0 < found.num_visits - own <= BLOCK
@@ -104,7 +106,7 @@ def test_what_fills_up_is_less_than_two_blocks_and_comes_last(served: Bundle) ->
 
 def test_what_is_asked_about_are_the_last_visits_with_their_codes(served: Bundle) -> None:
     patients = drawn(3)
-    found = packed(made(served, patients))
+    found = made(served, patients)[1].packed(True, True)
     assert found.asked is not None
     first = np.array([0, 13, 19])
     for kinds, rows in ((3, found.asked.codes), (2, found.asked.known)):
@@ -114,6 +116,28 @@ def test_what_is_asked_about_are_the_last_visits_with_their_codes(served: Bundle
             assert rows.index[rows.starts[p] : ends[p]].tolist() == last
     assert found.asked.visits[0] == patients[0].num_visits - 1
     assert (found.asked.visits[len(patients) :] == found.num_visits - 1).all()
+
+
+@pytest.mark.parametrize("slot", [False, True])
+@pytest.mark.parametrize("room", [None, 8192])
+def test_compiled_by_torch_the_places_are_the_same(
+    served: Bundle, room: int | None, slot: bool
+) -> None:
+    for seed in range(10):
+        codes = made(served, drawn(seed), room)[1]
+        given = (codes.counts, codes.lengths, codes.ids, codes.classes, codes.asked, codes.filling)
+        numbers = (torch.from_numpy(OFFSETS), slot, True, BLOCK, KERNEL, PADDING)
+        pairs = zip(places(*given, *numbers), scripted(places)(*given, *numbers), strict=True)
+        assert all(torch.equal(mine, compiled) for mine, compiled in pairs)
+
+
+def test_a_code_outside_its_vocabulary_is_refused(served: Bundle) -> None:
+    """It would be another one's of the one table."""
+    visits = lay([patient([(13, 6, 12)])], edges_of(served), Scaling())
+    with pytest.raises(
+        ArtifactError, match=r"^procedure codes of a batch: .* in 0 \.\. 4.* got 5$"
+    ):
+        codes_of(visits, (13, 5, 12))
 
 
 def test_with_a_room_all_runs_are_of_one_size(served: Bundle) -> None:
@@ -126,8 +150,7 @@ def test_with_a_room_all_runs_are_of_one_size(served: Bundle) -> None:
     # The most visits, the most codes, and the most of both that there is room for.
     without = Edges.of([adjacency(13, _NONE)] * 3)
     for patients in ([patient([(0, 0, 0)] * 512)], [patient([(13, 13, 13)] * 39)]):
-        batch, codes = run_of(lay(patients, without, Scaling()), (13,) * 3, 0, 512)
-        found = pack(batch, (13, 13, 13), window=True, given=codes)
+        found = codes_of(lay(patients, without, Scaling()), (13,) * 3, 512).packed(True, True)
         assert found.asked is not None
         numbers = (found.num_visits, found.num_positions, len(found.ids), len(found.asked.visits))
         assert {numbers} == sizes
@@ -163,7 +186,8 @@ def test_a_run_has_the_scaled_ages_and_laboratory_values_at_one_width(served: Bu
         measured([((1, 7.5), (0, 120.0)), ()], 70.0),
         measured([((2, -3.0),), ((0, 1e9), (1, 6.0), (2, 1.0))], math.nan),
     ]
-    batch, _ = run_of(lay(patients, edges_of(served), scaling), SIZES, 4)
+    visits = lay(patients, edges_of(served), scaling)
+    batch = batch_of(visits, codes_of(visits, SIZES), SIZES, 4)
     assert batch.laboratory_items.shape == (BLOCK, 4)
     expected = {0: {1: 1.0, 0: 1.0}, 1: {}, 2: {2: -4.0}, 3: {0: 10.0, 1: -2.0, 2: 0.0}}
     for row, values in expected.items():
@@ -238,9 +262,9 @@ def test_a_run_is_what_training_would_be_given(served: Bundle, room: int | None)
         )
         laboratory = ((),) * (i + 1)
         patients.append(EncodedPatient(known, (), i % 3, 60.0 + i, laboratory, unknown=()))
-    batch, codes = run_of(
-        lay(patients, edges_of(served), served.preprocessing.scaling), SIZES, 0, room
-    )
+    visits = lay(patients, edges_of(served), served.preprocessing.scaling)
+    codes = codes_of(visits, SIZES, room)
+    batch = batch_of(visits, codes, SIZES, 0)
     diagnoses, procedures, medications = (
         CodeLists.of([ids for one in patients for ids in one.known[k]]) for k in range(3)
     )
@@ -262,7 +286,7 @@ def test_a_run_is_what_training_would_be_given(served: Bundle, room: int | None)
     for name in ("lengths", "sex"):
         assert torch.equal(getattr(batch, name)[:5], getattr(training, name))
     expected = pack(training, SIZES, window=True)
-    mine = pack(batch, SIZES, window=True, given=codes)
+    mine = codes.packed(True, True)
     known_codes, positions = len(expected.ids), expected.num_positions
     for name in ("ids", "modality", "classes", "visit", "group", "cell"):
         assert torch.equal(getattr(mine, name)[:known_codes], getattr(expected, name))

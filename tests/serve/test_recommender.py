@@ -19,6 +19,7 @@ from cafemed.calibration import Predictions
 from cafemed.codes import CodeLists
 from cafemed.errors import ArtifactError
 from cafemed.laboratory import Laboratory
+from models.asked import Codes
 from models.tracing import Traced
 from serve.encoding import EncodedPatient
 from serve.example import example_request
@@ -280,9 +281,9 @@ def test_a_recording_is_tried_with_few_visits_and_many(
     """Else one that always takes as many steps as its example would be used."""
     real = Traced.__call__
 
-    def wrong_for_others(traced: Traced, packing: Any) -> Callable[[], torch.Tensor]:
-        replay = real(traced, packing)
-        return lambda: replay() * (1 if len(packing.steps.sizes) == 5 else 2)
+    def wrong_for_others(traced: Traced, codes: Codes) -> Callable[[], torch.Tensor]:
+        replay = real(traced, codes)
+        return lambda: replay() * (1 if codes.lengths.max() == 5 else 2)
 
     monkeypatch.setattr(Traced, "__call__", wrong_for_others)
     assert Recommender(served, 7).traced is None
@@ -293,8 +294,8 @@ def test_a_recording_with_other_bits_is_not_used(
 ) -> None:
     real = Traced.__call__
 
-    def imprecise(traced: Traced, packing: Any) -> Callable[[], torch.Tensor]:
-        replay = real(traced, packing)
+    def imprecise(traced: Traced, codes: Codes) -> Callable[[], torch.Tensor]:
+        replay = real(traced, codes)
         return lambda: replay() * (1 + 2.0**-23)
 
     monkeypatch.setattr(Traced, "__call__", imprecise)

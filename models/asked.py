@@ -6,14 +6,13 @@ nobody. It is worked out by torch rather than NumPy, so that a recording of a mo
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from models.blocks import BLOCK
 from models.packing import Asked, Packing, Steps
-from models.scripting import scripted
+from models.scripting import recordable
 from models.sparse_map import Rows, SparseMap
 from models.windows import KERNEL, OFFSETS, PADDING, Window
 
@@ -53,139 +52,223 @@ class Codes:
             first_visit_slot: see `packing.pack`.
             window: see `packing.pack`.
         """
-        is_recorded = bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-        work = _scripted_places() if is_recorded else places
-        given = (self.counts, self.lengths, self.ids, self.classes, self.asked, self.filling)
-        found = work(*given, _OFFSETS, first_visit_slot, window, BLOCK, KERNEL, PADDING)
-        ids, modality, classes, visit, group, cell = found[:6]
-        slot_cell, slot_group, slot_starts, position_visit, lengths, starts = found[6:12]
-        every, list_starts, visit_starts, order, place, sizes = found[12:18]
-        codes, known = Rows(found[18], found[19], None), Rows(found[20], found[21], None)
+        positions = lay_positions(self.counts, self.filling)
+        codes = fill_codes(self.counts, self.ids, self.classes, self.filling, positions.starts)
+        slots = lay_slots(self, positions, first_visit_slot)
+        order, place, sizes = order_steps(self.lengths, self.counts)
         return Packing(
-            ids=ids,
-            modality=modality,
-            classes=classes,
-            visit=visit,
-            group=group,
-            cell=cell,
-            distinct=ids,
+            ids=codes.ids,
+            modality=codes.modality,
+            classes=codes.classes,
+            visit=codes.visit,
+            group=codes.group,
+            cell=codes.cell,
+            distinct=codes.ids,
             spread=None,
-            to_visits=SparseMap(Rows(every, visit_starts, None), None),
-            to_groups=SparseMap(Rows(every, list_starts, None), None),
-            slot_cell=slot_cell,
-            slot_group=slot_group,
-            slot_starts=slot_starts,
-            position_visit=position_visit,
-            lengths=lengths,
-            starts=starts,
-            steps=Steps(order, place, None, sizes if is_recorded else tuple(sizes.tolist())),
-            window=Window(found[22], found[23], found[24], None) if window else None,
-            asked=Asked(self.asked, codes, known),
+            to_visits=SparseMap(Rows(codes.every, codes.visit_starts, None), None),
+            to_groups=SparseMap(Rows(codes.every, codes.starts, None), None),
+            slot_cell=slots.cell,
+            slot_group=slots.group,
+            slot_starts=slots.starts,
+            position_visit=positions.visit,
+            lengths=positions.lengths,
+            starts=positions.starts,
+            steps=Steps(order, place, None, sizes),
+            window=find_neighbours(positions) if window else None,
+            asked=find_asked(self, codes),
         )
 
 
-def places(
-    counts: torch.Tensor,
-    patients: torch.Tensor,
-    own_ids: torch.Tensor,
-    own_classes: torch.Tensor,
-    asked: torch.Tensor,
-    filling: torch.Tensor,
-    offsets: torch.Tensor,
-    first_visit_slot: bool,
-    window: bool,
-    block: int,
-    kernel: int,
-    padding: int,
-) -> list[torch.Tensor]:
-    """What `Codes.packed` needs, in its order; as torch compiles it.
+class Positions(NamedTuple):
+    """The positions of V visits.
+
+    Attributes:
+        lengths: int64 (V,), of each visit; the last one's fill up.
+        starts: int64 (V,), the first of each visit.
+        visit: int64 (Q,), the visit row of each.
+    """
+
+    lengths: torch.Tensor
+    starts: torch.Tensor
+    visit: torch.Tensor
+
+
+class FilledCodes(NamedTuple):
+    """Codes in whole blocks; the last visit's medications fill up. N codes.
+
+    Attributes:
+        ids, classes: int64 (N,), as of Codes.
+        visit, modality, group, cell: int64 (N,), see Packing.
+        starts: int64 (V * 3,), the first of each visit and modality.
+        visit_starts: int64 (V,), the first of each visit.
+        every: int64 (N,), 0 .. N - 1.
+    """
+
+    ids: torch.Tensor
+    classes: torch.Tensor
+    visit: torch.Tensor
+    modality: torch.Tensor
+    group: torch.Tensor
+    cell: torch.Tensor
+    starts: torch.Tensor
+    visit_starts: torch.Tensor
+    every: torch.Tensor
+
+
+class Slots(NamedTuple):
+    """`slot_cell`, `slot_group` and `slot_starts` of a Packing."""
+
+    cell: torch.Tensor
+    group: torch.Tensor
+    starts: torch.Tensor
+
+
+@recordable
+def lay_positions(counts: torch.Tensor, filling: torch.Tensor, block: int = BLOCK) -> Positions:
+    """Lays the positions of visits.
 
     Args:
         counts: see Codes.
-        patients: `lengths` of Codes.
+        filling: see Codes.
+        block: blocks.BLOCK.
+    """
+    lengths, room = counts.amax(1).clamp_min(1), int(filling[1])
+    own = int(lengths.sum())
+    total = ((own if room < 0 else 2 * room + block) + block - 1) // block * block
+    lengths[-1] += total - own
+    visit = torch.arange(lengths.shape[0]).repeat_interleave(lengths, output_size=total)
+    return Positions(lengths, lengths.cumsum(0) - lengths, visit)
+
+
+@recordable
+def fill_codes(
+    counts: torch.Tensor,
+    own_ids: torch.Tensor,
+    own_classes: torch.Tensor,
+    filling: torch.Tensor,
+    position_starts: torch.Tensor,
+    block: int = BLOCK,
+) -> FilledCodes:
+    """Fills up codes to whole blocks.
+
+    Args:
+        counts: see Codes.
         own_ids: `ids` of Codes.
         own_classes: `classes` of Codes.
-        asked: see Codes.
         filling: see Codes.
-        offsets: windows.OFFSETS.
-        first_visit_slot: see `packing.pack`.
-        window: see `packing.pack`.
+        position_starts: `starts` of Positions.
         block: blocks.BLOCK.
-        kernel: windows.KERNEL.
-        padding: windows.PADDING.
     """
-    filling_id, room = int(filling[0]), int(filling[1])
-    num_visits, number = counts.shape[0], own_ids.shape[0]
-    # The codes, one more than there are at least.
-    num_codes = ((number if room < 0 else 3 * room) + block) // block * block
-    list_numbers, every = torch.arange(3 * num_visits), torch.arange(num_codes)
-    per_list = counts.reshape(-1).clone()
-    per_list[-1] += num_codes - number
-    group = list_numbers.repeat_interleave(per_list, output_size=num_codes)
-    visit = group.floor_divide(3)
-    modality = group - 3 * visit
-    ids = torch.full((num_codes,), filling_id)
+    number, room = own_ids.shape[0], int(filling[1])
+    # One more than there are at least.
+    total = ((number if room < 0 else 3 * room) + block) // block * block
+    ids = torch.full((total,), int(filling[0]))
     ids[:number] = own_ids
     classes = torch.zeros_like(ids)
     classes[:number] = own_classes
-    # The positions of each visit.
-    lengths = counts.amax(1).clamp_min(1)
-    own = int(lengths.sum())
-    num_positions = ((own if room < 0 else 2 * room + block) + block - 1) // block * block
-    lengths[-1] += num_positions - own
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
-    position_visit = torch.arange(num_visits).repeat_interleave(lengths, output_size=num_positions)
-    # The cells of codes, and of slots.
-    first_cells = (3 * starts[:, None] + torch.arange(3)).reshape(-1)
-    list_starts = per_list.cumsum(0) - per_list
-    visit_starts = list_starts[::3].contiguous()
-    cell = 3 * every + (first_cells - 3 * list_starts).index_select(0, group)
-    cell[number:] = first_cells[-1]
-    patient_starts = patients.cumsum(0) - patients
-    slot_starts, slot_group, slot_cell = list_starts, group[:number], cell[:number]
+    per_list, every = counts.reshape(-1).clone(), torch.arange(total)
+    per_list[-1] += total - number
+    starts = per_list.cumsum(0) - per_list
+    group = torch.arange(per_list.shape[0]).repeat_interleave(per_list, output_size=total)
+    visit = group.floor_divide(3)
+    cell = cells(group, starts, position_starts, every)
+    cell[number:] = 3 * position_starts[-1] + 2  # there may be more of them than positions
+    return FilledCodes(
+        ids=ids,
+        classes=classes,
+        visit=visit,
+        modality=group - 3 * visit,
+        group=group,
+        cell=cell,
+        starts=starts,
+        visit_starts=starts[::3].contiguous(),
+        every=every,
+    )
+
+
+def lay_slots(codes: Codes, positions: Positions, first_visit_slot: bool) -> Slots:
+    """Lays the slots; `first_visit_slot` as of `packing.pack`."""
+    per_list = codes.counts.reshape(-1).clone()
     if first_visit_slot:
-        slots = counts.reshape(-1).clone()
-        of_first = 3 * patient_starts + 2
-        slots[of_first] = slots[of_first].clamp_min(1)
-        slot_starts = slots.cumsum(0) - slots
-        slot_group = list_numbers.repeat_interleave(slots)
-        slot_cell = 3 * torch.arange(slot_group.shape[0])
-        slot_cell = slot_cell + (first_cells - 3 * slot_starts).index_select(0, slot_group)
-    # The steps: patients with most visits first, each step filled up by the last visit.
+        of_first = 3 * (codes.lengths.cumsum(0) - codes.lengths) + 2
+        per_list[of_first] = per_list[of_first].clamp_min(1)
+    starts = per_list.cumsum(0) - per_list
+    group = torch.arange(per_list.shape[0]).repeat_interleave(per_list)
+    every = torch.arange(group.shape[0])
+    return Slots(cells(group, starts, positions.starts, every), group, starts)
+
+
+def find_asked(codes: Codes, filled: FilledCodes) -> Asked:
+    """Finds the codes of the visits that are asked about."""
+    numbers = codes.counts.index_select(0, codes.asked)
+    first = filled.visit_starts.index_select(0, codes.asked)
+    # The codes of a visit begin with its diagnoses and procedures.
+    num_known = numbers[:, 0] + numbers[:, 1]
+    every, every_starts = sequences(first, num_known + numbers[:, 2], 1)
+    known, known_starts = sequences(first, num_known, 1)
+    return Asked(
+        visits=codes.asked,
+        codes=Rows(filled.ids.index_select(0, every), every_starts, None),
+        known=Rows(filled.ids.index_select(0, known), known_starts, None),
+    )
+
+
+@recordable
+def order_steps(
+    patients: torch.Tensor, counts: torch.Tensor, block: int = BLOCK
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Orders the visits by step, patients with most visits first; the last visit fills up.
+
+    Args:
+        patients: `lengths` of Codes.
+        counts: see Codes.
+        block: blocks.BLOCK.
+    """
     by_length = torch.argsort(-patients, stable=True)
     rank = torch.empty_like(by_length)
     rank[by_length] = torch.arange(patients.shape[0])
-    patient = torch.arange(patients.shape[0]).repeat_interleave(patients, output_size=num_visits)
-    step = torch.arange(num_visits) - patient_starts.index_select(0, patient)
+    visits = torch.arange(counts.shape[0])
+    patient = torch.arange(patients.shape[0])
+    patient = patient.repeat_interleave(patients, output_size=counts.shape[0])
+    step = visits - (patients.cumsum(0) - patients).index_select(0, patient)
     sizes = (torch.bincount(step) + block - 1).floor_divide(block) * block
     place = (sizes.cumsum(0) - sizes).index_select(0, step) + rank.index_select(0, patient)
-    order = torch.full((int(sizes.sum()),), num_visits - 1)
-    order[place] = torch.arange(num_visits)
-    out = [ids, modality, classes, visit, group, cell, slot_cell, slot_group, slot_starts]
-    out += [position_visit, lengths, starts, every, list_starts, visit_starts, order, place, sizes]
-    # The codes of the visits asked about; those of a visit begin with diagnoses and procedures.
-    of_visits, asked_starts = counts.index_select(0, asked), visit_starts.index_select(0, asked)
-    num_known = of_visits[:, 0] + of_visits[:, 1]
-    for numbers in (num_known + of_visits[:, 2], num_known):
-        begins = numbers.cumsum(0) - numbers
-        at = (asked_starts - begins).repeat_interleave(numbers)
-        at += torch.arange(at.shape[0])
-        out += [ids.index_select(0, at), begins]
-    if window:  # as windows.window_of
-        position = torch.arange(num_positions)
-        before = (position - starts.index_select(0, position_visit)).clamp_max(padding)
-        after = (ends.index_select(0, position_visit) - position).clamp_max(padding + 1)
-        neighbour = offsets.index_select(0, before * (padding + 2) + after) + position[:, None]
-        numbers = before + after
-        begins = numbers.cumsum(0) - numbers
-        first = kernel * position + padding - (kernel + 1) * before
-        rows = (first - (kernel + 1) * begins).repeat_interleave(numbers)
-        rows += (kernel + 1) * torch.arange(rows.shape[0])
-        out += [neighbour.clamp_max(num_positions), rows, begins]
-    return out
+    order = torch.full((int(sizes.sum()),), counts.shape[0] - 1)
+    order[place] = visits
+    return order, place, sizes
 
 
-@functools.cache
-def _scripted_places() -> Callable[..., list[torch.Tensor]]:
-    return scripted(places)
+def find_neighbours(positions: Positions) -> Window:
+    """Finds the neighbours of positions, as `windows.window_of` does."""
+    position = torch.arange(positions.visit.shape[0])
+    ends = positions.starts + positions.lengths
+    before = (position - positions.starts.index_select(0, positions.visit)).clamp_max(PADDING)
+    after = (ends.index_select(0, positions.visit) - position).clamp_max(PADDING + 1)
+    neighbour = _OFFSETS.index_select(0, before * (PADDING + 2) + after) + position[:, None]
+    first = KERNEL * position + PADDING - (KERNEL + 1) * before
+    to_sum, to_sum_starts = sequences(first, before + after, KERNEL + 1)
+    return Window(neighbour.clamp_max(position.shape[0]), to_sum, to_sum_starts, None)
+
+
+def cells(
+    group: torch.Tensor, starts: torch.Tensor, position_starts: torch.Tensor, every: torch.Tensor
+) -> torch.Tensor:
+    """The cells of codes or slots, position * 3 + modality.
+
+    Args:
+        group: int64 (N,), visit * 3 + modality of each.
+        starts: int64 (V * 3,), the first of each visit and modality.
+        position_starts: `starts` of Positions.
+        every: int64 (N,), 0 .. N - 1.
+    """
+    first = (3 * position_starts[:, None] + torch.arange(3)).reshape(-1)
+    return 3 * every + (first - 3 * starts).index_select(0, group)
+
+
+def sequences(
+    first: torch.Tensor, numbers: torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each one of `first` so many rows, that one and every `step` on; and where each starts."""
+    starts = numbers.cumsum(0) - numbers
+    rows = (first - step * starts).repeat_interleave(numbers)
+    return rows + step * torch.arange(rows.shape[0]), starts

@@ -53,7 +53,7 @@ class Steps:
         place: int64 (V,), the place of each visit row.
         previous: int64 (V - sizes[0],), the place of the visit before, for the places of all steps
             but the first; None where there will be no gradients.
-        sizes: patients of each step; a tensor while a model is recorded (models/tracing.py).
+        sizes: patients of each step; of visits asked about (models/asked.py) int64 (T,).
     """
 
     order: torch.Tensor

@@ -5,9 +5,7 @@ n = tanh(W_in x + b_in + r * (W_hn h + b_hn)), as PyTorch's GRU, h_0 = 0. The gr
 out: on a CPU the many small steps of three separate GRUs cost more than their arithmetic.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from models import blocks
 from models.packing import Steps
 from models.precision import without_autocast
-from models.scripting import scripted
+from models.scripting import recordable
 
 
 class ParallelGRU(nn.Module):
@@ -65,26 +63,21 @@ class ParallelGRU(nn.Module):
 
     def _in_blocks(self, visits: torch.Tensor, steps: Steps) -> torch.Tensor:
         """As `forward`, without gradients, every product of blocks.BLOCK rows."""
-        is_recorded = isinstance(steps.sizes, torch.Tensor)  # models/tracing.py
-        product = scripted_blocks() if is_recorded else in_blocks
-        inputs = product(
+        inputs = in_blocks(
             visits.transpose(0, 1),
             blocks.widened(self.weight_ih.transpose(1, 2)),
             blocks.widened(self.bias_ih)[:, None],
-            blocks.BLOCK,
         )
         weight = blocks.widened(self.weight_hh.transpose(1, 2))
         bias = blocks.widened(self.bias_hh)[:, None]
         by_step = inputs.index_select(1, steps.order)
-        if isinstance(steps.sizes, torch.Tensor):
-            states = scripted_steps()(by_step, weight, bias, steps.sizes, blocks.BLOCK)
-        else:
-            states = run_steps(by_step, weight, bias, list(steps.sizes), blocks.BLOCK)
+        states = run_steps(by_step, weight, bias, torch.as_tensor(steps.sizes))
         return states.index_select(1, steps.place).transpose(0, 1)
 
 
+@recordable
 def in_blocks(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, block: int
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, block: int = blocks.BLOCK
 ) -> torch.Tensor:
     """K products at once, block by block of so many rows.
 
@@ -103,8 +96,13 @@ def in_blocks(
     return torch.cat(parts, 1)
 
 
+@recordable
 def run_steps(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, sizes: list[int], block: int
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    sizes: torch.Tensor,
+    block: int = blocks.BLOCK,
 ) -> torch.Tensor:
     """The recurrence on whole blocks.
 
@@ -112,7 +110,7 @@ def run_steps(
         inputs: projected inputs (K, V, 3d), in the places of the steps.
         weight: (K, d, 3d), or wider (`blocks.widened`).
         bias: (K, 1, 3d), or as wide.
-        sizes: patients of each step, multiples of `block`.
+        sizes: int64 (T,), patients of each step, multiples of `block`.
         block: rows of a product.
 
     Returns:
@@ -120,8 +118,9 @@ def run_steps(
     """
     d = weight.shape[1]
     states = inputs.new_empty((inputs.shape[0], inputs.shape[1], d))
+    numbers: list[int] = sizes.tolist()
     begin, before = 0, 0
-    for t, size in enumerate(sizes):
+    for t, size in enumerate(numbers):
         given = inputs[:, begin : begin + size]
         state = states[:, before : before + size]
         own = bias.expand(-1, size, -1)  # before the first visit the state is 0
@@ -139,29 +138,6 @@ def run_steps(
         before = begin
         begin += size
     return states
-
-
-def _run_steps_of(
-    inputs: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    sizes: torch.Tensor,
-    block: int,
-) -> torch.Tensor:
-    as_numbers: list[int] = sizes.tolist()
-    return run_steps(inputs, weight, bias, as_numbers, block)
-
-
-@functools.cache
-def scripted_steps() -> Callable[..., torch.Tensor]:
-    """`run_steps` compiled by torch, with the sizes in a tensor: a recording keeps its loop."""
-    return scripted(_run_steps_of)
-
-
-@functools.cache
-def scripted_blocks() -> Callable[..., torch.Tensor]:
-    """`in_blocks` compiled by torch."""
-    return scripted(in_blocks)
 
 
 class _Recurrence(torch.autograd.Function):

@@ -7,7 +7,6 @@ others from the interpreter. Whether a recording gives the model's bits, whateve
 blocks, is for whoever makes one to try.
 """
 
-import functools
 import io
 import warnings
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import nn
 from cafemed.batches import Batch
 from models import blocks
 from models.asked import Codes
-from models.scripting import scripted
+from models.scripting import recordable
 
 
 class Traced:
@@ -77,7 +76,7 @@ class _OfCodes(nn.Module):
         self._batch, self._finish = batch, finish
 
     def forward(self, joined: torch.Tensor) -> torch.Tensor:
-        counts, *others = _scripted_parts()(joined)
+        counts, *others = _parts(joined)
         prepared = self.model.prepare(self._batch, Codes(counts.view(-1, 3), *others))
         return self._finish(self.model(self._batch, prepared))
 
@@ -92,12 +91,8 @@ def _joined(codes: Codes) -> torch.Tensor:
     return torch.cat([torch.tensor([part.numel() for part in parts]), *parts])
 
 
+@recordable
 def _parts(joined: torch.Tensor) -> list[torch.Tensor]:
     """What `_joined` has joined."""
     sizes: list[int] = joined[:6].tolist()
     return list(joined[6:].split_with_sizes(sizes))
-
-
-@functools.cache
-def _scripted_parts() -> Callable[..., list[torch.Tensor]]:
-    return scripted(_parts)

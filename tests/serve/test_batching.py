@@ -1,5 +1,7 @@
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,9 @@ from cafemed.codes import KINDS, CodeLists
 from cafemed.errors import ArtifactError
 from cafemed.graphs import CAUSE, EFFECT, MIDDLE, ORPHAN, node_classes
 from cafemed.scaling import Scaling
-from models.asked import Codes, places
+from models.asked import Codes
 from models.blocks import BLOCK
 from models.packing import pack
-from models.scripting import scripted
-from models.windows import KERNEL, OFFSETS, PADDING
 from serve.batching import (
     RUN_POSITIONS,
     Edges,
@@ -72,6 +72,13 @@ def made(
     return batch_of(visits, codes, SIZES, 0), codes
 
 
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All tensors of dataclasses within each other."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [one for field in vars(value).values() if field is not None for one in tensors_of(field)]
+
+
 def extents(run: tuple[Batch, Codes]) -> tuple[int, ...]:
     """Rows of everything that is multiplied or that a function of each element is taken of."""
     found = run[1].packed(True, True)
@@ -120,15 +127,19 @@ def test_what_is_asked_about_are_the_last_visits_with_their_codes(served: Bundle
 
 @pytest.mark.parametrize("slot", [False, True])
 @pytest.mark.parametrize("room", [None, 8192])
-def test_compiled_by_torch_the_places_are_the_same(
+def test_a_recording_packs_any_other_codes_as_without(
     served: Bundle, room: int | None, slot: bool
 ) -> None:
-    for seed in range(10):
-        codes = made(served, drawn(seed), room)[1]
-        given = (codes.counts, codes.lengths, codes.ids, codes.classes, codes.asked, codes.filling)
-        numbers = (torch.from_numpy(OFFSETS), slot, True, BLOCK, KERNEL, PADDING)
-        pairs = zip(places(*given, *numbers), scripted(places)(*given, *numbers), strict=True)
-        assert all(torch.equal(mine, compiled) for mine, compiled in pairs)
+    def pack_tensors(*given: torch.Tensor) -> list[torch.Tensor]:
+        return tensors_of(Codes(*given).packed(slot, True))
+
+    drawings = [tensors_of(made(served, drawn(seed), room)[1]) for seed in range(10)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it takes for constants: compared here
+        recorded = torch.jit.trace(pack_tensors, tuple(drawings[0]), check_trace=False)
+    for given in drawings:
+        pairs = zip(recorded(*given), pack_tensors(*given), strict=True)
+        assert all(torch.equal(mine, other) for mine, other in pairs)
 
 
 def test_a_code_outside_its_vocabulary_is_refused(served: Bundle) -> None:

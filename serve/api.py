@@ -102,8 +102,24 @@ def create_api(
             return failed(scope, err)
         return _Answer(content)
 
-    # What is added later is further out.
     api.add_middleware(Straight, path=_RECOMMEND, answer=answer)
+    _add_limits(api, access, admission, observer)
+    _add_refusals(api)
+
+    @api.post(_RECOMMEND, response_model=RecommendResponse, responses=_PROBLEMS)
+    async def recommend(body: RecommendRequest, request: Request) -> Response:
+        """Recommends medications for the current visit of every patient."""
+        return await answer(of_request(body), request.scope)
+
+    _add_descriptions(api, service)
+    add_page(api)
+    return api
+
+
+def _add_limits(
+    api: FastAPI, access: Access | None, admission: Admission | None, observer: Observer | None
+) -> None:
+    """Adds what a request passes before it is answered; what is added later is further out."""
     refuse = functools.partial(_refuse_busy, observer)
     if admission is not None:
         api.add_middleware(Admitted, admission=admission, refuse=refuse)
@@ -116,15 +132,18 @@ def create_api(
     api.add_middleware(Hardened)
     if observer is not None:
         api.add_middleware(Observed, observer=observer)
+
+
+def _add_refusals(api: FastAPI) -> None:
+    """Adds the answers to what cannot be read and to what there is not."""
     api.add_exception_handler(RequestValidationError, _refuse_invalid)
     api.add_exception_handler(UnreadableError, _refuse_unreadable)
     for status in _REFUSED_BY_FRAMEWORK:
         api.add_exception_handler(status, functools.partial(_refuse_other, status=status))
 
-    @api.post(_RECOMMEND, response_model=RecommendResponse, responses=_PROBLEMS)
-    async def recommend(body: RecommendRequest, request: Request) -> Response:
-        """Recommends medications for the current visit of every patient."""
-        return await answer(of_request(body), request.scope)
+
+def _add_descriptions(api: FastAPI, service: Service) -> None:
+    """Adds what tells of the codes, the model and the process."""
 
     @api.get("/v1/codes", responses=_INVALID_QUERY)
     async def codes(
@@ -149,9 +168,6 @@ def create_api(
     async def readyz() -> Ready:
         """Says which model is loaded; before one is, nothing is routed here."""
         return Ready(status="ok", model=service.recommender.name)
-
-    add_page(api)
-    return api
 
 
 class _Answer(Response):

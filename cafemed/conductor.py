@@ -77,6 +77,7 @@ class Conductor:
         self._rule = make_rule(plan.search, plan.fit.epochs)
         self._records: dict[int, TrialRecord] = {}
         self._running: dict[int, Entry] = {}
+        self._trained_s: dict[int, float] = {}
         self._waiting: list[Start] = []
         entries = ledger.entries()
         self._before = max((entry.clock for entry in entries), default=0.0)
@@ -153,9 +154,28 @@ class Conductor:
         self._note(dataclasses.replace(entry, attempts=entry.attempts + 1, clock=self.seconds))
         self._tell_of(number)
 
-    def stops(self, number: int, history: Sequence[Mapping[str, Any]]) -> bool:
-        """Takes note of a trial's epochs so far and says whether it stops."""
+    def stops(
+        self,
+        number: int,
+        history: Sequence[Mapping[str, Any]],
+        *,
+        started: float | None = None,
+        seconds: float | None = None,
+        host: str = "",
+    ) -> bool:
+        """Takes note of a trial's epochs so far and says whether it stops.
+
+        Args:
+            number: of the trial.
+            history: all its epochs.
+            started, seconds, host: see `end`; kept for a trial that is cut off.
+        """
         self.histories[number] = history
+        if seconds is not None:
+            self._trained_s[number] = seconds
+        entry = self._running[number]
+        if started is not None and (started, host) != (entry.started, entry.host):
+            self._note(dataclasses.replace(entry, started=started, host=host, clock=self.seconds))
         self._tell_of(number)
         best = max(float(epoch["metrics"]["jaccard"]) for epoch in history)
         return self._rule.stops(number, len(history), best)
@@ -167,7 +187,7 @@ class Conductor:
         *,
         error: str | None = None,
         started: float | None = None,
-        seconds: float = 0.0,
+        seconds: float | None = None,
         host: str = "",
     ) -> None:
         """Takes note that a trial ended: it was trained, was stopped, or raised.
@@ -177,11 +197,13 @@ class Conductor:
             history: all its epochs.
             error: what it raised, in one line.
             started: when its first line ran, in seconds since 1970.
-            seconds: from there to its last epoch.
+            seconds: from there to its last epoch; None: as long as its epochs took.
             host: where it ran.
         """
         entry = self._running[number]
         when = None if started is None else datetime.datetime.fromtimestamp(started, datetime.UTC)
+        if seconds is None:
+            seconds = float(sum(epoch["seconds"] for epoch in history))
         if error is None and not history:
             error = "ended without an epoch"
         self._record(
@@ -217,7 +239,7 @@ class Conductor:
         if self._time_is_up():
             for number, history in list(self.histories.items()):
                 if number in self._running and history:
-                    self.end(number, history, seconds=_training_seconds(history))
+                    self._end_as_told(number, history)
             self._require_going()  # the disk may be full, and the trials wait
             if self.remaining and not any(record.history for record in self.ended):
                 raise TrainingError(
@@ -281,10 +303,15 @@ class Conductor:
         for epochs in range(1, len(history) + 1):
             stop = self.stops(entry.number, history[:epochs])
         if history and (stop or _is_complete(history, self.plan.fit)):
-            self.end(entry.number, history, seconds=_training_seconds(history))
+            self._end_as_told(entry.number, history)
         else:
             checkpoint = None if found is None else found[0]
             self._waiting.append(Start(entry.number, entry.parameters, entry.seed, checkpoint))
+
+    def _end_as_told(self, number: int, history: Sequence[Mapping[str, Any]]) -> None:
+        """Ends a trial of which nothing more is heard than what it told with its epochs."""
+        entry, seconds = self._running[number], self._trained_s.get(number)
+        self.end(number, history, started=entry.started, seconds=seconds, host=entry.host)
 
     def _record(self, record: TrialRecord) -> None:
         number = record.number
@@ -301,6 +328,7 @@ class Conductor:
             return
         del self._running[number]
         self.histories.pop(number, None)
+        self._trained_s.pop(number, None)
         self._records[number] = record
         self._proposer.tell(record)
         self._tell_of_end(record)
@@ -356,7 +384,3 @@ def _is_complete(history: Sequence[Mapping[str, Any]], fit: FitConfig) -> bool:
     jaccard = [epoch["metrics"]["jaccard"] for epoch in history]
     since_best = len(jaccard) - 1 - jaccard.index(max(jaccard))
     return len(history) >= fit.epochs or since_best >= fit.patience
-
-
-def _training_seconds(history: Sequence[Mapping[str, Any]]) -> float:
-    return float(sum(epoch["seconds"] for epoch in history))

@@ -50,6 +50,9 @@ class Entry:
         attempts: how often it was started.
         record: what came of it; None while it is running.
         clock: seconds that the sweep had run for, in all, when this was written.
+        started: when it was started the last time, in seconds since 1970; None until its first
+            epoch.
+        host: where; "" until then.
     """
 
     number: int
@@ -59,6 +62,8 @@ class Entry:
     attempts: int
     record: TrialRecord | None
     clock: float
+    started: float | None = None
+    host: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,6 +33,22 @@ METRICS = ("jaccard", "f1", "prauc", "ddi_rate", "num_medications")
 _LOSSES = ("loss", "bce", "margin", "ddi")
 
 
+def whereabouts(told: Mapping[str, Any]) -> dict[str, Any]:
+    """When, for how long and where a trial ran, of what Ray Tune knows of it.
+
+    Args:
+        told: the trial's last report, with Ray Tune's "hostname"; empty if there was none.
+
+    Returns:
+        Keywords of `Conductor.stops` and `Conductor.end`.
+    """
+    return {
+        "started": told.get(STARTED),
+        "seconds": float(told.get(SECONDS, 0.0)),
+        "host": str(told.get("hostname", "")),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class TrialRecord:
     """One trial.
@@ -45,7 +61,7 @@ class TrialRecord:
         error: the error's type and first line; None unless failed.
         history: every epoch, as `training.EpochReport.as_dict` gives it.
         started: when its first line ran, UTC; None if it failed before its first report.
-        seconds: from there to its last report, as Ray Tune counts it.
+        seconds: from there to its last report, and its epochs before, if it was interrupted.
         host: where it ran; "" if it failed before its first report.
         cpus, gpus: what was reserved for it, all its workers together.
         checkpoint: folder of its last checkpoint; None if there is none.

@@ -147,9 +147,7 @@ def ended(conductor: Conductor, trial: "Trial", failed: bool) -> None:
         number,
         found.get(sweep.HISTORY, ()),
         error=found.get(sweep.ERROR) if cause is None else _first_line(cause),
-        started=found.get(sweep.STARTED),
-        seconds=float(found.get(sweep.SECONDS, 0.0)),
-        host=str(found.get("hostname", "")),
+        **sweep.whereabouts(found),
     )
 
 

@@ -102,7 +102,9 @@ class Schedule(_Hook, FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:  # noqa: ARG002
         """Ray Tune calls this after every report of a trial."""
         history = list(result.get(sweep.HISTORY, ()))
-        stops = bool(history) and self.conductor.stops(trial.config["trial"], history)
+        stops = bool(history) and self.conductor.stops(
+            trial.config["trial"], history, **sweep.whereabouts(result)
+        )
         return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
 
 

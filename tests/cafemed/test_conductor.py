@@ -1,6 +1,7 @@
 """Sweeps decide the same whatever interrupts them, and lose nothing; without Ray's processes."""
 
 import dataclasses
+import datetime
 import errno
 import itertools
 from pathlib import Path
@@ -303,6 +304,59 @@ def test_when_the_time_is_up_trials_that_run_count_as_stopped(sweeps: Any, tmp_p
     more = begin(sweeps.plan_of(scheduler="none"), tmp_path)
     sweeps.play(more)
     assert len(more.result().trials) == 12
+
+
+def test_a_trial_that_is_cut_off_has_the_place_and_time_it_told_last(sweeps: Any, tmp_path: Path):
+    now = [0.0]
+    plan = sweeps.plan_of(max_hours=0.5, scheduler="none")
+    conductor = begin(plan, tmp_path, clock=lambda: now[0])
+    for number, hosts in enumerate((["node-1"], ["node-1", "node-2"])):
+        start = conductor.next()
+        assert start is not None
+        history = sweeps.history_of(start.parameters, 2)
+        for attempt, host in enumerate(hosts):
+            conductor.started(number)
+            told = {"started": 1e9 + attempt, "seconds": 7.0 + attempt, "host": host}
+            conductor.stops(number, history[: attempt + 1], **told)
+    now[0] = 1800.0
+    found = [(t.status, t.host, t.started, t.seconds) for t in conductor.result().trials]
+    begun = datetime.datetime.fromtimestamp(1e9, datetime.UTC)
+    assert found == [
+        ("stopped", "node-1", begun, 7.0),
+        ("stopped", "node-2", begun + datetime.timedelta(seconds=1), 8.0),
+    ]
+
+
+def test_a_trial_whose_end_was_not_noted_has_its_place_and_time(sweeps: Any, tmp_path: Path):
+    plan = sweeps.plan_of(scheduler="none")
+    conductor = begin(plan, tmp_path)
+    start = conductor.next()
+    assert start is not None
+    conductor.started(start.number)
+    history = sweeps.history_of(start.parameters)
+    sweeps._save(conductor, start.number, history)
+    for epochs in range(1, len(history) + 1):
+        conductor.stops(start.number, history[:epochs], started=1e9, seconds=7.0, host="node-1")
+    (trial,) = begin(plan, tmp_path).ended
+    assert (trial.status, trial.host) == ("finished", "node-1")
+    assert trial.started == datetime.datetime.fromtimestamp(1e9, datetime.UTC)
+    assert trial.seconds == 0.25 * sweeps.EPOCHS  # what its checkpoint says
+
+
+def test_where_a_trial_runs_is_written_once_an_attempt(
+    sweeps: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    conductor = begin(sweeps.plan_of(scheduler="none"), tmp_path)
+    start = conductor.next()
+    assert start is not None
+    conductor.started(start.number)
+    written: list[str] = []
+    monkeypatch.setattr(conductor.ledger, "write", lambda entry: written.append(entry.host))
+    history = sweeps.history_of(start.parameters)
+    for epochs in range(1, 5):
+        host = "node-1" if epochs < 3 else "node-2"
+        conductor.stops(start.number, history[:epochs], started=1e9, seconds=1.0, host=host)
+    assert written == ["node-1", "node-2"]
 
 
 def test_time_up_on_a_full_disk_loses_no_trial(

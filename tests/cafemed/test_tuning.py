@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ from cafemed.ledger import Header, Ledger
 from cafemed.sampling import trial_seed
 from cafemed.scaling import Scaling
 from cafemed.sweep import SweepResult, TrialRecord
+from cafemed.tracking import Progress
 from cafemed.training import FitConfig
 from cafemed.trials import TrialData
 
@@ -79,6 +81,15 @@ def slow_to_build(
     return models.build(name, inputs, options, seed)
 
 
+def pausing(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+    """A model that waits in the middle of its second epoch."""
+    model, calls = models.build(name, inputs, options, seed), itertools.count(1)
+    model.register_forward_pre_hook(lambda *_: time.sleep(_PAUSE_S * (next(calls) == 9)))
+    return model
+
+
+#: Longer than the other worker may take to have an epoch, and Ray Tune to end both.
+_PAUSE_S = 60.0
 #: Longer than the other worker takes to import torch.
 _BUILD_S = 10.0
 #: Probabilities and sets as in the sweep.
@@ -213,6 +224,36 @@ def test_one_trial_at_a_time_gives_the_same_sweep_and_stops_poor_trials(
     assert stopped
     assert all(len(trial.history) < 3 for trial in stopped)
     assert result.best.status == "finished"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_when_the_time_is_up_trials_that_run_are_ended_with_place_and_time(
+    given: Experiment, tmp_path: Path
+):
+    """Ray Tune ends them without a word to anybody."""
+    plan, begun = plan_of(max_hours=1e-3, num_samples=3), time.time()
+    ledger = Ledger(tmp_path / "trials")
+    ledger.open(Header("f", {}, plan.settings(), {}))
+    with_epoch = set[int]()
+
+    def tell(trial: Progress) -> None:
+        with_epoch.update({trial.number} if trial.history else ())
+
+    # The time is up as soon as two trials have had an epoch.
+    conductor = Conductor(plan, ledger, clock=lambda: 3.6 * (len(with_epoch) == 2), tell=tell)
+    tuning.run(conductor, TrialData.of(plan, given, pausing))
+    took = time.time() - begun
+    rows = conductor.result().table().to_pylist()
+    assert [(row["trial"], row["status"], row["epochs"]) for row in rows] == [
+        (0, "stopped", 1),
+        (1, "stopped", 1),
+    ]
+    for row in rows:
+        assert row["host"] == socket.gethostname()
+        assert begun < row["started"].timestamp() < begun + took
+        assert 0 < row["seconds"] < took
+        # More than its epoch: from the first line on, as of any other trial.
+        assert row["seconds"] > row["history"][0]["seconds"]
 
 
 @pytest.mark.usefixtures("local_ray")

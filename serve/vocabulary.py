@@ -1,7 +1,7 @@
 """Search of the codes that a model knows: by how they begin, and by the words of their names."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from cafemed.names import Names
 from serve.answers import Kind, KnownCode
@@ -11,12 +11,22 @@ _KINDS: tuple[Kind, ...] = ("diagnosis", "procedure", "medication", "laboratory"
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A code as it is searched: without its system, with it, and its name's words."""
+    """A code as it is searched.
 
-    code: str
-    full: str
-    words: tuple[str, ...]
+    Attributes:
+        starts: the code without its system and with it, each after a line's end, which no query
+            has.
+        words: of its name, each after a blank.
+        answer: what is told of it.
+    """
+
+    starts: str
+    words: str
     answer: KnownCode
+
+    def is_called(self, code: str) -> bool:
+        """Whether this is the code that a query spells out."""
+        return f"\n{code}\n" in f"{self.starts}\n"
 
 
 class Vocabulary:
@@ -34,9 +44,9 @@ class Vocabulary:
             for full in sorted(vocabularies.get(kind, ())):
                 system, _, code = full.partition(":")
                 name = names.get(kind, {}).get(full)
-                words = tuple((name or "").casefold().split())
+                starts = f"\n{code}\n{full}".casefold()
                 answer = KnownCode(kind, system, code, name)
-                self._entries.append(_Entry(code.casefold(), full.casefold(), words, answer))
+                self._entries.append(_Entry(starts, "".join(_words(name or "")), answer))
 
     def search(self, query: str, kind: Kind | None, limit: int) -> list[KnownCode]:
         """Finds codes: first the one that is asked for, then those that begin so, then by name.
@@ -47,17 +57,34 @@ class Vocabulary:
             kind: of the codes; None: all kinds.
             limit: of codes given.
         """
-        start = "".join(query.replace(".", "").split()).casefold()
-        asked = query.casefold().split()
-        found: list[tuple[int, KnownCode]] = []
-        for entry in self._entries:
+        code = "".join(query.replace(".", "").split()).casefold()
+        start, asked = f"\n{code}", _telling(_words(query))
+        exact: list[KnownCode] = []
+        begin: list[KnownCode] = []
+        named: list[KnownCode] = []
+        for entry in self._entries:  # ten thousand: each is looked through as text, at once
             if kind is not None and entry.answer.kind != kind:
                 continue
-            if start in (entry.code, entry.full):
-                found.append((0, entry.answer))
-            elif entry.code.startswith(start) or entry.full.startswith(start):
-                found.append((1, entry.answer))
-            elif asked and all(any(w.startswith(a) for w in entry.words) for a in asked):
-                found.append((2, entry.answer))
-        found.sort(key=lambda one: one[0])  # stable: within each in the order of the vocabulary
-        return [answer for _, answer in found[:limit]]
+            if start in entry.starts:
+                (exact if entry.is_called(code) else begin).append(entry.answer)
+            elif (
+                len(named) < limit
+                and asked
+                and asked[0] in entry.words
+                and all(one in entry.words for one in asked)
+            ):
+                named.append(entry.answer)
+        return [*exact, *begin, *named][:limit]
+
+
+def _words(text: str) -> list[str]:
+    return [f" {word}" for word in text.casefold().split()]
+
+
+def _telling(words: Collection[str]) -> list[str]:
+    """Words, the longest first, less those that begin another: where this is, those are."""
+    told: list[str] = []
+    for word in sorted(words, key=len, reverse=True):
+        if not any(one.startswith(word) for one in told):
+            told.append(word)
+    return told

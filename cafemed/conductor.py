@@ -200,7 +200,7 @@ class Conductor:
             seconds: from there to its last epoch; None: as long as its epochs took.
             host: where it ran.
         """
-        entry = self._running[number]
+        entry, workers = self._running[number], self.plan.search.workers
         when = None if started is None else datetime.datetime.fromtimestamp(started, datetime.UTC)
         if seconds is None:
             seconds = float(sum(epoch["seconds"] for epoch in history))
@@ -217,10 +217,12 @@ class Conductor:
                 started=when,
                 seconds=seconds,
                 host=host,
-                cpus=self.plan.search.cpus * self.plan.search.num_workers,
-                gpus=self.plan.search.gpus * self.plan.search.num_workers,
+                cpus=workers.cpus * workers.num,
+                gpus=workers.gpus * workers.num,
                 checkpoint=None,
                 attempts=entry.attempts,
+                memory_gb=None if workers.memory_gb is None else workers.memory_gb * workers.num,
+                num_workers=workers.num,
             )
         )
         self._count_failed()

@@ -66,6 +66,10 @@ class TrialRecord:
         cpus, gpus: what was reserved for it, all its workers together.
         checkpoint: folder of its last checkpoint; None if there is none.
         attempts: how often it was started.
+        memory_gb: what was reserved for it, all its workers together, in units of 1e9 bytes; None
+            if it was not counted, or not noted yet.
+        num_workers: processes that trained its model together; None if not noted yet, by an earlier
+            version.
     """
 
     number: int
@@ -81,6 +85,8 @@ class TrialRecord:
     gpus: float
     checkpoint: Path | None
     attempts: int = 1
+    memory_gb: float | None = None
+    num_workers: int | None = None
 
     @property
     def best_so_far(self) -> list[float]:
@@ -211,6 +217,8 @@ class SweepResult:
             "host": pa.array([t.host for t in trials], pa.string()),
             "cpus": pa.array([t.cpus for t in trials], pa.float64()),
             "gpus": pa.array([t.gpus for t in trials], pa.float64()),
+            "memory_gb": pa.array([t.memory_gb for t in trials], pa.float64()),
+            "num_workers": pa.array([t.num_workers for t in trials], pa.int32()),
             "attempts": pa.array([t.attempts for t in trials], pa.int32()),
             "chosen": pa.array([t is chosen for t in trials], pa.bool_()),
             "pareto": pa.array(self.pareto(), pa.bool_()),
@@ -340,7 +348,10 @@ def _record(row: Mapping[str, Any], names: list[str]) -> TrialRecord:
         cpus=row["cpus"],
         gpus=row["gpus"],
         checkpoint=None,
+        # Tables of earlier versions have fewer columns.
         attempts=row.get("attempts", 1),
+        memory_gb=row.get("memory_gb"),
+        num_workers=row.get("num_workers"),
     )
 
 

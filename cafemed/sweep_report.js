@@ -203,6 +203,8 @@ function trialsTable() {
     { title: "Host", kind: "text", value: (row) => row.host || null },
     { title: "CPUs", value: (row) => row.cpus }, { title: "GPUs", value: (row) => row.gpus },
   );
+  if (some("memory_gb")) columns.push({ title: "Memory (GB)", value: (row) => row.memory_gb });
+  if (some("num_workers")) columns.push({ title: "Workers", value: (row) => row.num_workers });
   if (some("attempts")) columns.push({ title: "Attempts", value: (row) => row.attempts });
   columns.push({ title: "Seed", value: (row) => row.seed, text: String });
   byId("trials").append(element("h2", {}, `All trials (${rows.length})`),

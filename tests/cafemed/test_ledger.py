@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,19 @@ def test_what_is_written_is_read_again(ledger: Ledger, sweeps: Any):
     assert ledger.entries() == [ended(sweeps, 1), running]
     ledger.write(ended(sweeps, 3))
     assert ledger.entries() == [ended(sweeps, 1), ended(sweeps, 3)]
+
+
+def test_what_an_earlier_version_wrote_is_read(sweeps: Any, tmp_path: Path):
+    """It noted less of a trial."""
+    ledger = Ledger(tmp_path / "trials")
+    ledger.open(HEADER)
+    ledger.write(ended(sweeps, 1))
+    file = tmp_path / "trials" / "00001.json"
+    content = json.loads(file.read_text())
+    del content["started"], content["host"]
+    del content["record"]["memory_gb"], content["record"]["num_workers"]
+    file.write_text(json.dumps(content))
+    assert ledger.entries() == [ended(sweeps, 1)]
 
 
 def test_it_removes_what_is_its_own(ledger: Ledger, sweeps: Any, tmp_path: Path):

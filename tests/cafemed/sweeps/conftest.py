@@ -86,6 +86,8 @@ def make_trials(count: int, epochs: int, seed: int, failed: int = 0) -> list[Tri
                 cpus=1.0,
                 gpus=0.5,
                 checkpoint=None,
+                memory_gb=1.5,
+                num_workers=2,
             )
         )
     return trials

@@ -114,6 +114,8 @@ def test_the_table_is_sorted_by_the_keyboard(findings_of: Make, browser: Any, tm
 
     assert press_heading(browser, "Error") == "ascending"
     assert column(browser, "Error")[:3] == ["ValueError: too <large>"] * 3
+    assert set(column(browser, "Memory (GB)")) == {"1.5"}
+    assert set(column(browser, "Workers")) == {"2"}
     assert press_heading(browser, "batch_size") == "ascending"
     assert [int(v) for v in column(browser, "batch_size")] == sorted(
         found.table["train.batch_size"].to_pylist()

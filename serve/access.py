@@ -5,7 +5,6 @@ Without keys the endpoint may listen on the loopback alone, which is checked bef
 other site that a browser shows could otherwise ask under a name that leads here (DNS rebinding).
 """
 
-import asyncio
 import dataclasses
 import functools
 import ipaddress
@@ -22,7 +21,7 @@ from fastapi.responses import JSONResponse
 from cafemed import paths
 from cafemed.errors import ConfigError
 from serve import observing
-from serve.asgi import Application, Message, Receive, Send
+from serve.asgi import Application, Message, Receive, Send, route_path
 from serve.keys import Key, Keys, KeysError, read
 from serve.problems import problem
 from serve.settings import AccessConfig
@@ -56,7 +55,7 @@ class Access:
 
     @classmethod
     def of(cls, config: AccessConfig) -> "Access":
-        """Access as configured.
+        """Access as configured; its keys are those of the file from now on.
 
         Raises:
             KeysError: if there has to be a file of keys and it cannot be read.
@@ -65,6 +64,7 @@ class Access:
         if config.auth == "keys":
             assert config.keys_file is not None, "with_keys_file was not called"
             keys = Keys(Path(config.keys_file))
+            keys.follow()
         return cls(keys, config.cors_origins, config.body_timeout_s)
 
 
@@ -160,7 +160,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_open(path: str) -> bool:
-    """Whether a path is answered without a key."""
+    """Whether a path, below the one that the application is mounted at, needs no key."""
     return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
@@ -175,14 +175,14 @@ class Gate:
         if scope["type"] == "websocket":  # there are none
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION})
             return
-        if scope["type"] != "http" or is_open(scope.get("path", "")):
+        if scope["type"] != "http" or is_open(route_path(scope)):
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         refusal = (
             _refuse_foreign_host(scope, headers)
             if self._keys is None
-            else await _refuse_without_key(scope, headers, self._keys)
+            else _refuse_without_key(scope, headers, self._keys)
         )
         await (refusal or self._app)(scope, receive, send)
 
@@ -200,12 +200,9 @@ def _names_loopback(host: bytes) -> bool:
     return named is not None and is_loopback(named[1])
 
 
-async def _refuse_without_key(
+def _refuse_without_key(
     scope: Message, headers: Mapping[bytes, bytes], keys: Keys
 ) -> JSONResponse | None:
-    if keys.is_due:
-        # In a thread: the file may be on a shared folder that hangs.
-        await asyncio.to_thread(keys.refresh)
     key = keys.find(_presented(headers))
     if key is None:
         message = "an API key is needed, as `Authorization: Bearer KEY` or `X-API-Key: KEY`"

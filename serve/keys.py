@@ -17,7 +17,9 @@ import math
 import os
 import re
 import secrets
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +119,7 @@ def create(path: Path, name: str, per_minute: int) -> str:
 
 
 def revoke(path: Path, name: str) -> None:
-    """Removes a key from the file; replicas refuse it within REREAD_S.
+    """Removes a key from the file; replicas refuse it when they look next, every REREAD_S.
 
     Raises:
         KeysError: if there is none of that name.
@@ -134,11 +136,15 @@ def revoke(path: Path, name: str) -> None:
 class Keys:
     """The keys of a file as a replica holds them, and how fast each is being used.
 
-    Used from one event loop, but for `refresh`, which may run in a thread.
+    Used from one event loop, but for `refresh`, which runs in a thread of its own: see `follow`.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Reads the file.
+
+        Args:
+            path: of the file.
+            clock: gives seconds, for how often each key is used.
 
         Raises:
             KeysError: as `read`.
@@ -148,13 +154,16 @@ class Keys:
         self._buckets: dict[str, _Bucket] = {}
         self._signature = _signature(path)
         self._keys = read(path)
-        self._looked = clock()
         self._reported = ""
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to look at the file again."""
-        return self._clock() - self._looked >= REREAD_S
+    def follow(self) -> None:
+        """Refreshes the keys every REREAD_S from now on, for as long as they are held.
+
+        In a thread that nobody waits for: the file may be on a shared folder that hangs. The keys
+        then stay as they were until it answers.
+        """
+        held = weakref.ref(self)
+        threading.Thread(target=_follow, args=(held,), name="api-keys", daemon=True).start()
 
     def refresh(self) -> None:
         """Reads the file again if it has changed.
@@ -162,14 +171,13 @@ class Keys:
         Without a file there is no key. One that cannot be read changes nothing: that is reported,
         once, and it is read again until it can be.
         """
-        self._looked = self._clock()
         try:
             signature = _signature(self._path)
             if signature == self._signature:
                 return
             self._keys = read(self._path) if signature else ()
             self._signature = signature  # not before: what could not be read is tried again
-        except (KeysError, OSError) as err:
+        except Exception as err:  # noqa: BLE001 - the thread that follows the file has to go on
             reason = str(err) if isinstance(err, KeysError) else type(err).__name__
             if reason != self._reported:
                 logger.error("the API keys stay as they were: %s", reason)
@@ -215,6 +223,13 @@ class _Bucket:
             return math.nextafter((1 - self._tokens) / rate, math.inf)
         self._tokens -= 1
         return 0.0
+
+
+def _follow(held: weakref.ref[Keys]) -> None:
+    while (keys := held()) is not None:
+        keys.refresh()
+        del keys  # held here, they would be followed for ever
+        time.sleep(REREAD_S)
 
 
 def _sha256(secret: bytes) -> str:

@@ -19,7 +19,7 @@ from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
 
 from serve.access import KEY, is_open
-from serve.asgi import Application, Message, Receive, Send
+from serve.asgi import Application, Message, Receive, Send, route_path
 from serve.problems import problem
 from serve.schema import MAX_OBJECTS
 
@@ -78,7 +78,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         body: bytes | None = None
-        takes_body = scope["method"] == "POST" and not is_open(scope["path"])
+        takes_body = scope["method"] == "POST" and not is_open(route_path(scope))
         refusal = self._refuse_announced(scope, takes_body)
         if refusal is None and not takes_body:
             body = b""

@@ -4,6 +4,9 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,33 @@ def status_of(api: FastAPI, method: str, path: str) -> int:
     return int(sent[0]["status"])
 
 
+@pytest.mark.parametrize("prefix", ["/x", "/static", "/v1"])
+def test_below_a_prefix_the_same_is_open_and_the_same_is_not(
+    service: Service, path: Path, prefix: str
+) -> None:
+    """Ray Serve 2.60 gives the whole `path`, and a `route_prefix` as `root_path`."""
+    secret = keys.create(path, "ward-3", 600)
+    api = create_api(service, access=Access(keys.Keys(path)))
+
+    def ask_below(method: str, below: str, **content: Any) -> httpx.Response:
+        async def call() -> httpx.Response:
+            transport = httpx.ASGITransport(app=api, root_path=prefix)
+            async with httpx.AsyncClient(transport=transport, base_url="http://ward") as client:
+                return await client.request(method, prefix + below, **content)
+
+        return asyncio.run(call())
+
+    for below in ("/", "/healthz", "/readyz", "/static/page.js"):
+        assert ask_below("GET", below).status_code == 200, below
+        refused = ask_below("POST", below, json=BODY)  # nobody without a key sends one
+        assert refused.json()["message"] == "no body is taken here"
+    closed = ("/v1/model", "/v1/codes", "/openapi.json", "/none", "/healthz/", "x", "")
+    assert {ask_below("GET", below).status_code for below in closed} == {401}
+    assert ask_below("POST", "/v1/recommend", json=BODY).status_code == 401
+    key = {"X-API-Key": secret}
+    assert ask_below("POST", "/v1/recommend", json=BODY, headers=key).status_code == 200
+
+
 def test_a_body_is_not_read_without_a_key(service: Service, path: Path) -> None:
     keys.create(path, "ward-3", 600)
     api = create_api(service, access=Access(keys.Keys(path)))
@@ -147,18 +177,72 @@ def test_who_asks_too_often_is_told_when_to_come_back(service: Service, path: Pa
     assert ask(api).status_code == 401  # costs nobody anything
 
 
+def followed(path: Path) -> Access:
+    return Access.of(AccessConfig(auth="keys", keys_file=str(path)))
+
+
+def wait_until_asking_gives(status: int, api: FastAPI, secret: str) -> None:
+    deadline = time.monotonic() + 20
+    while ask(api, X_API_Key=secret).status_code != status:
+        assert time.monotonic() < deadline
+
+
 def test_a_revoked_key_is_refused_without_a_restart(
     service: Service, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys, "REREAD_S", 0.0)
-    first = keys.create(path, "first", 600)
-    api = create_api(service, access=Access(keys.Keys(path)))
-    second = keys.create(path, "second", 600)
+    monkeypatch.setattr(keys, "REREAD_S", 0.01)
+    first = keys.create(path, "first", 1_000_000)
+    api = create_api(service, access=followed(path))
+    second = keys.create(path, "second", 1_000_000)
     assert ask(api, X_API_Key=first).status_code == 200
-    assert ask(api, X_API_Key=second).status_code == 200
+    wait_until_asking_gives(200, api, second)
     keys.revoke(path, "first")
-    assert ask(api, X_API_Key=first).status_code == 401
+    wait_until_asking_gives(401, api, first)
     assert ask(api, X_API_Key=second).status_code == 200
+
+
+def test_a_folder_that_hangs_takes_one_thread_and_holds_up_nobody(
+    service: Service, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "REREAD_S", 0.001)
+    secret = keys.create(path, "ward-3", 1_000_000)
+    read, hanging, answers = keys.read, [], threading.Event()
+
+    def hang(file: Path) -> tuple[keys.Key, ...]:
+        hanging.append(threading.current_thread())
+        answers.wait()
+        return read(file)
+
+    monkeypatch.setattr(keys, "read", hang)
+    answers.set()
+    api = create_api(service, access=followed(path))
+    answers.clear()
+    hanging.clear()
+    os.utime(path, (0, 0))
+
+    async def ask_for_long() -> None:
+        headers = {"X-API-Key": secret}
+        transport = httpx.ASGITransport(app=api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://ward") as client:
+            for _ in range(100):  # more often than there are threads in the loop's pool
+                await asyncio.sleep(0.005)
+                got = await client.post("/v1/recommend", json=BODY, headers=headers)
+                assert got.status_code == 200
+        assert await asyncio.to_thread(lambda: "free") == "free"
+
+    async def ask_in_time() -> None:
+        try:
+            await asyncio.wait_for(ask_for_long(), 60)
+        finally:
+            seen.extend(hanging)
+            answers.set()  # the loop waits for its threads when it ends
+
+    seen: list[threading.Thread] = []
+    asyncio.run(ask_in_time())
+    assert len(seen) == 1
+    monkeypatch.setattr(keys, "read", read)
+    keys.revoke(path, "ward-3")
+    wait_until_asking_gives(401, api, secret)
 
 
 def test_logs_name_the_key_and_never_hold_it(

@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import stat
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -130,22 +132,44 @@ def test_every_key_is_compared_whichever_it_is(path: Path, monkeypatch: pytest.M
 
 
 def test_a_replica_follows_the_file(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    clock = Clock()
     first = keys.create(path, "first", 600)
-    held = Keys(path, clock)
+    held = Keys(path)
     second = keys.create(path, "second", 600)
     assert held.find(second.encode()) is None
-    assert not held.is_due
-    clock.now += keys.REREAD_S
-    assert held.is_due
     held.refresh()
-    assert not held.is_due
     assert held.find(second.encode()) is not None
     keys.revoke(path, "first")
     held.refresh()
     assert held.find(first.encode()) is None
     assert "API keys now: second" in caplog.text
     assert second not in caplog.text
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_keys_are_followed_whatever_goes_wrong_and_as_long_as_they_are_held(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys, "REREAD_S", 0.005)
+    before = set(threading.enumerate())
+    secret = keys.create(path, "first", 600).encode()
+    held = [Keys(path)]
+    held[0].follow()
+    [thread] = set(threading.enumerate()) - before
+    assert thread.daemon
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda *_, **__: 1 / 0)  # what nobody thought of
+        wait_until(lambda: "the API keys stay as they were: ZeroDivisionError" in caplog.text)
+    assert held[0].find(secret) is not None
+    path.unlink()
+    wait_until(lambda: held[0].find(secret) is None)
+    held.clear()
+    wait_until(lambda: not thread.is_alive())
 
 
 def test_a_broken_file_changes_nothing_and_a_removed_one_revokes_all(

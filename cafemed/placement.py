@@ -67,6 +67,11 @@ def problems(num_workers: int, gpus: float, key: str) -> list[str]:
             f"{key}: with several workers each has a GPU of its own or none, as NCCL joins no two "
             f"on one GPU; expected 0 or 1, got {gpus:g}"
         ]
+    if gpus > 1 and not gpus.is_integer():
+        return [
+            f"{key}: Ray reserves whole GPUs, or a part of one; expected at most 1 or a whole "
+            f"number, got {gpus:g}"
+        ]
     return []
 
 

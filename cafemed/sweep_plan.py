@@ -55,7 +55,8 @@ class SearchConfig:
         max_concurrent: trials at the same time; None: as many as the resources allow.
         num_workers: processes that train a trial's model together; see cafemed/distributed.py.
         cpus: CPUs reserved for a worker.
-        gpus: GPUs reserved for a worker; 0.25 lets four trials of one worker share one.
+        gpus: GPUs reserved for a worker: a whole number, or 0.25, which lets four trials of one
+            worker share one.
         memory_gb: memory reserved for a worker, in units of 1e9 bytes; None: not counted.
         max_failures: how often a trial is started again, from its checkpoint, before it is failed.
         max_failed_trials: the sweep ends when more have failed; None: it always goes on.

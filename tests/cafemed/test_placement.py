@@ -56,6 +56,17 @@ def test_shared_gpus_are_refused_for_several_workers():
         plan_of(num_workers=2, gpus=0.5)
 
 
+@pytest.mark.parametrize("gpus", [0.0, 0.25, 1.0, 2.0])
+def test_a_worker_reserves_whole_gpus_or_a_part_of_one(gpus: float):
+    assert plan_of(gpus=gpus).search.gpus == gpus
+
+
+@pytest.mark.parametrize("gpus", [1.5, 2.25, float("inf")])
+def test_gpus_and_a_part_of_one_are_refused(gpus: float):
+    with pytest.raises(ConfigError, match=rf"search\.gpus: .* or a whole number, got {gpus:g}"):
+        plan_of(gpus=gpus)
+
+
 def test_a_local_ray_gets_the_cpus_of_all_workers():
     assert plan_of(num_workers=2, cpus=3.0, max_concurrent=4).search.total_cpus == 24
 

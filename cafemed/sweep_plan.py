@@ -120,6 +120,11 @@ class SweepPlan:
     starts: tuple[Mapping[str, Any], ...]
     calibrated: CalibrationConfig
 
+    @property
+    def untried(self) -> tuple[Mapping[str, Any], ...]:
+        """The starts for which there are not enough trials."""
+        return self.starts[self.search.num_samples :]
+
     def settings(self) -> dict[str, Any]:
         """JSON values that, with the inputs, decide what the sweep finds."""
         others = {name: dict(o) for name, o in self.models.items() if name != self.model_name}

@@ -20,6 +20,7 @@ from cafemed import (
 from cafemed.conductor import Conductor
 from cafemed.errors import ArtifactError, TrainingError
 from cafemed.ledger import Ledger
+from cafemed.search_space import MODEL
 from cafemed.sweep import SweepResult, TrialRecord
 from cafemed.sweep_plan import SweepPlan
 from cafemed.tracking import Tell
@@ -61,7 +62,7 @@ def run(
 
     given = experiment.load_inputs(folder)
     data = TrialData.of(plan, given, build)
-    console.say("tune", f"{plan.search.num_samples} trials over {', '.join(plan.space.entries)}")
+    _announce(plan)
     with tracked.following(plan, ledger, inputs) as tell:
         result, seconds = _search(plan, ledger, data, tell)
     if not result.usable:
@@ -84,6 +85,17 @@ def run(
         ledger.require_ours()
     ledger.remove()
     _summarise(result, chosen)
+
+
+def _announce(plan: SweepPlan) -> None:
+    """Prints what is searched, and which starting points are left out."""
+    trials, left = plan.search.num_samples, plan.untried
+    console.say("tune", f"{trials} trials over {', '.join(plan.space.entries)}")
+    if left:
+        models = ", ".join(dict.fromkeys(str(start[MODEL]) for start in left if MODEL in start))
+        which = f"the last {len(left)} of {len(plan.starts)} starting points"
+        of = f" ({models})" if models else ""
+        console.say("tune", f"not tried, as search.num_samples is {trials}: {which}{of}")
 
 
 def _search(

@@ -50,3 +50,36 @@ def test_a_best_trial_without_a_checkpoint_takes_no_other_models_place(
     with pytest.raises(ArtifactError, match=rf"trial {result.best.number}, the best one, has no"):
         sweep_run.run(tmp_path, plan, ledger, INPUTS, models.build, tracked)
     assert ledger.exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "starts", "expected"),
+    [
+        ({}, 3, "the last 1 of 4 starting points"),
+        (
+            {"model": {"name": {"type": "categorical", "choices": list(models.NAMES)}}},
+            2,
+            "the last 2 of 5 starting points (causalmed, graphdiffmed)",
+        ),
+        ({}, 2, None),
+    ],
+)
+def test_starting_points_that_are_not_tried_are_told(
+    sweeps: Any,
+    ledger: Ledger,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    space: Any,
+    starts: int,
+    expected: str | None,
+):
+    points = [{"train.learning_rate": 0.01 * (1 + i)} for i in range(starts)]
+    plan = sweeps.plan_of(
+        num_samples=3, space={"train": sweeps.SPACE["train"]} | space, starts=points
+    )
+    tracked = SweepTracking({"tensorboard": False}, Invocation(tmp_path, "x", False))
+    with pytest.raises(ArtifactError):  # as above, after it
+        sweep_run.run(tmp_path, plan, ledger, INPUTS, models.build, tracked)
+    said = [line for line in capsys.readouterr().out.splitlines() if "not tried" in line]
+    wanted = f"tune      not tried, as search.num_samples is 3: {expected}"
+    assert said == ([] if expected is None else [wanted])

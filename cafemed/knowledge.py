@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cafemed import artifacts, search_space, sweep
-from cafemed.errors import ArtifactError, ConfigError
+from cafemed.errors import ArtifactError
 from cafemed.search_entries import Categorical, Entry, Float
 from cafemed.search_space import MODEL, SearchSpace
 from cafemed.sweep import TrialRecord
-from cafemed.sweep_plan import SweepPlan
+from cafemed.sweep_plan import SweepPlan, prior_file
 
 
 def own_trials(folder: Path, space: SearchSpace) -> list[TrialRecord]:
@@ -43,9 +43,7 @@ def prior_inputs(plan: SweepPlan) -> dict[str, str]:
     """
     inputs = {}
     for i, name in enumerate(plan.search.prior):
-        if not (path := Path(name).expanduser()).is_file():
-            raise ConfigError(f"search.prior[{i}]: expected a sweep.parquet, found no file {path}")
-        inputs[f"prior {i}"] = artifacts.sha256_of(path)
+        inputs[f"prior {i}"] = artifacts.sha256_of(prior_file(i, name))
     return inputs
 
 

@@ -130,13 +130,13 @@ _TYPES: dict[str, type[Entry]] = {"float": Float, "int": Integer, "categorical":
 
 def read_entry(content: Any, key: str, problems: list[str]) -> Entry | None:
     """Reads an entry of the configuration; None, and a problem, if it is none."""
-    if not isinstance(content, Mapping) or content.get("type") not in _TYPES:
-        got = content.get("type") if isinstance(content, Mapping) else content
+    got = content.get("type") if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not isinstance(got, str) or got not in _TYPES:
         problems.append(f"{key}.type: expected one of {', '.join(_TYPES)}, got {got!r}")
         return None
     rest = {name: value for name, value in content.items() if name != "type"}
     try:
-        return from_mapping(_TYPES[content["type"]], rest, key)
+        return from_mapping(_TYPES[got], rest, key)
     except ConfigError as err:
         problems.append(str(err))
         return None

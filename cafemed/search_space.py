@@ -21,14 +21,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
-from cafemed.config import from_mapping
+from cafemed.config import checked, from_mapping
 from cafemed.errors import ConfigError
 from cafemed.search_entries import Categorical, Entry, Suggests, read_entry
 
-#: A dataclass of options, and the values that are configured for this run.
-Options: TypeAlias = tuple[type, Mapping[str, Any]]
+#: A dataclass of options, and the values that are configured for this run; None if those are wrong.
+Options: TypeAlias = tuple[type, Mapping[str, Any] | None]
 
 #: The parameter that chooses the model.
 MODEL = "model.name"
@@ -172,7 +172,12 @@ class _Reader:
                 varied = [str(name) for name in chosen.choices]
         shared = {k: v for k, v in options.items() if k != "name" and k not in self.models}
         self._refuse_foreign(shared, varied, key)
-        known = {k: v for k, v in shared.items() if not self._foreign(k, varied)}
+        known: dict[str, Any] = {}
+        for option, content in shared.items():
+            if self._foreign(option, varied):
+                read_entry(content, f"{key}.{option}", self.problems)  # for what is wrong with it
+            else:
+                known[option] = content
         asked = [(name, self.models[name]) for name in varied]
         entries |= self.options(known, key, "model", asked)
         for name in (name for name in options if name in self.models):
@@ -196,18 +201,21 @@ class _Reader:
         """Reads the entries of a section, each checked against everything that takes it."""
         entries: dict[str, Entry] = {}
         for option, content in options.items():
-            entry = read_entry(content, f"{key}.{option}", self.problems)
-            if entry is None:
-                continue
-            entries[f"{address}.{option}"] = entry
+            place = f"{key}.{option}"
+            entry = read_entry(content, place, self.problems)
+            if entry is not None:
+                entries[f"{address}.{option}"] = entry
             if address == "train" and option in FIXED:
-                self.problems.append(
-                    f"{key}.{option}: is the same for all trials, set it under train"
-                )
+                self.problems.append(f"{place}: is the same for all trials, set it under train")
                 continue
             for name, given in allowed:
                 of = f" (of {name})" if len(allowed) > 1 else ""
-                if _check_values(option, entry, given, key, of, self.problems):
+                if option not in (known := _fields(given)):
+                    self.problems.append(
+                        f"{place}: unknown key; known keys: {', '.join(known)}{of}"
+                    )
+                    break
+                if entry and _check_values(option, entry, given, key, of, self.problems):
                     break
         return entries
 
@@ -247,8 +255,8 @@ class _Reader:
             )
 
 
-def _fields(options: Options) -> set[str]:
-    return {field.name for field in dataclasses.fields(options[0])}
+def _fields(options: Options) -> list[str]:
+    return [field.name for field in dataclasses.fields(options[0])]
 
 
 def _words(names: Sequence[str]) -> str:
@@ -258,11 +266,18 @@ def _words(names: Sequence[str]) -> str:
 def _check_values(
     option: str, entry: Entry, allowed: Options, key: str, of: str, problems: list[str]
 ) -> bool:
-    """Tries the entry's extreme values on the options' dataclass; says whether one is refused."""
+    """Tries the entry's extreme values on the options' dataclass; says whether one is refused.
+
+    Where the configured values are wrong it is tried alone: what it goes with is not known.
+    """
     options, configured = allowed
+    hint = get_type_hints(options, include_extras=True)[option]
     for value in entry.extremes:
         try:
-            from_mapping(options, {**configured, option: value}, key)
+            if configured is None:
+                checked(hint, value, f"{key}.{option}")
+            else:
+                from_mapping(options, {**configured, option: value}, key)
         except ConfigError as err:
             message = str(err)
             if not message.startswith(f"{key}.{option}"):  # a check of several options together

@@ -1,16 +1,20 @@
 """What a sweep is to do, read from the configuration and checked before anything starts."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_type_hints
 
-from cafemed import placement, search_space
+from cafemed import paths, placement, search_space, tracking
 from cafemed.calibration import CalibrationConfig
-from cafemed.config import Range, from_mapping
+from cafemed.config import Range, checked, from_mapping
 from cafemed.errors import ConfigError
 from cafemed.placement import Workers
-from cafemed.search_space import MODEL, SearchSpace
+from cafemed.search_space import MODEL, Options, SearchSpace
+from cafemed.tracking import TrackingConfig
 from cafemed.training import FitConfig
 
 T = TypeVar("T")
@@ -172,12 +176,13 @@ def read(
 
     Args:
         values: the sections "model" ("name" and the model's options), "train" (FitConfig),
-            "search" (SearchConfig), and "calibration" (CalibrationConfig), which may be left out.
+            "search" (SearchConfig), and "calibration" (CalibrationConfig) and "tracking"
+            (TrackingConfig), which may be left out.
         options_class: gives the dataclass of a model's options; jobs pass `models.options_class`.
         names: of all models; jobs pass `models.NAMES`.
 
     Raises:
-        ConfigError: with everything that is wrong in a section.
+        ConfigError: with everything wrong that can be found without asking a server.
     """
     given, problems = dict(values["model"]), list[str]()
     name = given.pop("name")
@@ -188,23 +193,31 @@ def read(
         problems,
         lambda: from_mapping(CalibrationConfig, values.get("calibration", {}), "calibration"),
     )
-    if own is None or fit is None or settings is None or calibrated is None:
-        raise ConfigError("; ".join(problems))
-    known = {
-        other: dataclasses.asdict(own if other == name else options_class(other)())
+    _attempt(problems, lambda: _require_tracking(values.get("tracking", {})))
+    # What is right is checked further, whatever else is wrong. Defaults stand in for what is not,
+    # and nothing is said of what goes with it.
+    right, wrong = _right_and_wrong(values["search"])
+    search = SearchConfig(**{"space": {}, **right})
+    problems += _places(search)
+    known = {other: dataclasses.asdict(options_class(other)()) for other in names}
+    train = dataclasses.asdict(fit or FitConfig())
+    if own is not None:
+        known[name] = dataclasses.asdict(own)
+    options: dict[str, Options] = {
+        other: (options_class(other), None if other == name and own is None else known[other])
         for other in names
     }
-    options = {other: (options_class(other), known[other]) for other in names}
-    configured = (FitConfig, dataclasses.asdict(fit))
-    space = _attempt(
-        problems, lambda: search_space.parse(settings.space, name, options, configured)
-    )
-    problems += _combinations(settings, space)
+    space = None
+    if "space" in right and name in names:
+        space = _attempt(
+            problems, lambda: search_space.parse(search.space, name, options, (FitConfig, train))
+        )
+    problems += _combinations(search, space, wrong)
     starts: list[dict[str, Any]] = []
     if space is not None:
-        starts = _starts(settings, space, known, configured[1], problems)
-        problems += _grid(settings, space)
-    if problems or space is None:
+        starts = _starts(search, space, known, train, problems)
+        problems += _grid(search, space, wrong)
+    if problems or not (own and fit and settings and calibrated and space):
         raise ConfigError("; ".join(problems))
     chosen = {other: known[other] for other in dict.fromkeys([name, *space.models])}
     return SweepPlan(name, chosen, fit, settings, space, tuple(starts), calibrated)
@@ -217,6 +230,55 @@ def _attempt(problems: list[str], read: Callable[[], T]) -> T | None:
     except ConfigError as err:
         problems.append(str(err))
         return None
+
+
+def _right_and_wrong(section: Any) -> tuple[dict[str, Any], set[str]]:
+    """The settings of `search` that are right by themselves, and the names of the others."""
+    given = section if isinstance(section, Mapping) else {}
+    hints, right = get_type_hints(SearchConfig, include_extras=True), dict[str, Any]()
+    for name in given.keys() & hints.keys():
+        with contextlib.suppress(ConfigError):
+            right[name] = checked(hints[name], given[name], f"search.{name}")
+    return right, set(given) - set(right)
+
+
+def _places(search: SearchConfig) -> list[str]:
+    """What is wrong with the files and the folder that are named."""
+    problems: list[str] = []
+    for number, name in enumerate(search.prior):
+        _attempt(problems, partial(prior_file, number, name))
+    if search.storage is not None:
+        _attempt(problems, partial(require_storage, search.storage))
+    return problems
+
+
+def prior_file(number: int, name: str) -> Path:
+    """The file that `search.prior[number]` names.
+
+    Raises:
+        ConfigError: if it is not there.
+    """
+    if not (path := Path(name).expanduser()).is_file():
+        raise ConfigError(f"search.prior[{number}]: expected a sweep.parquet, found no file {path}")
+    return path
+
+
+def require_storage(chosen: str) -> None:
+    """Refuses a `search.storage` that is neither an absolute folder nor a URL, or holds secrets.
+
+    Raises:
+        ConfigError: says which of the two it is.
+    """
+    paths.require_no_secrets(chosen, "search.storage")
+    if "://" not in chosen and not Path(chosen).is_absolute():
+        raise ConfigError(f"search.storage: expected an absolute folder or a URL, got {chosen!r}")
+
+
+def _require_tracking(values: Any) -> None:
+    """Refuses a section `tracking` that cannot be right, whatever the server will say."""
+    found = from_mapping(TrackingConfig, values, "tracking")
+    if found.name == "mlflow":
+        tracking.require_uri(found, Path("/"))  # any root: the folder in it is always right
 
 
 def _starts(
@@ -254,9 +316,15 @@ def _starts(
     return [start for i, start in enumerate(found) if start not in found[:i]]
 
 
-def _combinations(search: SearchConfig, space: SearchSpace | None) -> list[str]:
-    """Settings that do not work together, each with the reason."""
+def _combinations(
+    search: SearchConfig, space: SearchSpace | None, wrong: Collection[str]
+) -> list[str]:
+    """Settings that do not work together, each with the reason.
+
+    Of those that are `wrong` by themselves it sees the defaults, most of which go with everything.
+    """
     problems = placement.problems(search.num_workers, search.gpus, "search.gpus")
+    early = "none" if "scheduler" in wrong else search.scheduler
     if search.objectives[:1] != ("jaccard",) or len(set(search.objectives)) < len(
         search.objectives
     ):
@@ -264,15 +332,20 @@ def _combinations(search: SearchConfig, space: SearchSpace | None) -> list[str]:
             "search.objectives: expected [jaccard] or [jaccard, ddi_rate], got "
             f"{list(search.objectives)}"
         )
-    if search.scheduler != "none" and len(search.objectives) > 1:
+    if early != "none" and len(search.objectives) > 1:
         problems.append(
-            f"search.scheduler: {search.scheduler} compares trials by Jaccard alone and would cut "
+            f"search.scheduler: {early} compares trials by Jaccard alone and would cut "
             "off the front's low DDI rates; with two objectives choose search.scheduler=none"
         )
+    if search.prior and search.sampler in ("random", "grid"):
+        problems.append(
+            f"search.prior: {search.sampler} learns from no trial, and other sweeps' would change "
+            "nothing; leave it out, or choose search.sampler=tpe"
+        )
     if search.sampler == "nsga2":
-        if search.scheduler != "none":
+        if early != "none":
             problems.append(
-                f"search.scheduler: nsga2 breeds from finished trials only, and {search.scheduler} "
+                f"search.scheduler: nsga2 breeds from finished trials only, and {early} "
                 "stops most; choose search.scheduler=none or search.sampler=tpe"
             )
         if space is not None and space.conditional:
@@ -280,7 +353,8 @@ def _combinations(search: SearchConfig, space: SearchSpace | None) -> list[str]:
                 "search.sampler: nsga2 crosses parameters that all trials have, and "
                 f"{space.conditional[0]} is one model's; choose tpe, or one model"
             )
-        if search.num_samples <= search.population_size:
+        sizes = {"num_samples", "population_size"}
+        if sizes.isdisjoint(wrong) and search.num_samples <= search.population_size:
             problems.append(
                 f"search.population_size: the first generation of nsga2 is drawn at random, and "
                 f"{search.population_size} of {search.num_samples} trials are that; choose fewer"
@@ -288,7 +362,8 @@ def _combinations(search: SearchConfig, space: SearchSpace | None) -> list[str]:
     return problems
 
 
-def _grid(search: SearchConfig, space: SearchSpace) -> list[str]:
+def _grid(search: SearchConfig, space: SearchSpace, wrong: Collection[str]) -> list[str]:
+    """What is wrong with a grid over the space."""
     if search.sampler != "grid":
         return []
     real = [name for name, entry in space.entries.items() if entry.values is None]
@@ -299,6 +374,6 @@ def _grid(search: SearchConfig, space: SearchSpace) -> list[str]:
             for name in real
         ]
     points = space.grid_size()
-    if points != search.num_samples:
+    if points != search.num_samples and "num_samples" not in wrong:
         return [f"search.num_samples: the grid has {points} points, got {search.num_samples}"]
     return []

@@ -14,7 +14,7 @@ from cafemed.artifacts import Manifest
 from cafemed.errors import ArtifactError, ConfigError
 from cafemed.lease import TakenOverError
 from cafemed.ledger import Entry, Header, Ledger
-from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, completed, kept
+from cafemed.sweep_plan import FREE, SearchConfig, SweepPlan, completed, kept, require_storage
 
 _S_PER_HOUR = 3600.0
 #: What a sweep is told besides its settings, which changes nothing that it finds.
@@ -176,9 +176,7 @@ def storage_of(plan: SweepPlan, experiment: Path) -> str:
 def _storage(chosen: str | None, experiment: Path) -> str:
     if chosen is None:
         return str(experiment / "trials")
-    paths.require_no_secrets(chosen, "search.storage")
-    if "://" not in chosen and not Path(chosen).is_absolute():
-        raise ConfigError(f"search.storage: expected an absolute folder or a URL, got {chosen!r}")
+    require_storage(chosen)
     base, mark, options = chosen.partition("?")  # what a URL says of its store stays behind it
     return f"{base.rstrip('/')}/{experiment.name}{mark}{options}"
 

@@ -177,7 +177,10 @@ def test_a_table_alone_of_several_models_is_enough(sweeps: Any, tmp_path: Path):
 
 
 def test_what_is_no_table_is_refused(sweeps: Any, tmp_path: Path):
-    plan = sweeps.plan_of(prior=[str(tmp_path / "none.parquet")])
+    table = tmp_path / "none.parquet"
+    table.touch()
+    plan = sweeps.plan_of(prior=[str(table)])
+    table.unlink()
     with pytest.raises(ConfigError, match=r"search\.prior\[0\]: expected a sweep\.parquet, found"):
         knowledge.prior_inputs(plan)
     other = tmp_path / "sweep.parquet"

@@ -161,8 +161,9 @@ def test_a_grid_is_walked_point_by_point(sweeps: Any):
     assert [proposer.draw(n)["model.reduction_ratio"] for n in range(3)] == [2, 4, 8]
 
 
-def test_other_sweeps_trials_count_for_the_sampler(sweeps: Any):
-    plan = sweeps.plan_of(sampler="tpe", num_samples=60, scheduler="none", starts=[])
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
+def test_other_sweeps_trials_count_for_the_sampler(sweeps: Any, sampler: str):
+    plan = sweeps.plan_of(**settings(sampler, seed=1))
     knowing = Proposer(plan)
     for number in range(30):
         rate = 10 ** (-4 + 3 * number / 29)
@@ -172,8 +173,8 @@ def test_other_sweeps_trials_count_for_the_sampler(sweeps: Any):
     blank = Proposer(plan)
     at_random = [blank.draw(number)["train.learning_rate"] for number in range(1, 15)]
     near = [sum(0.003 < rate < 0.03 for rate in rates) for rates in (drawn, at_random)]
-    assert near[0] >= 11
-    assert near[1] <= 7
+    assert near[0] >= 10
+    assert near[1] <= 5
 
 
 def test_seeds_differ_by_trial_and_by_purpose():

@@ -72,6 +72,7 @@ def test_everything_wrong_is_reported_at_once_under_its_key():
                     "size": {"type": "float", "low": 1, "high": 8},
                     "epochs": {"type": "int", "low": 1, "high": 8},
                     "flag": {"type": "bool"},
+                    "flags": {"type": "bool"},
                 },
                 "model": {"parts": {"type": "categorical", "choices": [3, 5]}, "width": 3},
                 "modle": {},
@@ -85,6 +86,8 @@ def test_everything_wrong_is_reported_at_once_under_its_key():
         "search.space.train.size": "expected int, got 1.0",
         "search.space.train.epochs": "is the same for all trials",
         "search.space.train.flag.type": "expected one of float, int, categorical, got 'bool'",
+        "search.space.train.flags.type": "expected one of float, int, categorical, got 'bool'",
+        "search.space.train.flags": "unknown key",
         "search.space.model.parts": "expected a divisor of width = 12",
         "search.space.model.width.type": "got 3",
         "search.space.modle": "unknown section, expected one of model, train",
@@ -108,6 +111,7 @@ def test_everything_wrong_is_reported_at_once_under_its_key():
         ({"type": "categorical", "choices": [[0.1]]}, "rate.choices"),
         ({"type": "categorical", "choices": 0.1}, "rate.choices: expected a list"),
         ({"low": 0.1, "high": 1.0}, "rate.type: expected one of float, int, categorical, got None"),
+        ({"type": ["float"], "low": 0.1}, "rate.type: expected one of float, int, categorical"),
         (None, "rate.type"),
     ],
 )
@@ -115,6 +119,18 @@ def test_a_bad_entry_is_refused(entry: Any, message: str):
     with pytest.raises(ConfigError, match=r"^search\.space\.train\.rate") as caught:
         parse({"train": {"rate": entry}})
     assert message in str(caught.value)
+
+
+def test_entries_are_tried_alone_where_the_configured_values_are_wrong():
+    space = {
+        "train": {"rate": {"type": "float", "low": 0.0, "high": 0.5}},
+        "model": {"parts": {"type": "categorical", "choices": [5]}, "depth": {"type": "int"}},
+    }
+    with pytest.raises(ConfigError) as caught:
+        search_space.parse(space, "one", {**MODELS, "one": (Model, None)}, (Train, None))
+    assert "search.space.train.rate: expected a value in (0, 1], got 0.0" in str(caught.value)
+    assert "search.space.model: depth: only two has" in str(caught.value)
+    assert "divisor" not in str(caught.value)
 
 
 def test_an_empty_space_is_refused():
@@ -221,6 +237,7 @@ def test_a_grid_has_every_point_of_every_model_once():
     ("model", "message"),
     [
         ({"parts": {"type": "categorical", "choices": [1, 2]}}, "parts: only one has, and two has"),
+        ({"parts": {"type": "bool"}}, r"parts: only one has.*; .*model\.parts\.type: expected one"),
         ({"name": {"type": "categorical", "choices": ["one", "six"]}}, r"models \(one, two\), got"),
         ({"name": {"type": "int", "low": 0, "high": 1}}, "name.type: expected categorical"),
         ({"one": {"type": "categorical"}}, "search.space.model.one.type.type: expected one of"),

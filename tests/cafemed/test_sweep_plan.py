@@ -1,6 +1,7 @@
 """Plans of sweeps: what the configuration says, its starting points, what does not go together."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,8 +106,26 @@ def test_starts_come_first_completed_by_the_configured_values():
         ({"starts": [{"train.rate": 0.1}]}, "search.starts[0].train.rate: 0.1 is not in the space"),
         ({"objectives": ["ddi_rate"]}, "search.objectives: expected [jaccard] or"),
         ({"objectives": ["jaccard", "f1"]}, "search.objectives[1]: expected one of"),
-        ({"objectives": ["jaccard", "ddi_rate"]}, "would cut off the front's low DDI rates"),
+        (
+            {"objectives": ["jaccard", "ddi_rate"]},
+            "search.scheduler: asha compares trials by Jaccard alone and would cut off the front's",
+        ),
+        (
+            {"objectives": ["jaccard", "ddi_rate"], "scheduler": "median"},
+            "search.scheduler: median compares trials by Jaccard alone and would cut off the front",
+        ),
         ({"sampler": "nsga2"}, "nsga2 breeds from finished trials only, and asha stops most"),
+        (
+            {"sampler": "nsga2", "scheduler": "median"},
+            "nsga2 breeds from finished trials only, and median stops most",
+        ),
+        (
+            {"sampler": "random", "prior": ["x"]},
+            "search.prior: random learns from no trial, and other sweeps' would change nothing",
+        ),
+        ({"sampler": "grid", "prior": ["x"]}, "search.prior: grid learns from no trial"),
+        ({"prior": ["no.parquet"]}, "search.prior[0]: expected a sweep.parquet, found no file no"),
+        ({"storage": "here"}, "search.storage: expected an absolute folder or a URL, got 'here'"),
         (
             {"sampler": "nsga2", "scheduler": "none", "num_samples": 16},
             "search.population_size: the first generation of nsga2 is drawn at random",
@@ -138,15 +157,103 @@ def test_nsga2_refuses_parameters_that_not_all_trials_have():
         composed("search=wide", "search.sampler=nsga2", "search.scheduler=none")
 
 
-def test_everything_wrong_is_reported_at_once():
+def problems_of(**sections: Any) -> list[str]:
+    values: dict[str, Any] = {"model": {"name": "cafemed"}, "train": {}} | sections
     with pytest.raises(ConfigError) as caught:
-        read(space={"train": {"rate": 3}}, sampler="nsga2", objectives=["ddi_rate"])
-    for problem in ("search.space.train.rate.type: ", "search.scheduler: ", "search.objectives: "):
-        assert problem in str(caught.value)
-    with pytest.raises(ConfigError) as caught:
-        read(num_samples=0, cpu=1, gpus=-1.0)
-    for problem in ("search.cpu: unknown key", "search.num_samples: ", "search.gpus: "):
-        assert problem in str(caught.value)
+        sweep_plan.read(values, models.options_class, models.NAMES)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).split("; ")
+
+
+def test_everything_wrong_is_reported_at_once(tmp_path: Path):
+    table = tmp_path / "sweep.parquet"
+    table.touch()
+    found = problems_of(
+        model={"name": "cafemed", "dropout": 2.0},
+        train={"epochs": 0, "patients": 3},
+        calibration={"threshold": "best"},
+        tracking={"name": "mlflow", "uri": "ftp://host"},
+        search={
+            "space": {
+                "train": {
+                    "rate": {"type": "real"},
+                    "learning_rate": {"type": "float", "low": 0.0, "high": 0.1},
+                    "batch_size": {"type": "int", "low": 9, "high": 8},
+                },
+                "model": {"dropout": 3, "dimension": {"type": "float", "low": 8, "high": 16}},
+            },
+            "sampler": "nsga2",
+            "objectives": ["ddi_rate"],
+            "num_samples": 0,
+            "cpu": 1,
+            "gpus": -1.0,
+            "prior": [str(table), "no.parquet"],
+            "storage": "here",
+        },
+    )
+    for problem in (
+        "model.dropout: expected a value in",
+        "train.epochs: expected a value in",
+        "train.patients: unknown key",
+        "calibration.threshold: expected one of",
+        "tracking.uri: expected a server's URL",
+        "search.num_samples: expected a value in",
+        "search.cpu: unknown key",
+        "search.gpus: expected a value in",
+        "search.prior[1]: expected a sweep.parquet, found no file no.parquet",
+        "search.storage: expected an absolute folder",
+        "search.scheduler: nsga2 breeds from finished trials only",
+        "search.objectives: expected [jaccard] or",
+        "search.space.train.rate.type: expected one of",
+        "search.space.train.rate: unknown key",
+        "search.space.train.learning_rate: expected a value in",
+        "search.space.train.batch_size: expected finite low < high",
+        "search.space.model.dropout.type: expected one of",
+        "search.space.model.dimension: expected int, got 8.0",
+    ):
+        assert sum(line.startswith(problem) for line in found) == 1, (problem, found)
+    advice = [line for line in found if line.startswith(("known keys: ", "choose "))]
+    assert len(found) - len(advice) == 18, found
+
+
+@pytest.mark.parametrize(
+    ("search", "expected"),
+    [
+        ({"sampler": "nsga2", "scheduler": "ash", "num_samples": 40}, "search.scheduler: expected"),
+        ({"sampler": "nsga2", "scheduler": "none", "num_samples": 0}, "search.num_samples: expect"),
+        (
+            {"sampler": "nsga2", "scheduler": "none", "num_samples": 9, "population_size": 1},
+            "search.population_size: expected a value",
+        ),
+        ({"sampler": "grid", "num_samples": 0, "space": COUNTED}, "search.num_samples: expected a"),
+        ({"objectives": ["jaccard", "ddi_rate"], "scheduler": 1}, "search.scheduler: expected one"),
+        ({"sampler": "rando", "prior": [__file__]}, "search.sampler: expected one of"),
+    ],
+)
+def test_nothing_is_said_of_what_goes_with_a_setting_that_is_wrong(
+    search: dict[str, Any], expected: str
+):
+    [found] = problems_of(search={"space": SPACE} | search)
+    assert found.startswith(expected)
+
+
+def test_starts_are_checked_beside_other_sections():
+    search = {"space": SPACE, "starts": [{"train.learning_rate": 3.0}], "num_samples": 0}
+    found = problems_of(train={"epochs": 0}, tracking={"uri": "/x"}, search=search)
+    assert [line.split(": ")[0] for line in found] == [
+        "train.epochs",
+        "search.num_samples",
+        "tracking",
+        "search.starts[0].train.learning_rate",
+    ]
+
+
+def test_an_entry_is_not_blamed_for_what_its_section_has_wrong():
+    """Three heads go with the dimension that is configured, and not with the default one."""
+    model = {"name": "graphdiffmed", "dimension": 48, "dropout": 2.0}
+    space = {"model": {"heads": {"type": "categorical", "choices": [3]}}}
+    [found] = problems_of(model=model, search={"space": space})
+    assert found.startswith("model.dropout: ")
 
 
 def test_a_plan_keeps_its_settings_when_only_size_and_place_change():

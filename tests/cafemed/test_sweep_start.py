@@ -275,7 +275,9 @@ def test_resume_takes_the_sweeps_own_settings(place: Place, sweeps: Any):
 def test_resume_refuses_secrets_and_does_not_tell_those_of_an_older_sweep(
     place: Place, sweeps: Any
 ):
-    place.prepare(sweeps.plan_of(storage="s3://KEY:HUSH@bucket/sweeps"))
+    plan = sweeps.plan_of()
+    search = dataclasses.replace(plan.search, storage="s3://KEY:HUSH@bucket/sweeps")
+    place.prepare(dataclasses.replace(plan, search=search))
     with pytest.raises(ConfigError, match=r"^search\.storage: .* AWS_SECRET_ACCESS_KEY$"):
         resumed(place)
     with pytest.raises(ConfigError, match=r"^resume: .* AWS_SECRET_ACCESS_KEY$"):

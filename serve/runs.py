@@ -61,6 +61,37 @@ class _Place(NamedTuple):
     i: int
 
 
+@dataclasses.dataclass
+class _Line:
+    """Who waits for the same runs.
+
+    Attributes:
+        places: of each ask, in the order of their turns.
+        positions: of all places together.
+        patients: how many places there are.
+    """
+
+    places: dict[_Ask, deque[_Place]] = dataclasses.field(default_factory=dict)
+    positions: int = 0
+    patients: int = 0
+
+    def add(self, place: _Place) -> None:
+        """Adds a place behind the others of its ask."""
+        self.places.setdefault(place.ask, deque()).append(place)
+        self.positions += place.positions
+        self.patients += 1
+
+    def pop(self, ask: _Ask) -> _Place:
+        """Takes the first place of an ask, whose turn comes again after all others."""
+        places = self.places.pop(ask)
+        place = places.popleft()
+        if places:
+            self.places[ask] = places
+        self.positions -= place.positions
+        self.patients -= 1
+        return place
+
+
 class Runs:
     """Gathers patients and runs the model; used from one event loop.
 
@@ -83,7 +114,7 @@ class Runs:
         self._wait_s = wait_s
         self._on_run = on_run
         # Two recommenders are in use around a change of version; a run is of one of them.
-        self._places: dict[tuple[Recommender, int], dict[_Ask, deque[_Place]]] = {}
+        self._lines: dict[tuple[Recommender, int], _Line] = {}
         # Whoever waits for an answer, with or without a place in a line.
         self._asked: set[_Ask] = set()
         self._passed = 0
@@ -99,8 +130,11 @@ class Runs:
         ask = _Ask([None] * len(patients), len(patients), loop.create_future())
         for i, patient in enumerate(patients):
             positions = positions_of(patient)
-            line = self._places.setdefault((recommender, room_for(positions)), {})
-            line.setdefault(ask, deque()).append(_Place(patient, positions, ask, i))
+            key = recommender, room_for(positions)
+            line = self._lines.get(key)
+            if line is None:
+                line = self._lines[key] = _Line()
+            line.add(_Place(patient, positions, ask, i))
         self.waiting += len(patients)
         self._asked.add(ask)
         if self._working is None:
@@ -116,13 +150,13 @@ class Runs:
         try:
             # At least one turn of the loop: requests that have come together are in one run.
             await asyncio.sleep(self._wait_s)
-            while self._places:
+            while self._lines:
                 key = self._next()
                 members = self._take(key)
                 if members:
                     await self._run(*key, members)
         except Exception as err:  # noqa: BLE001 - nobody else would tell those who wait
-            self._places.clear()
+            self._lines.clear()
             self.waiting = 0
             _fail(self._asked, err)
         finally:
@@ -130,35 +164,32 @@ class Runs:
 
     def _next(self) -> tuple[Recommender, int]:
         """Recommender and room of the next run; the longest waiting one is first in line."""
-        oldest = next(iter(self._places))
-        chosen = oldest if self._passed >= _MAX_PASSED else max(self._places, key=self._fullness)
+        oldest = next(iter(self._lines))
+        chosen = oldest if self._passed >= _MAX_PASSED else max(self._lines, key=self._fullness)
         self._passed = 0 if chosen == oldest else self._passed + 1
         return chosen
 
     def _fullness(self, key: tuple[Recommender, int]) -> float:
-        waiting = [place.positions for line in self._places[key].values() for place in line]
-        return min(1.0, max(sum(waiting) / key[1], len(waiting) / self._max_patients))
+        line = self._lines[key]
+        return min(1.0, max(line.positions / key[1], line.patients / self._max_patients))
 
     def _take(self, key: tuple[Recommender, int]) -> list[_Place]:
         """The next members of a run; who does not fit goes to the end of the line."""
-        line = self._places.pop(key)
+        line = self._lines.pop(key)
         members: list[_Place] = []
         left = key[1]
-        while line and len(members) < self._max_patients:
-            ask, places = next(iter(line.items()))
+        while line.places and len(members) < self._max_patients:
+            ask, places = next(iter(line.places.items()))
             gone = ask.done.done()  # its client has gone, or another run failed
             if not gone and places[0].positions > left:
                 break
-            del line[ask]
-            place = places.popleft()
+            place = line.pop(ask)
             self.waiting -= 1
             if not gone:
                 members.append(place)
                 left -= place.positions
-            if places:
-                line[ask] = places  # behind the others
-        if line:
-            self._places[key] = line
+        if line.places:
+            self._lines[key] = line
         return members
 
     async def _in_thread(self, compute: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +134,57 @@ def test_the_fullest_line_goes_first_and_no_other_waits_for_ever(
     few, many = room_for(positions_of(lone)), RUN_POSITIONS
     assert [room for room, _ in noting.runs][:3] == [many, few, many]
     assert sum(number for _, number in noting.runs) == 41
+
+
+class Recounted(Runs):
+    """Counts who waits anew whenever a line is asked how full it is."""
+
+    compared = 0
+
+    def _fullness(self, key: tuple[Recommender, int]) -> float:
+        waiting = [
+            place.positions for places in self._lines[key].places.values() for place in places
+        ]
+        plain = min(1.0, max(sum(waiting) / key[1], len(waiting) / self._max_patients))
+        assert super()._fullness(key) == plain
+        self.compared += len(self._lines) > 1
+        return plain
+
+
+def test_a_line_is_as_full_as_those_who_wait_in_it(
+    recommender: Recommender, served: Bundle, patients: list[EncodedPatient]
+) -> None:
+    """Of two versions and three rooms, while some go away and others come."""
+    rng = np.random.default_rng(4711)
+    one = patients[0]
+    kinds = [one, patients[5], *(many_positions(one, n * RUN_POSITIONS) for n in (1, 2))]
+    assert len({room_for(positions_of(kind)) for kind in kinds}) == 3
+
+    class Zeros(Told):
+        def begun(
+            self, patients: Sequence[EncodedPatient], _positions: int
+        ) -> Callable[[], NDArray[np.float32]]:
+            return lambda: np.zeros((len(patients), 1), np.float32)
+
+    async def ask() -> None:
+        runs = Recounted(8, 0.0)
+        versions = [Zeros(recommender), Zeros(Recommender(served, 2))]
+        tasks = []
+        for _ in range(60):
+            chosen = [kinds[i] for i in rng.choice(4, rng.integers(1, 40), p=(0.4, 0.4, 0.1, 0.1))]
+            version: Any = versions[rng.integers(2)]
+            tasks.append(asyncio.create_task(runs.probabilities(version, chosen)))
+            await asyncio.sleep(0)
+            if rng.random() < 0.2:
+                tasks[rng.integers(len(tasks))].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        gone = [isinstance(result, asyncio.CancelledError) for result in results]
+        assert 0 < sum(gone) < 30
+        assert not [r for r in results if isinstance(r, Exception)]
+        assert (runs.waiting, runs._lines) == (0, {})
+        assert runs.compared > 50
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("in_thread", [False, True])

@@ -26,7 +26,7 @@ from serve import observing, shadow, tls
 from serve.access import Access
 from serve.admission import Admission
 from serve.api import create_api
-from serve.asking import Asked
+from serve.asking import Asked, packed
 from serve.encoding import EncodedPatient
 from serve.following import FollowingModel
 from serve.lines import GatheredLines
@@ -34,7 +34,6 @@ from serve.metrics import Meters
 from serve.observing import Observer
 from serve.recommender import Recommender
 from serve.runs import Runs
-from serve.schema import RecommendRequest
 from serve.settings import ApplicationArgs, HttpConfig, ServeConfig
 from serve.shadow import Answered, Sampling, ShadowModel
 
@@ -85,7 +84,8 @@ class Endpoint:
             compare = compared.compare.remote
 
             async def ask(asked: Asked, answered: Answered) -> str:
-                return str(await compare(asked.request(), answered))
+                # Bytes: Ray pickles in this event loop, where objects would hold other answers up.
+                return str(await compare(packed(asked.patients), answered))
 
             sampling = Sampling(ask, meters, config.shadow_share, config.shadow_queue)
         self._lines = GatheredLines(logger) if config.log_requests else None
@@ -176,10 +176,10 @@ class Shadow:
             await asyncio.sleep(refresh_s)
             await asyncio.to_thread(self._model.refresh)
 
-    async def compare(self, request: RecommendRequest, answered: Answered) -> str:
-        """Compares a request; gives the result for `cafemed_shadow_requests`."""
+    async def compare(self, patients: bytes, answered: Answered) -> str:
+        """Compares on a request's patients; gives the result for `cafemed_shadow_requests`."""
         try:
-            found = await asyncio.to_thread(self._model.compare, request, answered)
+            found = await asyncio.to_thread(self._model.compare, patients, answered)
         except Exception:  # noqa: BLE001 - Ray would log the message, which may quote the request
             return "failed"
         if found is None:

@@ -1,9 +1,9 @@
 """A second version that sees some of the requests, whose answers are only compared.
 
-It runs in a process of its own, asked after the client has its answer, so it neither delays nor
-fails one. What is compared is what the models say, before any option of the request: the sets of
-medications that reach each model's threshold, and the probabilities. Nothing of it is kept but
-counts.
+It runs in a process of its own, asked after the client has its answer, and is handed bytes, so it
+neither delays nor fails one. What is compared is what the models say, before any option of the
+request: the sets of medications that reach each model's threshold, and the probabilities. Nothing
+of it is kept but counts.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from cafemed import registry
 from cafemed.errors import UserError
+from serve.asking import unpacked
 from serve.following import FollowingModel
 from serve.observing import Counts
 from serve.recommender import Recommender
-from serve.schema import RecommendRequest
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +90,12 @@ class ShadowModel:
                 logger.warning("no shadow yet: %s", said)
                 self._reported = said
 
-    def compare(self, request: RecommendRequest, answered: Answered) -> list[Comparison] | None:
-        """Answers the request too; None if there is nothing to compare with.
+    def compare(self, patients: bytes, answered: Answered) -> list[Comparison] | None:
+        """Asks this version about a request's patients too; None if there is none to compare with.
+
+        Args:
+            patients: of `asking.packed`.
+            answered: what the served version said of them.
 
         Raises:
             UnknownSystemError: if only the served model knows a code system.
@@ -103,7 +107,7 @@ class ShadowModel:
         index = {code: i for i, code in enumerate(own)}
         both = [(i, index[c]) for i, c in enumerate(answered.medications) if c in index]
         theirs, ours = np.array(both, np.int64).reshape(-1, 2).T
-        rows = recommender.probabilities(recommender.encode(request))
+        rows = recommender.probabilities(recommender.encoder.encode_all(unpacked(patients)))
         threshold = recommender.bundle.preprocessing.threshold
         found = []
         for served, row in zip(answered.rows, rows, strict=True):

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import logging
+import pickle
 import sys
 import time
 import weakref
@@ -28,6 +29,7 @@ from serve.example import example_request
 from serve.lines import GatheredLines
 from serve.recommender import Recommender
 from serve.settings import ServeConfig
+from serve.shadow import ShadowModel
 
 #: What Ray makes of the class, and the class.
 INGRESS: Any = app.Endpoint.func_or_class  # type: ignore[attr-defined]
@@ -60,11 +62,23 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
-async def started(registry_dir: Path, **settings: Any) -> Any:
+async def started(registry_dir: Path, compared: Any = None, **settings: Any) -> Any:
     endpoint = ENDPOINT.__new__(ENDPOINT)
-    await endpoint.__init__(str(registry_dir), ServeConfig(**settings))
+    await endpoint.__init__(str(registry_dir), ServeConfig(**settings), compared)
     await asyncio.sleep(0)  # its tasks begin
     return endpoint
+
+
+class Shadowed:
+    """In place of the shadow's handle, which pickles what it is given in the event loop."""
+
+    def __init__(self) -> None:
+        self.compare = self
+        self.came: list[bytes] = []
+
+    async def remote(self, *given: Any) -> str:
+        self.came.append(pickle.dumps(given))
+        return "compared"
 
 
 async def post(endpoint: Any, body: dict[str, Any]) -> httpx.Response:
@@ -101,6 +115,42 @@ def test_one_without_a_log_of_requests_ends_too(
 
     asyncio.run(ask_and_end())
     assert (counted["cafemed_requests"], written.getvalue()) == (1, "")
+
+
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize("unusual", [False, True])
+def test_a_long_request_to_the_shadow_does_not_hold_the_loop(
+    root: Path, served: Bundle, other: Bundle, tmp_path: Path, unusual: bool
+) -> None:
+    """To read it once more there, or to pickle it, took a quarter of a second a megabyte."""
+    [patient] = example_request(served)["patients"]
+    full = {"diagnoses": [{"system": "icd9", "code": "401.0"}] * 128}
+    if unusual:  # it is escaped, and left to the schema
+        full["diagnoses"][:1] = [{"system": "icd9", "code": "401.0\t"}]
+    body = {"patients": [{**patient, "visits": [full, patient["visits"][0]]}] * 200}
+    assert len(json.dumps(body)) > 1_000_000
+    shadowed = Shadowed()
+
+    async def ask() -> float:
+        endpoint = await started(
+            root / "registry" / "tiny", shadowed, shadow="candidate", shadow_share=1.0
+        )
+        assert (await post(endpoint, body)).status_code == 200
+        assert not shadowed.came
+        began = time.thread_time()
+        while not shadowed.came:
+            await asyncio.sleep(0)
+        return time.thread_time() - began
+
+    assert asyncio.run(ask()) < 0.05
+    bundles.write(tmp_path / "bundle", other)
+    registry.publish(tmp_path / "registry", root / "bundle", {})
+    registry.publish(tmp_path / "registry", tmp_path / "bundle", {})
+    [patients, answered] = pickle.loads(shadowed.came[0])  # noqa: S301 - our own
+    found = ShadowModel(tmp_path / "registry", 2).compare(patients, answered)
+    assert found is not None
+    assert len(found) == 200
+    assert set(found) == {found[0]}  # each is the same patient
 
 
 def test_ray_freezes_what_a_replica_has_when_it_has_started() -> None:

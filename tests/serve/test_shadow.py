@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from cafemed import bundle as bundles
 from cafemed import registry
 from cafemed.bundle import Bundle
+from serve.asking import of_request, packed, read
 from serve.example import example_request
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
@@ -55,6 +57,10 @@ def answered(bundle: Bundle, request: RecommendRequest) -> Answered:
     return Answered(1, bundle.vocabularies["medication"], bundle.preprocessing.threshold, rows)
 
 
+def sent(request: RecommendRequest) -> bytes:
+    return packed(of_request(request).patients)
+
+
 def test_two_models_are_compared(
     registry_dir: Path, served: Bundle, other: Bundle, request_of_two: RecommendRequest
 ) -> None:
@@ -64,7 +70,7 @@ def test_two_models_are_compared(
     names = (*(whole.medications[i] for i in order), "atc:Z99Z")
     rows = [np.append(row[order], np.float32(0.9)) for row in whole.rows]
     given = Answered(1, names, 0.5, rows)
-    found = ShadowModel(registry_dir, 2).compare(request_of_two, given)
+    found = ShadowModel(registry_dir, 2).compare(sent(request_of_two), given)
     shadow = Recommender(other, 2)
     theirs = shadow.probabilities(shadow.encode(request_of_two))
     assert found is not None
@@ -81,12 +87,26 @@ def test_two_models_are_compared(
         assert comparison.difference == pytest.approx(mean, rel=1e-6)
 
 
+def test_a_request_is_compared_alike_whichever_way_it_was_read(
+    registry_dir: Path, served: Bundle, request_of_two: RecommendRequest
+) -> None:
+    given = answered(served, request_of_two)
+    shadow = ShadowModel(registry_dir, 2)
+    asked = read(request_of_two.model_dump_json(exclude_unset=True).encode())
+    assert asked is not None
+    found = shadow.compare(packed(asked.patients), given)
+    assert found is not None
+    assert found == shadow.compare(sent(request_of_two), given)
+    first = RecommendRequest(patients=request_of_two.patients[:1])
+    assert found[:1] == shadow.compare(sent(first), dataclasses.replace(given, rows=given.rows[:1]))
+
+
 def test_models_without_a_common_medication(
     registry_dir: Path, request_of_two: RecommendRequest
 ) -> None:
     rows = [np.zeros(1, np.float32)] * 2
     found = ShadowModel(registry_dir, 2).compare(
-        request_of_two, Answered(1, ("atc:Z99Z",), 0.5, rows)
+        sent(request_of_two), Answered(1, ("atc:Z99Z",), 0.5, rows)
     )
     assert found is not None
     assert [comparison.difference for comparison in found] == [None, None]
@@ -100,11 +120,11 @@ def test_a_version_is_not_compared_with_itself(
     registry_dir: Path, served: Bundle, request_of_two: RecommendRequest
 ) -> None:
     shadow = ShadowModel(registry_dir, "production")
-    assert shadow.compare(request_of_two, answered(served, request_of_two)) is None
+    assert shadow.compare(sent(request_of_two), answered(served, request_of_two)) is None
     registry.promote(registry_dir, 2)
     shadow.refresh()
     assert shadow.version == 2
-    assert shadow.compare(request_of_two, answered(served, request_of_two)) is not None
+    assert shadow.compare(sent(request_of_two), answered(served, request_of_two)) is not None
 
 
 def test_a_shadow_that_fails_as_no_one_thought_is_none(
@@ -130,7 +150,7 @@ def test_a_candidate_may_come_later(
 ) -> None:
     shadow = ShadowModel(registry_dir, "candidate")
     assert shadow.version is None
-    assert shadow.compare(request_of_two, answered(served, request_of_two)) is None
+    assert shadow.compare(sent(request_of_two), answered(served, request_of_two)) is None
     registry.promote(registry_dir, 2, "candidate")
     shadow.refresh()
     assert shadow.version == 2

@@ -118,6 +118,7 @@ class Observer:
         self._lines = lines
         self._drift_patients = drift_patients
         self._scores: ScoreWindow | None = None
+        self._version: int | None = None
 
     def serves(self, version: int, reference: ScoreHistogram) -> None:
         """Says which model answers from now on; drift is measured anew."""
@@ -125,6 +126,7 @@ class Observer:
             # What Ray leaves out of a scrape: the value was the former model's.
             self._meters.set("cafemed_score_drift_psi", math.nan)
         self._scores = ScoreWindow(reference, self._drift_patients)
+        self._version = version
         self._meters.set("cafemed_model_version", version)
 
     def recommended(
@@ -136,7 +138,8 @@ class Observer:
         recommendations: Sequence[Recommendation],
     ) -> None:
         """Takes note of an answer that is about to be sent, all lists as long as the request's."""
-        if self._scores is not None:
+        # Around a change of version the old one still answers what it has begun.
+        if self._scores is not None and recommender.name.version == self._version:
             for row in rows:
                 self._scores.add(row)
         record = current()

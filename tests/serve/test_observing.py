@@ -274,6 +274,20 @@ def test_drift_is_of_the_models_own_scores(
     assert "cafemed_score_drift_psi" not in noted.gauges
 
 
+def test_what_another_version_answers_is_no_drift_of_the_served_one(
+    client: Client, observer: Observer, noted: Noted, served: Bundle
+) -> None:
+    """As a request does that was begun before a change of version."""
+    observer.serves(8, served.reference.scores)
+    client.post("/v1/recommend", json=example_request(served))  # version 7
+    observer.report(0, 0)
+    assert math.isnan(noted.gauges.get("cafemed_score_drift_psi", math.nan))
+    observer.serves(7, served.reference.scores)
+    client.post("/v1/recommend", json=example_request(served))
+    observer.report(0, 0)
+    assert not math.isnan(noted.gauges["cafemed_score_drift_psi"])
+
+
 def dashboard() -> dict[str, Any]:
     path = paths.PROJECT_DIR / "platform" / "dashboards" / "serving.json"
     content: dict[str, Any] = json.loads(path.read_text())

@@ -32,6 +32,7 @@ from serve.following import FollowingModel
 from serve.lines import GatheredLines
 from serve.metrics import Meters
 from serve.observing import Observer
+from serve.problems import going_on
 from serve.recommender import Recommender
 from serve.runs import Runs
 from serve.settings import ApplicationArgs, HttpConfig, ServeConfig
@@ -123,12 +124,13 @@ class Endpoint:
     async def _follow(self, refresh_s: float) -> None:
         while True:
             await asyncio.sleep(refresh_s)
-            refused = self._model.refused
-            # In a thread: the old version answers until the new one is ready.
-            if await asyncio.to_thread(self._model.refresh):
-                self._tell_model()
-            elif self._model.refused not in (None, refused):
-                self._observer.refused_version()
+            with going_on("following the registry"):
+                refused = self._model.refused
+                # In a thread: the old version answers until the new one is ready.
+                if await asyncio.to_thread(self._model.refresh):
+                    self._tell_model()
+                elif self._model.refused not in (None, refused):
+                    self._observer.refused_version()
 
     def _tell_model(self) -> None:
         recommender = self._model.recommender
@@ -136,8 +138,9 @@ class Endpoint:
 
     async def _report(self) -> None:
         while True:
-            self._observer.report(self._admission.in_progress, self._runs.waiting)
-            self._meters.flush()
+            with going_on("reporting metrics"):
+                self._observer.report(self._admission.in_progress, self._runs.waiting)
+                self._meters.flush()
             await asyncio.sleep(_REPORT_S)
 
     @property
@@ -172,9 +175,11 @@ class Shadow:
 
     async def _follow(self, refresh_s: float) -> None:
         while True:
-            self._meters.set("cafemed_shadow_version", self._model.version or 0)
+            with going_on("telling the shadow's version"):
+                self._meters.set("cafemed_shadow_version", self._model.version or 0)
             await asyncio.sleep(refresh_s)
-            await asyncio.to_thread(self._model.refresh)
+            with going_on("following the registry"):
+                await asyncio.to_thread(self._model.refresh)
 
     async def compare(self, patients: bytes, answered: Answered) -> str:
         """Compares on a request's patients; gives the result for `cafemed_shadow_requests`."""

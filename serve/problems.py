@@ -1,8 +1,9 @@
 """Answers that refuse: each says what is wrong, none quotes a request or holds a stack trace."""
 
+import contextlib
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -39,16 +40,24 @@ def failed(scope: Message, err: Exception) -> JSONResponse:
 
     The message of an exception may quote a request.
     """
-    place = traceback.extract_tb(err.__traceback__)[-1]
     answer = problem(scope, HTTPStatus.INTERNAL_SERVER_ERROR, "the request failed in the server")
-    logger.error(
-        "request %s failed: %s at %s:%s",
-        request_id(scope),
-        type(err).__name__,
-        place.filename,
-        place.lineno,
-    )
+    logger.error("request %s failed: %s", request_id(scope), _told(err))
     return answer
+
+
+@contextlib.contextmanager
+def going_on(work: str) -> Iterator[None]:
+    """Lets a task that repeats some work go on after a fault; logs where, but not the message."""
+    try:
+        yield
+    except Exception as err:  # noqa: BLE001 - nobody else would tell of it
+        logger.error("%s failed and goes on: %s", work, _told(err))
+
+
+def _told(err: Exception) -> str:
+    """The type of an exception and its place in the program, without its message."""
+    place = traceback.extract_tb(err.__traceback__)[-1]
+    return f"{type(err).__name__} at {place.filename}:{place.lineno}"
 
 
 def request_id(scope: Message) -> str:

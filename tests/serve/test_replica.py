@@ -153,6 +153,91 @@ def test_a_long_request_to_the_shadow_does_not_hold_the_loop(
     assert set(found) == {found[0]}  # each is the same patient
 
 
+class UnforeseenError(Exception):
+    """Nothing in the program foresees it."""
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Counter[str]:
+    """Has a method fail the next time that it is called; its calls are counted."""
+    calls: Counter[str] = Counter()
+    real = getattr(owner, name)
+
+    def method(*given: Any) -> Any:
+        calls[name] += 1
+        if calls[name] == 1:
+            raise UnforeseenError("MARKER4711")
+        return real(*given)
+
+    monkeypatch.setattr(owner, name, method)
+    return calls
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not happened():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["refresh", "_tell_model", "report", "flush"])
+@pytest.mark.usefixtures("written")
+def test_following_and_reporting_go_on_after_a_failure(
+    served: Bundle,
+    other: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    monkeypatch.setattr(app, "_REPORT_S", 0.02)
+    for folder, bundle in (("a", served), ("b", other)):
+        bundles.write(tmp_path / folder, bundle)
+        registry.publish(tmp_path / "registry", tmp_path / folder, {})
+    registry.promote(tmp_path / "registry", 1)
+
+    async def fail_and_go_on() -> None:
+        endpoint = await started(tmp_path / "registry", refresh_s=0.02)
+        owner = {
+            "refresh": endpoint._model,
+            "_tell_model": endpoint,
+            "report": endpoint._observer,
+            "flush": endpoint._meters,
+        }[name]
+        calls = failing_once(monkeypatch, owner, name)
+        registry.promote(tmp_path / "registry", 2)
+        await until(lambda: calls[name] > 0 and endpoint.recommender.name.version == 2)
+        registry.promote(tmp_path / "registry", 1)
+        await until(lambda: calls[name] > 1 and endpoint.recommender.name.version == 1)
+
+    asyncio.run(fail_and_go_on())
+    [told] = [record for record in caplog.records if record.name == "serve.problems"]
+    what = "following the registry" if name in ("refresh", "_tell_model") else "reporting metrics"
+    assert told.getMessage().startswith(
+        f"{what} failed and goes on: UnforeseenError at {__file__}:"
+    )
+    assert "MARKER4711" not in caplog.text
+
+
+@pytest.mark.usefixtures("written")
+@pytest.mark.parametrize("name", ["refresh", "set"])
+def test_a_shadow_goes_on_after_a_failure(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    cls: Any = app.Shadow.func_or_class  # type: ignore[attr-defined]
+
+    async def fail_and_go_on() -> None:
+        shadow = cls.__new__(cls)
+        config = ServeConfig(shadow="production", refresh_s=0.02)
+        await shadow.__init__(str(root / "registry" / "tiny"), config)
+        owner = shadow._model if name == "refresh" else shadow._meters
+        calls = failing_once(monkeypatch, owner, name)
+        await until(lambda: calls[name] > 2)
+
+    asyncio.run(fail_and_go_on())
+    [told] = [record for record in caplog.records if record.name == "serve.problems"]
+    assert " failed and goes on: UnforeseenError at " in told.getMessage()
+    assert "MARKER4711" not in caplog.text
+
+
 def test_ray_freezes_what_a_replica_has_when_it_has_started() -> None:
     """As long as it does, a full collection does not hold up all answers for 0.15 s."""
     assert RAY_SERVE_FREEZE_GC_ON_STARTUP

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from cafemed.card import INTENDED_USE
 from serve.access import Access, Gate, document_keys
-from serve.admission import Admission, Admitted
+from serve.admission import Admission, Admitted, has_room
 from serve.answers import CodesFound, Health, Kind, ModelCard, Ready, RecommendResponse
 from serve.asgi import Message
 from serve.asking import Asked, of_request
@@ -90,6 +90,8 @@ def create_api(
     document_keys(api)
 
     async def answer(asked: Asked, scope: Message) -> Response:
+        if admission is not None and not has_room(admission, scope, asked):
+            return _refuse_busy(observer, scope, admission.retry_after_s)
         recommender = service.recommender
         try:
             patients = await encoded(recommender, asked, max_unknown_share)

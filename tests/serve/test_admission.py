@@ -1,4 +1,5 @@
 import asyncio
+import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -6,7 +7,8 @@ from typing import Any
 import pytest
 
 from serve import limits
-from serve.admission import MAX_RETRY_S, MIN_RETRY_S, Admission, Admitted
+from serve.admission import MAX_RETRY_S, MIN_RETRY_S, Admission, Admitted, places_of
+from serve.asking import read
 
 
 class Clock:
@@ -33,12 +35,61 @@ def test_a_long_request_takes_the_places_of_several() -> None:
     alone = admission.enter(9)  # more than there are, but nobody else asks
     assert alone is not None
     assert admission.enter() is None
-    admission.leave(alone, 9)
+    admission.leave(alone)
     three = admission.enter(3)
     assert three is not None
     assert admission.enter(2) is None
     assert admission.enter() is not None
     assert (admission.in_progress, admission.refused) == (2, 2)
+
+
+def test_a_request_takes_more_places_once_it_is_read() -> None:
+    admission = Admission(10)
+    first, second = admission.enter(2), admission.enter()
+    assert first is not None
+    assert second is not None
+    assert not admission.extend(second, 9)
+    assert admission.refused == 1
+    assert admission.extend(second, 8)  # with the other's, all that there are
+    assert admission.extend(second, 5)  # never fewer
+    assert admission.enter() is None
+    admission.leave(first)
+    assert admission.extend(second, 99)  # alone
+    assert admission.enter() is None
+    admission.leave(second)
+    assert admission.enter(10) is not None
+
+
+CODE = {"system": "icd9", "code": "1"}
+
+
+@pytest.mark.parametrize(
+    ("codes", "options", "places"),
+    [
+        ([128] * 256, {}, 0),
+        ([128] * 256, {"top_k": 1}, 0),
+        ([1] * 256, {"max_ddi_rate": 0}, 64),
+        ([1] * 5, {"max_ddi_rate": 1}, 2),
+        ([0], {"explain": True}, 0),
+        ([64], {"explain": True}, 2),  # 64 times 64 codes
+        ([64, 65], {"explain": True}, 5),
+        ([128 + 17], {"explain": True}, 11),
+        ([300], {"explain": True}, 16),  # not more than are computed
+        ([2000] * 8, {"explain": True}, 128),
+        ([2000] * 8, {"explain": True, "max_ddi_rate": 0.1}, 130),
+    ],
+)
+def test_places_of_options(codes: list[int], options: dict[str, Any], places: int) -> None:
+    patients = []
+    for number in codes:
+        full, rest = divmod(number, 128)
+        visits = [{"diagnoses": [CODE] * 128}] * (full // 2)
+        visits += [{"procedures": [CODE] * 64, "medications": [CODE] * 64}] * (full - full // 2)
+        value = {"item": "1", "value": 1}
+        patients.append({"visits": [*visits, {"laboratory": [value] * rest}]})
+    asked = read(json.dumps({"patients": patients, "options": options}).encode())
+    assert asked is not None
+    assert places_of(asked) == places
 
 
 @pytest.mark.parametrize(("took_s", "said"), [(0.01, MIN_RETRY_S), (3.2, 4), (1000.0, MAX_RETRY_S)])

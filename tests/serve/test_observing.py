@@ -288,6 +288,39 @@ def test_what_another_version_answers_is_no_drift_of_the_served_one(
     assert not math.isnan(noted.gauges["cafemed_score_drift_psi"])
 
 
+OPTIONS = [{"explain": True}, {"max_ddi_rate": 0.0}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("unusual", [False, True])
+def test_options_that_make_much_work_take_more_places(
+    served: Bundle, observer: Observer, noted: Noted, options: dict[str, Any], unusual: bool
+) -> None:
+    """Refused where others have them, whichever way a request is read."""
+    body = example_request(served)
+    [patient] = body["patients"]
+    patient["visits"] = patient["visits"][:1] * 12
+    if unusual:
+        patient["visits"][0]["diagnoses"][0]["code"] += "\t"  # is escaped, and left to the schema
+    body["patients"] *= 8
+    admission = Admission(3)
+    client = Client(create_api(Service(served), admission=admission, observer=observer))
+    other = admission.enter(2)
+    assert other is not None
+    assert client.post("/v1/recommend", json=body).status_code == 200
+    refused = client.post("/v1/recommend", json={**body, "options": options})
+    assert refused.status_code == 503
+    assert int(refused.headers["Retry-After"]) == admission.retry_after_s
+    assert "too many requests" in refused.json()["message"]
+    assert (admission.refused, admission.in_progress) == (1, 1)
+    assert noted.counts[("cafemed_refused_requests",)] == 1
+    admission.leave(other)
+    assert client.post("/v1/recommend", json={**body, "options": options}).status_code == 200
+    three = admission.enter(3)
+    assert three is not None  # all places have been given back
+    assert admission.in_progress == 1
+
+
 def dashboard() -> dict[str, Any]:
     path = paths.PROJECT_DIR / "platform" / "dashboards" / "serving.json"
     content: dict[str, Any] = json.loads(path.read_text())

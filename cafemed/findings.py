@@ -107,7 +107,7 @@ class Findings:
             return []
         epochs = row["epochs"] if row["status"] == "stopped" else None
         configured = reproduction.configuration(
-            self.settings, self.best["parameters"], self.best["seed"], epochs
+            self.settings, self.best["parameters"], self.best["seed"], epochs, row["gpus"]
         )
         return reproduction.command(self.name, configured, self.root)
 

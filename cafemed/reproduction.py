@@ -13,7 +13,11 @@ _PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)[A-Za-z_][\w.-]*", re.ASCII 
 
 
 def configuration(
-    settings: Mapping[str, Any], parameters: Mapping[str, Any], seed: int, epochs: int | None = None
+    settings: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    seed: int,
+    epochs: int | None = None,
+    gpus: float = 0.0,
 ) -> dict[str, Any]:
     """What a trial was trained with.
 
@@ -23,10 +27,13 @@ def configuration(
             that only this model has.
         seed: of the trial.
         epochs: after how many the scheduler stopped it; None where it did not.
+        gpus: reserved for it; not of the settings, as they may change while a sweep goes on.
 
     Returns:
-        "model": "name" and its options; "train": all settings of training; "calibration", if the
-        settings have it; "num_workers", if there were several.
+        "model": "name" and all its options (of a model that is not the configured one, in a sweep
+        whose settings do not have "models" yet, only those that the trial varied); "train": all
+        settings of training; "calibration", if the settings have it; "device"; "num_workers", if
+        there were several.
     """
     varied: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
     for parameter, value in parameters.items():
@@ -34,16 +41,20 @@ def configuration(
         varied[section][option] = value
     configured = settings["model"]
     name = varied["model"].pop("name", configured["name"])
-    # What is configured are options of the configured model; another one has its own defaults.
-    options = {**(configured["options"] if name == configured["name"] else {}), **varied["model"]}
+    # The options that trials of this model began with; of another model, they are its own.
+    own = name == configured["name"]
+    options = configured["options"] if own else settings.get("models", {}).get(name, {})
     train = {**settings["train"], **varied["train"], "seed": seed}
     if epochs is not None:
         train["epochs"] = epochs
     # What is chosen after training, such as the temperature, is no trial's own.
     others = {key: settings[key] for key in ("calibration",) if key in settings}
+    # A trial without a GPU of its own trains on the CPU, also where there is a GPU.
+    others["device"] = "auto" if gpus > 0 else "cpu"
     if (workers := settings.get("search", {}).get("num_workers", 1)) > 1:
         others["num_workers"] = workers
-    return {"model": {"name": name, **options}, "train": train, **others}
+    model = {"name": name, **options, **varied["model"]}
+    return {"model": model, "train": train, **others}
 
 
 def command(name: str, configured: Mapping[str, Any], root: str | None = None) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -114,6 +115,18 @@ def test_the_command_is_of_the_best_trial(findings_of: Make):
     best = {**found.best, "trial": stopped["trial"]}
     assert "train.epochs=3" in dataclasses.replace(found, best=best).command()
     assert "train.epochs=12" in command
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.25, "auto"), (2.0, "auto")])
+def test_the_command_trains_where_the_trial_was_trained(
+    findings_of: Make, gpus: float, device: str
+):
+    """`jobs/train.py` alone takes a GPU that it finds; a trial takes none that it has not."""
+    found = findings_of(limit=None)
+    column = found.table.column_names.index("gpus")
+    reserved = pa.array([gpus] * found.table.num_rows, pa.float64())
+    found = dataclasses.replace(found, table=found.table.set_column(column, "gpus", reserved))
+    assert f"device={device}" in found.command()
 
 
 def write_sweep(folder: Path, found: Findings) -> Path:

@@ -103,13 +103,26 @@ def test_every_model_can_be_trained_again(name: str):
     assert values["train"]["seed"] == 5
 
 
-def test_another_model_than_the_configured_one_has_its_own_defaults():
-    parameters = {
-        "model.name": "causalmed",
-        "model.causalmed.effect_levels": 9,
-        "model.dropout": 0.2,
-    }
-    configured = reproduction.configuration(configured_in("cafemed"), parameters, seed=1)
+OF_ANOTHER = {"model.name": "causalmed", "model.causalmed.effect_levels": 9, "model.dropout": 0.2}
+
+
+def test_another_model_than_the_configured_one_has_the_options_that_the_sweep_gave_it():
+    """Also where a default is another one by now."""
+    then = configured_in("causalmed")["model"]["options"]
+    changed = {name: value + 8 for name, value in then.items() if name == "dimension"}
+    changed |= {name: not value for name, value in then.items() if isinstance(value, bool)}
+    assert len(changed) > 1
+    recorded = {**configured_in("cafemed"), "models": {"causalmed": {**then, **changed}}}
+    configured = reproduction.configuration(recorded, OF_ANOTHER, seed=1)
+    overrides = overrides_in(reproduction.command("a", configured))
+    varied = {"effect_levels": 9, "dropout": 0.2}
+    assert composed(overrides)["model"] == {**then, **changed, **varied, "name": "causalmed"}
+    named = {part.split("=")[0] for part in overrides}
+    assert {f"model.{name}" for name in then} <= named
+
+
+def test_another_model_of_a_sweep_that_did_not_record_its_options_has_the_defaults():
+    configured = reproduction.configuration(configured_in("cafemed"), OF_ANOTHER, seed=1)
     values = composed(overrides_in(reproduction.command("a", configured)))
     defaults = configured_in("causalmed")["model"]["options"]
     assert values["model"] == {**defaults, "name": "causalmed", "effect_levels": 9, "dropout": 0.2}

@@ -1,6 +1,7 @@
 """`jobs/tune.py` and `jobs/evaluate.py` on a small synthetic cohort, as a user runs them."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -19,9 +20,21 @@ import numpy as np
 import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
+import safetensors.torch
+import torch
 
 import models
-from cafemed import artifacts, bundle, bundle_files, cohort, graphs, paths, registry
+from cafemed import (
+    artifacts,
+    bundle,
+    bundle_files,
+    cohort,
+    findings,
+    graphs,
+    paths,
+    registry,
+    sweep,
+)
 from cafemed.codes import node_name
 
 SMALL = [
@@ -39,15 +52,19 @@ TUNE = ["name=small", "search=smoke", "model.dimension=8", "train.epochs=2"]
 FEW = [*TUNE, "search.num_samples=2"]
 
 
-def start(root: Path, job: str, *arguments: str) -> subprocess.Popen[str]:
+def environment(root: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"CAFEMED_HOME": str(root), "OMP_NUM_THREADS": "1", "TMPDIR": str(root / "tmp")}
+
+
+def start(root: Path, job: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(paths.PROJECT_DIR / "jobs" / f"{job}.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=root,
-        env=kept | {"CAFEMED_HOME": str(root), "OMP_NUM_THREADS": "1", "TMPDIR": str(root / "tmp")},
+        env=environment(root),
     )
 
 
@@ -115,6 +132,7 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     assert status == 0
     assert "unchanged, skipped" in out
     assert len(registry.versions(home)) == 1
+    check_the_reports_command(root, experiment)
 
     status, out, err = run(root, "evaluate", "name=small")
     assert (status, err) == (0, "")
@@ -140,6 +158,51 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     assert err.count("\n") == 1
     assert "unchanged" not in out
     assert_nothing_runs_in(root / "tmp")
+
+
+def check_the_reports_command(root: Path, experiment: Path) -> list[str]:
+    """It gives the chosen trial's epochs and model to the last digit; its arguments."""
+    page = (experiment / "sweep" / "report.html").read_text()
+    data = re.search(r'<script id="data" [^>]*>(.*?)</script>', page)
+    assert data
+    arguments: list[str] = json.loads(data[1])["command"]
+    rows = pq.read_table(experiment / "sweep" / "sweep.parquet").to_pylist()
+    (chosen,) = (row for row in rows if row["chosen"])
+    check_trained_again(root, experiment, arguments, chosen["history"])
+    epochs = json.loads((experiment / "fit" / "history.json").read_text())
+    best = [epoch["metrics"] for epoch in epochs if epoch["best"]][-1]
+    assert best == {name: chosen[name] for name in sweep.METRICS}
+    weights = safetensors.torch.load_file(experiment / "fit" / "model.safetensors")
+    published = bundle.load(experiment / "sweep" / "bundle").weights
+    assert weights.keys() == published.keys()
+    assert all(torch.equal(weights[name], published[name]) for name in weights)
+    return arguments
+
+
+def check_trained_again(
+    root: Path, experiment: Path, arguments: list[str], history: list[dict[str, Any]]
+) -> None:
+    """Runs a report's command as a user pastes it: the fit has these epochs, to the last digit."""
+    here = environment(root)
+    done = subprocess.run(
+        ["sh", "-c", " ".join(arguments)],
+        cwd=paths.PROJECT_DIR,
+        env=here | {"PATH": f"{Path(sys.executable).parent}:{here['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    content = json.loads((experiment / "fit" / "history.json").read_text())
+    assert [
+        {
+            "epoch": epoch["epoch"],
+            **{f"train_{name}": value for name, value in epoch["losses"].items()},
+            **epoch["metrics"],
+        }
+        for epoch in content
+    ] == [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in history]
 
 
 def test_every_bad_entry_of_a_space_is_reported_at_once(root: Path):
@@ -303,6 +366,23 @@ def test_the_best_trial_is_trained_anew_and_that_model_is_what_is_evaluated(root
     assert "trained anew" not in (folder / "sweep" / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_the_reports_command_trains_a_model_that_was_not_configured_again(root: Path):
+    """With all its options, also those that no trial varied."""
+    source, folder = (paths.experiment_dir(root, name) for name in ("small", "varied"))
+    for stage in ("cohort", "graph"):
+        shutil.copytree(source / stage, folder / stage)
+    options = ["search=wide", "search.space.model.name.choices=[causalmed]", "train.epochs=3"]
+    options += ["search.space.model.dimension.choices=[8,16]", "search.num_samples=2"]
+    status, _, err = run(root, "tune", "name=varied", "model=cafemed", *options)
+    assert (status, err) == (0, "")
+    arguments = check_the_reports_command(root, folder)
+    named = {argument.split("=")[0] for argument in arguments}
+    own = {field.name for field in dataclasses.fields(models.options_class("causalmed"))}
+    assert {f"model.{name}" for name in own} <= named
+    assert "model=causalmed" in arguments
+
+
 ONE_BY_ONE = [
     "search=smoke",
     "model.dimension=8",
@@ -343,6 +423,20 @@ def whole(root: Path, other: Path) -> list[dict[str, Any]]:
     assert [row["trial"] for row in found] == list(range(5))
     assert {row["status"] for row in found} == {"finished", "stopped"}
     return found
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_stopped_early_is_trained_again_as_far(
+    root: Path, other: Path, whole: list[dict[str, Any]]
+):
+    found = findings.read(other / "sweep")
+    stopped = next(row for row in whole if row["status"] == "stopped")
+    names = {name for name in stopped if name.startswith(("model.", "train."))}
+    parameters = {name: stopped[name] for name in names if stopped[name] is not None}
+    best = {"trial": stopped["trial"], "seed": stopped["seed"], "parameters": parameters}
+    command = dataclasses.replace(found, best={**found.best, **best}).command()
+    assert stopped["epochs"] < 30
+    check_trained_again(root, other, command, stopped["history"])
 
 
 def wait_for_a_checkpoint(trials: Path, number: int) -> None:
@@ -414,6 +508,7 @@ def test_a_killed_sweep_of_two_workers_a_trial_goes_on_to_the_same_scores(root: 
     assert attempts == [1, 2]
     assert not (other / "trials").exists()
     assert scores(beside) == found
+    assert "num_workers=2" in check_the_reports_command(root, beside)
     assert_nothing_runs_in(root / "tmp", ended=False)
     shutil.rmtree(root / "tmp")
     (root / "tmp").mkdir()

@@ -45,7 +45,7 @@ class Conductor:
     trials' numbers: those that ended, then those that were interrupted, up to their checkpoints.
 
     Attributes:
-        histories: number → epochs so far, of the trials that are running.
+        histories: number → epochs so far, of the trials that have not ended and have one.
         broken: what no trial can help, such as a full disk; the sweep ends, to be resumed.
         failed: why the sweep gives up, in one line; None while it does not.
 
@@ -78,6 +78,7 @@ class Conductor:
         self._records: dict[int, TrialRecord] = {}
         self._running: dict[int, Entry] = {}
         self._trained_s: dict[int, float] = {}
+        self._on: set[int] = set()
         self._waiting: list[Start] = []
         entries = ledger.entries()
         self._before = max((entry.clock for entry in entries), default=0.0)
@@ -101,6 +102,11 @@ class Conductor:
         """Those of a trial that is running; None if it is not."""
         entry = self._running.get(number)
         return None if entry is None else entry.parameters
+
+    @property
+    def running(self) -> list[int]:
+        """The trials that were started in this run and have not ended, by number."""
+        return sorted(self._on)
 
     @property
     def remaining(self) -> int:
@@ -151,6 +157,7 @@ class Conductor:
     def started(self, number: int) -> None:
         """Takes note that a trial was started, for the first time or again."""
         entry = self._running[number]
+        self._on.add(number)
         self._note(dataclasses.replace(entry, attempts=entry.attempts + 1, clock=self.seconds))
         self._tell_of(number)
 
@@ -331,6 +338,7 @@ class Conductor:
         del self._running[number]
         self.histories.pop(number, None)
         self._trained_s.pop(number, None)
+        self._on.discard(number)
         self._records[number] = record
         self._proposer.tell(record)
         self._tell_of_end(record)

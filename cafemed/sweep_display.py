@@ -12,6 +12,8 @@ from rich.table import Table
 from cafemed.conductor import Conductor
 
 _REFRESH_HZ = 2
+#: Jaccard, DDI rate and time left before the first epoch.
+_UNKNOWN = ("–", "–", "–")
 _S_PER_MINUTE, _S_PER_HOUR = 60, 3600
 
 
@@ -36,6 +38,8 @@ def following(conductor: Conductor) -> Iterator[None]:
 def table(conductor: Conductor, before: int = 0) -> Table:
     """The trials that run: parameters, epoch, best Jaccard with its DDI rate, time left.
 
+    One in its first epoch has dashes for what is not known yet.
+
     Args:
         conductor: of the sweep; may go on meanwhile.
         before: trials that had ended when this run of the sweep began.
@@ -43,11 +47,11 @@ def table(conductor: Conductor, before: int = 0) -> Table:
     shown = Table(title=headline(conductor, before), title_justify="left", expand=True)
     for name in ("trial", "parameters", "epoch", "Jaccard", "DDI", "left"):
         shown.add_column(name, ratio=1 if name == "parameters" else None, no_wrap=True)
-    for number, history in sorted(dict(conductor.histories).items()):
+    for number in conductor.running:
         parameters = conductor.parameters_of(number)
-        if history and parameters is not None:
-            epochs = conductor.plan.fit.epochs
-            shown.add_row(str(number), *_cells(parameters, history, epochs))
+        if parameters is not None:
+            history = conductor.histories.get(number, ())
+            shown.add_row(str(number), *_cells(parameters, history, conductor.plan.fit.epochs))
     return shown
 
 
@@ -77,17 +81,19 @@ def duration(seconds: float) -> str:
 def _cells(
     parameters: Mapping[str, Any], history: Sequence[Mapping[str, Any]], epochs: int
 ) -> list[str]:
-    best = max(history, key=lambda epoch: float(epoch["metrics"]["jaccard"]))["metrics"]
-    each = sum(epoch["seconds"] for epoch in history) / len(history)
     values = (
         f"{name.rsplit('.', 1)[-1]}={value:.3g}"
         if isinstance(value, float)
         else f"{name.rsplit('.', 1)[-1]}={value}"
         for name, value in parameters.items()
     )
+    shown = [", ".join(values), f"{len(history)}/{epochs}"]
+    if not history:
+        return [*shown, *_UNKNOWN]
+    best = max(history, key=lambda epoch: float(epoch["metrics"]["jaccard"]))["metrics"]
+    each = sum(epoch["seconds"] for epoch in history) / len(history)
     return [
-        ", ".join(values),
-        f"{len(history)}/{epochs}",
+        *shown,
         f"{best['jaccard']:.4f}",
         f"{best['ddi_rate']:.4f}",
         duration(each * (epochs - len(history))),

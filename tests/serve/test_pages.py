@@ -76,8 +76,10 @@ def test_the_page_and_its_files_are_sent_with_a_strict_policy(
     assert policy["frame-ancestors"] == "'none'"
 
 
-def test_the_page_says_what_it_is_for(answers: dict[str, httpx.Response]) -> None:
+def test_the_page_and_the_readme_say_what_it_is_for(answers: dict[str, httpx.Response]) -> None:
     assert INTENDED_USE in answers["/"].text
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    assert f"**Intended use: {INTENDED_USE}**" in " ".join(readme.read_text().split())
 
 
 def test_nothing_is_loaded_from_elsewhere(answers: dict[str, httpx.Response]) -> None:

@@ -71,7 +71,7 @@ class ServeConfig:
         max_unknown_share: of a patient's codes; one with more that the model does not know is
             refused.
         log_requests: whether each request is a line of JSON in the replica's log.
-        drift_patients: patients whose scores are held against the training's.
+        drift_patients: patients whose scores are held against those of the validation visits.
         access: see AccessConfig.
     """
 

@@ -186,6 +186,7 @@ def publish_best(
     """Puts the best trial's bundle into the registry, unless it is there.
 
     It is made production if that is asked for and it keeps `search.max_ddi_rate` as it is served.
+    Where a version becomes that without a model card, that is said.
 
     Args:
         folder: of the finished sweep, with its bundle.
@@ -219,6 +220,8 @@ def publish_best(
     if changed:
         aliases = "candidate and production" if promote else "candidate"
         console.say("registry", f"version {version:04d} is {aliases}: {home}")
+        if promote and registry.read_card(home, version) is None:
+            console.say("card", f"none before jobs/evaluate.py measures version {version:04d}")
     return version
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cafemed import artifacts, promotion, sweep
+from cafemed import artifacts, promotion, registry, sweep
 from cafemed.sweep import SweepResult
 
 
@@ -42,7 +42,12 @@ def test_a_bundle_that_exceeds_the_ddi_rate_as_served_is_a_candidate_alone(
         return 1, True
 
     monkeypatch.setattr(promotion, "publish", publish)
+    monkeypatch.setattr(registry, "read_card", lambda *_: None)
     promotion.publish_best(folder, tmp_path / "registry", True)
     assert published == [aliases]
     said = "its DDI rate is 0.0712 on the validation patients, and search.max_ddi_rate allows 0.06"
-    assert (said in capsys.readouterr().out) == ("production" not in aliases)
+    out = capsys.readouterr().out
+    assert (said in out) == ("production" not in aliases)
+    assert ("none before jobs/evaluate.py measures version 0001" in out) == (
+        "production" in aliases
+    )

@@ -204,6 +204,24 @@ def test_a_sweep_without_a_choice_has_nothing_to_retrain(
     assert retraining.run(tmp_path, plan, models.build, False) is None
 
 
+def test_that_a_version_serves_without_a_model_card_is_said(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, home = experiment / "sweep", tmp_path / "registry"
+    assert promotion.publish_best(folder, home, False) == 1
+    assert "evaluate.py" not in capsys.readouterr().out
+    assert promotion.publish_best(folder, home, True) == 1
+    assert "none before jobs/evaluate.py measures version 0001" in capsys.readouterr().out
+    other = tmp_path / "other"
+    promotion.publish_best(folder, other, False)
+    registry.write_card(other, 1, {"format_version": 1, "model": {}}, "")
+    capsys.readouterr()
+    promotion.publish_best(folder, other, True)
+    out = capsys.readouterr().out
+    assert "is candidate and production" in out
+    assert "evaluate.py" not in out
+
+
 def test_what_is_published_and_told_of_it(
     experiment: Path, retrained: bundle.Bundle, tmp_path: Path
 ):

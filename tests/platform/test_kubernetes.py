@@ -20,6 +20,12 @@ PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
 CLUSTER: dict[str, Any] = {
     "rayVersion": str,
     "authOptions": {"mode": str, "secretName": str},
+    "gcsFaultToleranceOptions": {
+        "redisAddress": str,
+        "redisUsername": {"value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str}}},
+        "redisPassword": {"value": str, "valueFrom": {"secretKeyRef": {"name": str, "key": str}}},
+        "externalStorageNamespace": str,
+    },
     "enableInTreeAutoscaling": bool,
     "autoscalerOptions": {
         "upscalingMode": str,
@@ -213,6 +219,20 @@ def test_the_services_nodes_have_haproxy_as_a_local_endpoint_has_it():
         expected = dict(haproxy.ON_NODES_WITH_HAPROXY)
         assert script == f"/home/ray/cafemed/{expected.pop('RAY_SERVE_HAPROXY_BINARY_PATH')}"
         assert of_serve == expected
+
+
+def test_a_service_that_outlives_its_head_is_a_matter_of_taking_comment_marks_off():
+    text = (FOLDER / "rayservice.yaml").read_text()
+    [block] = re.findall(r"^    # gcsFaultToleranceOptions:\n(?:    #   .*\n)+", text, re.MULTILINE)
+    changed = yaml.safe_load(text.replace(block, block.replace("    # ", "    ")))
+    assert list(wrong(changed["spec"], FIELDS["RayService"], "spec")) == []
+    options = cluster(changed).pop("gcsFaultToleranceOptions")
+    assert changed == read("rayservice")
+    assert re.fullmatch(r"[\w.]+:6379", options["redisAddress"])
+    secret = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert f"create secret generic {secret['name']} --from-literal={secret['key']}=" in text
+    # Replicas go on with the workers: none may be on the head.
+    assert cluster(changed)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
 def test_no_two_of_them_would_make_services_of_the_same_name():

@@ -1,5 +1,6 @@
 """For tests of sweeps: an invented experiment, and sweeps without Ray, by a formula."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,24 @@ def record_of(
     return TrialRecord(
         number, parameters, number, status, error, history, None, 1.0, "h", 1.0, 0.0, None
     )
+
+
+class CountedBuilder:
+    """Builds models as another builder does, and counts how often it is pickled with trials' data.
+
+    Attributes:
+        pickled: how often, in this process.
+    """
+
+    def __init__(self, build: Callable[..., Any]) -> None:
+        self._build, self.pickled = build, 0
+
+    def __call__(self, *told: Any) -> Any:
+        return self._build(*told)
+
+    def __reduce__(self) -> Any:
+        self.pickled += 1
+        return functools.partial, (self._build,)
 
 
 class SweepCutError(BaseException):

@@ -265,10 +265,12 @@ def outcome(result: SweepResult) -> list[Any]:
 
 @pytest.mark.usefixtures("local_ray")
 def test_a_sweep_of_two_workers_a_trial_survives_lost_workers_and_trials(
-    given: Experiment, tmp_path: Path
+    given: Experiment, tmp_path: Path, sweeps: Any
 ):
     """There is room for one trial: a stopped or killed one that kept its place would end it all."""
-    whole = sweep_of(given, tmp_path / "whole", models.build)
+    counted = sweeps.CountedBuilder(models.build)
+    whole = sweep_of(given, tmp_path / "whole", counted)
+    assert counted.pickled == 1  # all trials, and all their workers, read the same data
     assert {t.status for t in whole.trials} == {"finished", "stopped"}
     assert {t.cpus for t in whole.trials} == {2.0}
     (tmp_path / "marks").mkdir()

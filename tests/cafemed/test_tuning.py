@@ -188,6 +188,28 @@ def check_table(path: Path, result: SweepResult) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_data_are_sent_once_and_processes_are_used_for_one_trial_after_another(
+    given: Experiment, tmp_path: Path, sweeps: Any
+):
+    place = tmp_path / "built"
+    place.mkdir()
+
+    def noted(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+        (place / f"{seed} {os.getpid()} {inputs.effects.flags.writeable}").touch()
+        return models.build(name, inputs, options, seed)
+
+    build = sweeps.CountedBuilder(noted)
+    result, _, _ = run(given, tmp_path, build, num_samples=3)
+    assert result.count("finished") == 3
+    built = [path.name.split() for path in place.iterdir()]
+    assert sorted(int(seed) for seed, *_ in built) == sorted(trial_seed(0, i) for i in range(3))
+    assert len({process for _, process, _ in built}) <= 2  # max_concurrent
+    assert build.pickled == 1
+    # They are read where the object store has them; a copy could be written to.
+    assert {writeable for *_, writeable in built} == {"False"}
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_a_failed_trial_is_recorded_and_the_sweep_goes_on(given: Experiment, tmp_path: Path):
     result, _, _ = run(given, tmp_path, fails_on_ratio_2, num_samples=3, seed=1, max_failures=1)
     failed = [t for t in result.trials if t.parameters["model.reduction_ratio"] == 2]

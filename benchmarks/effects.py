@@ -6,7 +6,7 @@
 
 Times: CPU seconds of `causal.effects.estimate`, from the cohort in memory to the table, the fastest
 of three, on 10,000 invented visits with 1,958 diagnoses, 1,430 procedures and 131 medications, and
-a random graph with 1.5 parents a code: 443,828 pairs.
+a random graph with 1.5 parents a code: 443,828 pairs, and 17,161 of previous medications.
 
 Truths: synthetic cohorts, whose effects under intervention are known, with the true graph given,
 and with the graph that discovery finds by its defaults. "dependent" is a population of 6,000
@@ -16,7 +16,9 @@ same pairs; "class", the mean over the graph's Markov class, on those of them th
 for, with `coverage_of_range` from the smallest to the largest effect. `rmse_table` is of all pairs,
 those without support as the table has them. Confounded pairs have a common cause among codes
 (`cafemed.synthetic.confounding`); `..._any` also counts those that only medications striking each
-other confound. Large effects are those above 0.1. --quick leaves out MIMIC-III's shape and the
+other confound. Large effects are those above 0.1. Of previous
+medications, `..._again` are pairs of the same medication a visit later, `..._others` all other
+pairs; each estimator on those it has support for. --quick leaves out MIMIC-III's shape and the
 dependent codes.
 """
 
@@ -47,6 +49,7 @@ from cafemed.protocols import CohortConfig  # noqa: E402
 from cafemed.sources import mimic3  # noqa: E402
 from cafemed.synthetic import SyntheticConfig, truth  # noqa: E402
 from cafemed.synthetic.confounding import confounded  # noqa: E402
+from cafemed.synthetic.effects import previous_effects  # noqa: E402
 from causal import cluster, columns, discovery, effects, regression  # noqa: E402
 from causal.discovery import CausalConfig  # noqa: E402
 from causal.effects import EffectsConfig  # noqa: E402
@@ -84,14 +87,18 @@ def population_config(case: str) -> SyntheticConfig:
     )
 
 
-def make_cohort(case: str, seed: int) -> tuple[Cohort, truth.Truth]:
-    """Draws a population, writes its tables, and reads them back as the job does."""
+def make_cohort(case: str, seed: int) -> tuple[Cohort, truth.Truth, EffectTable]:
+    """Draws a population, writes its tables, and reads them back as the job does.
+
+    The table is of previous medications.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        synthetic.write_tables(synthetic.generate(population_config(case), seed), folder)
+        population = synthetic.generate(population_config(case), seed)
+        synthetic.write_tables(population, folder)
         knowledge = drugs.read(drugs.locate(folder / "drugs"))
         cohort, _ = protocols.clean(mimic3.read(folder), knowledge, CohortConfig(seed=seed))
-        return cohort, truth.read(folder / "truth")
+        return cohort, truth.read(folder / "truth"), previous_effects(population)
 
 
 def invented(seed: int) -> tuple[Cohort, CausalGraph]:
@@ -145,8 +152,11 @@ def times(seed: int) -> list[tuple[str, str, float]]:
             table = effects.estimate(cohort, graph, EffectsConfig(estimator))
             taken.append(time.process_time() - begin)
         assert table is not None
-        case = f"{table.effect.size} pairs {estimator}"
-        rows += [(case, "cpu_s", min(taken)), (case, "pairs", float(table.supported.sum()))]
+        case = f"{sum(SIZES[:2]) * SIZES[2]} pairs {estimator}"
+        rows += [
+            (case, "cpu_s", min(taken)),
+            (case, "pairs", float(of_codes(table).supported.sum())),
+        ]
     return [*rows, (f"{SIZES[0] * SIZES[2]} pairs raw", "furthest_off", furthest_off(cohort))]
 
 
@@ -178,16 +188,20 @@ def found_graph(cohort: Cohort) -> CausalGraph:
 
 def truths(case: str, seed: int) -> list[tuple[str, str, float]]:
     """Errors and coverages of each estimator with the true and with the found graph."""
-    cohort, known = make_cohort(case, seed)
+    cohort, known, of_previous = make_cohort(case, seed)
     rows = []
     for name, graph in (("true graph", known.graph), ("found graph", found_graph(cohort))):
         tables: dict[str, EffectTable] = {
             e: effects.estimate(cohort, graph, EffectsConfig(e)) for e in ESTIMATORS
         }
-        pairs = tables["doubly_robust"].supported
+        pairs = of_codes(tables["doubly_robust"]).supported
         if name == "found graph":
             over_class = effects.estimate(cohort, graph, EffectsConfig("doubly_robust", "class"))
             tables["doubly_robust class"] = over_class
+        for estimator, table in tables.items():
+            figures = compared_with_previous(table.of_kinds("previous_medication"), of_previous)
+            rows += [(f"{case} {name} {estimator}", *figure) for figure in figures.items()]
+        tables = {estimator: of_codes(table) for estimator, table in tables.items()}
         for estimator, table in tables.items():
             # Over a class fewer pairs have support: the set that leaves the fewest visits decides.
             chosen = pairs & table.supported if estimator.endswith("class") else pairs
@@ -196,12 +210,29 @@ def truths(case: str, seed: int) -> list[tuple[str, str, float]]:
     return rows
 
 
+def of_codes(table: EffectTable) -> EffectTable:
+    """The effects of diagnoses and procedures, whose truth is known."""
+    return table.of_kinds("diagnosis", "procedure")
+
+
 def matching(known: EffectTable, table: EffectTable) -> NDArray[np.float64]:
     """The true effects of a table's pairs."""
     row = {name: i for i, name in enumerate(known.codes)}
     column = {name: i for i, name in enumerate(known.medications)}
     chosen = np.ix_([row[c] for c in table.codes], [column[m] for m in table.medications])
     return known.effect[chosen].astype(np.float64)
+
+
+def compared_with_previous(table: EffectTable, known: EffectTable) -> dict[str, float]:
+    """Figures of previous medications: on the same medication a visit later, and on others."""
+    real, (low, high) = matching(known, table), table.interval()
+    own = np.array([[c.endswith(f"_{m}") for m in table.medications] for c in table.codes])
+    found = {}
+    for suffix, chosen in (("_again", table.supported & own), ("_others", table.supported & ~own)):
+        found[f"pairs{suffix}"] = float(chosen.sum())
+        found[f"rmse{suffix}"] = float(np.sqrt(((table.effect - real)[chosen] ** 2).mean()))
+        found[f"coverage{suffix}"] = float(((low <= real) & (real <= high))[chosen].mean())
+    return found
 
 
 def compared(

@@ -59,7 +59,8 @@ def model_inputs(
 
     Args:
         vocabularies: kind → codes (`Cohort.vocabularies`).
-        effects: rows and columns named by graph nodes.
+        effects: rows and columns named by graph nodes. Models take the rows of diagnoses and
+            procedures; those of previous medications may follow, or be missing.
         ddi: bool (N_m, N_m).
         molecules: medication code → canonical SMILES (`Cohort.molecules`); None or empty: none
             are known.
@@ -69,19 +70,22 @@ def model_inputs(
     """
     d, p, m = (vocabularies[kind] for kind in KINDS)
     rows = [node_name("diagnosis", c) for c in d] + [node_name("procedure", c) for c in p]
-    _require_names("rows", effects.codes, rows)
+    if len(effects.codes) > len(rows):  # tables of earlier versions end here
+        previous = [node_name("previous_medication", c) for c in m]
+        _require_names("rows", effects.codes, [*rows, *previous])
+    else:
+        _require_names("rows", effects.codes, rows)
     _require_names("columns", effects.medications, [node_name("medication", c) for c in m])
-    if effects.effect.shape != (len(rows), len(m)):
-        raise ArtifactError(
-            f"effects: expected shape {(len(rows), len(m))}, got {effects.effect.shape}"
-        )
+    shape = (len(effects.codes), len(m))
+    if effects.effect.shape != shape:
+        raise ArtifactError(f"effects: expected shape {shape}, got {effects.effect.shape}")
     if not np.isfinite(effects.effect).all():
         raise ArtifactError("effects: expected finite numbers, got NaN or infinity")
     if ddi.shape != (len(m), len(m)):
         raise ArtifactError(f"ddi: expected shape {(len(m), len(m))}, got {ddi.shape}")
     return ModelInputs(
         (len(d), len(p), len(m)),
-        effects.effect.astype(np.float32),
+        effects.effect[: len(rows)].astype(np.float32),
         ddi,
         len(vocabularies.get(LABORATORY, ())),
         molecule_matrix(m, molecules) if molecules else None,

@@ -84,10 +84,12 @@ class CausalGraph:
 
 @dataclasses.dataclass(frozen=True)
 class EffectTable:
-    """Effects of diagnoses and procedures on medications.
+    """Effects of diagnoses, procedures and medications of the visit before on medications.
 
     Attributes:
-        codes: row names, "diagnosis/…" then "procedure/…", in vocabulary order.
+        codes: row names, "diagnosis/…", then "procedure/…", then "previous_medication/…", in
+            vocabulary order. The last are missing where nothing was estimated of them: in a table
+            of an earlier version, and in a synthetic truth.
         medications: column names, "medication/…", in vocabulary order.
         effect: float32 (codes, medications), difference of probabilities; finite, 0 where there is
             nothing to tell it by.
@@ -95,7 +97,8 @@ class EffectTable:
         estimator: "raw", "adjusted" or "doubly_robust"; "true" for a synthetic truth.
         minimum, maximum: float32 (codes, medications), range of the effect over the members of the
             graph's Markov class; `effect` itself where one adjustment set was used.
-        support: int32 (codes, medications), visits with code and medication.
+        support: int32 (codes, medications), visits with code and medication; for previous
+            medications, of those that have a visit before, as all that is said of them.
         supported: bool (codes, medications), there are visits enough to tell the effect by.
         visits: float32 (codes,), how many visits the comparison with and without the code is worth
             after adjustment; NaN if nothing was estimated.
@@ -133,6 +136,15 @@ class EffectTable:
             support=np.zeros(effect.shape, np.int32),
             supported=np.ones(effect.shape, np.bool_),
             visits=np.full(len(codes), np.nan, np.float32),
+        )
+
+    def of_kinds(self, *kinds: str) -> "EffectTable":
+        """The rows of these kinds of nodes alone, such as "previous_medication"."""
+        rows = [i for i, name in enumerate(self.codes) if name.partition("/")[0] in kinds]
+        return dataclasses.replace(
+            self,
+            codes=tuple(self.codes[i] for i in rows),
+            **{name: getattr(self, name)[np.array(rows, np.int64)] for name in _EFFECT_ARRAYS},
         )
 
     def interval(self, level: float = 0.95) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

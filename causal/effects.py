@@ -1,4 +1,8 @@
-"""Effects of diagnoses and procedures on medications, for every pair at once.
+"""Effects of what is known at a visit on its medications, for every pair at once.
+
+Of diagnoses and procedures, over all training visits; and of the medications of the visit before,
+over those training visits that have one: a patient's first visit says nothing of what comes of not
+having been given a medication.
 
 Three estimators of how much more likely a medication is a target of a visit with a code:
 
@@ -11,7 +15,7 @@ Three estimators of how much more likely a medication is a target of a visit wit
 """
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +52,10 @@ class EffectsConfig:
 
 
 def estimate(cohort: Cohort, graph: CausalGraph, config: EffectsConfig) -> EffectTable:
-    """Estimates the effect of every diagnosis and procedure on every medication.
+    """Estimates effects of diagnoses, procedures and previous medications on every medication.
 
     The outcome is the cohort's targets; codes and adjustment sets are what is known at the visit
-    (`Cohort.known_inputs`). Training visits only.
+    (`Cohort.known_inputs`). Training visits only, for previous medications no first visits.
 
     Returns:
         A table of differences of probabilities. A pair without support has effect 0 and standard
@@ -66,6 +70,31 @@ def estimate(cohort: Cohort, graph: CausalGraph, config: EffectsConfig) -> Effec
         for kind in ("diagnosis", "procedure")
         for code in cohort.vocabularies[kind]
     )
+    medications = cohort.vocabularies["medication"]
+    previous = tuple(node_name("previous_medication", code) for code in medications)
+    later = np.flatnonzero(columns.strata)
+    # One after the other, so that what models take of the first is the same with and without the
+    # second, to the bit.
+    parts = [
+        _of_codes(codes, columns, targets, graph, config),
+        _of_codes(previous, columns.visits(later), targets[later], graph, config),
+    ]
+    return EffectTable(
+        codes=(*codes, *previous),
+        medications=tuple(node_name("medication", code) for code in medications),
+        estimator=config.estimator,
+        **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
+    )
+
+
+def _of_codes(
+    codes: tuple[str, ...],
+    columns: Columns,
+    targets: sparse.csr_array,
+    graph: CausalGraph,
+    config: EffectsConfig,
+) -> dict[str, NDArray[Any]]:
+    """The arrays of `EffectTable` for some of the columns, from all visits given."""
     position = {name: i for i, name in enumerate(columns.names)}
     treated = np.array([position[code] for code in codes], np.int64)
     if config.estimator == "raw":
@@ -76,20 +105,15 @@ def estimate(cohort: Cohort, graph: CausalGraph, config: EffectsConfig) -> Effec
     support = (columns.present[:, treated].T @ targets).toarray()
     supported = _supported(found, support, targets, config)
     kept = np.isfinite(found.standard_error) if config.estimator == "raw" else supported
-    return EffectTable(
-        codes=codes,
-        medications=tuple(
-            node_name("medication", code) for code in cohort.vocabularies["medication"]
-        ),
-        effect=np.where(kept, found.effect, 0).astype(np.float32),
-        standard_error=np.where(kept, found.standard_error, np.nan).astype(np.float32),
-        estimator=config.estimator,
-        minimum=np.where(kept, found.minimum, 0).astype(np.float32),
-        maximum=np.where(kept, found.maximum, 0).astype(np.float32),
-        support=support.astype(np.int32),
-        supported=supported,
-        visits=found.visits.astype(np.float32),
-    )
+    return {
+        "effect": np.where(kept, found.effect, 0).astype(np.float32),
+        "standard_error": np.where(kept, found.standard_error, np.nan).astype(np.float32),
+        "minimum": np.where(kept, found.minimum, 0).astype(np.float32),
+        "maximum": np.where(kept, found.maximum, 0).astype(np.float32),
+        "support": support.astype(np.int32),
+        "supported": supported,
+        "visits": found.visits.astype(np.float32),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -244,7 +244,7 @@ function render() {
         (edge) => edge.source === node ? edge.target : edge.source));
     }
   }
-  if (node.kind !== "previous_medication") parts.push(effectTable(node));
+  parts.push(effectTable(node));
   view.replaceChildren(title, ...(degree(node) ? [drawing(node)] : []), ...parts);
   return title;
 }

@@ -53,14 +53,17 @@ def lines(found: Discovery, effects: EffectTable) -> list[str]:
         )
     if "direct_left_out" in facts:
         told.append(facts["direct_left_out"])
-    return [*told, *stability.lines(facts), _effects_line(effects)]
+    told += stability.lines(facts)
+    told.append(_effects_line(effects.of_kinds("diagnosis", "procedure"), "codes"))
+    before = effects.of_kinds("previous_medication")
+    return [*told, _effects_line(before, "previous medications")] if before.codes else told
 
 
-def _effects_line(effects: EffectTable) -> str:
-    """How many pairs visits can tell of, how many codes compare, and the range of the effects."""
+def _effects_line(effects: EffectTable, codes: str) -> str:
+    """How many pairs visits can tell of, how many rows compare, and the range of the effects."""
     supported = effects.supported
     told = (
-        f"{effects.estimator} effects of codes on medications: {supported.sum():,} of "
+        f"{effects.estimator} effects of {codes} on medications: {supported.sum():,} of "
         f"{supported.size:,} pairs have support"
     )
     if not supported.any():
@@ -68,7 +71,7 @@ def _effects_line(effects: EffectTable) -> str:
     worth = np.median(effects.visits[supported.any(axis=1)])
     low, middle, high = np.percentile(effects.effect[supported], (1, 50, 99))
     return (
-        f"{told}, {supported.any(axis=1).sum():,} of {len(effects.codes):,} codes (median "
+        f"{told}, {supported.any(axis=1).sum():,} of {len(effects.codes):,} {codes} (median "
         f"comparison worth {worth:,.0f} visits); 1st, 50th, 99th percentile {low:+.4f}, "
         f"{middle:+.4f}, {high:+.4f}"
     )

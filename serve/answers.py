@@ -48,9 +48,11 @@ class Influence:
     effect: Annotated[
         float | None,
         Field(
-            description="how much more likely the medication is in a visit with the code, by the "
-            "effect table of the causal graph; null for codes that are not known at the current "
-            "visit, for earlier medications, and where visits were too few"
+            description="how much more likely the medication is in a visit with the code, for an "
+            "earlier medication in a visit after one at which it was given, by the effect table of "
+            "the causal graph; null for codes that are not known at the current visit (of earlier "
+            "medications, those of the visit just before it are), where visits were too few, and "
+            "for all earlier medications by a model published before there were effects of them"
         ),
     ]
     standard_error: Annotated[

@@ -27,7 +27,8 @@ def true_effects(population: Population) -> EffectTable:
     a procedure do not count.
 
     Returns:
-        All codes and medications of the model; standard_error is the simulation's.
+        All codes and medications of the model; standard_error is the simulation's. It has no rows
+        of previous medications: see `previous_effects`.
     """
     config, model = population.config, population.model
     rng = stream(population.seed, EFFECT_STREAM)
@@ -43,6 +44,49 @@ def true_effects(population: Population) -> EffectTable:
     effect, error = interventions(model, multi_hot, before, rng)
     return EffectTable.known(
         codes=code_names(model),
+        medications=tuple(node_name("medication", code) for code in model.medications),
+        effect=effect.astype(np.float32),
+        standard_error=error.astype(np.float32),
+        estimator="true",
+    )
+
+
+def previous_effects(population: Population) -> EffectTable:
+    """Effects of having been given each medication at the visit before, at visits that have one.
+
+    In the model a previous medication acts on this visit's medications alone: on itself, and by
+    striking on others. So the visit's codes stay as they were drawn, and its other previous
+    medications too; the probabilities given these are exact.
+
+    Returns:
+        All medications of the model; standard_error is that of the mean over the visits.
+    """
+    model = population.model
+    rng = stream(population.seed, EFFECT_STREAM)
+    later = np.flatnonzero(~population.is_first_visit())
+    visits = rng.permutation(later)[: population.config.effect_draws]
+    codes = np.hstack(
+        [
+            population.diagnoses.take(visits).multi_hot(len(model.diagnoses)),
+            population.procedures.take(visits).multi_hot(len(model.procedures)),
+        ]
+    )
+    before = previous(population, population.medications).take(visits)
+    given = before.multi_hot(len(model.medications))
+    log_miss = draft_log_miss(model, sparse.csr_array(codes.astype(np.float64)), given)
+    persists = np.log1p(-model.medication_persistence)
+    effect = np.zeros((len(persists), len(persists)))
+    error = np.zeros(effect.shape)
+    for j, strength in enumerate(persists):
+        without, with_it = log_miss.copy(), log_miss.copy()
+        without[given[:, j], j] -= strength
+        with_it[~given[:, j], j] += strength
+        difference = medication_probabilities(model, with_it)
+        difference -= medication_probabilities(model, without)
+        effect[j] = difference.mean(axis=0)
+        error[j] = difference.std(axis=0, ddof=1) / np.sqrt(len(visits))
+    return EffectTable.known(
+        codes=tuple(node_name("previous_medication", code) for code in model.medications),
         medications=tuple(node_name("medication", code) for code in model.medications),
         effect=effect.astype(np.float32),
         standard_error=error.astype(np.float32),

@@ -360,6 +360,51 @@ def test_model_inputs_take_effects_of_this_vocabulary(effects):
     assert (inputs.num_laboratory_items, inputs.molecules) == (4, None)
 
 
+def with_previous(effects, seed=1):
+    """The table with rows of the previous medications too."""
+    values = np.random.default_rng(seed).normal(size=(7, 7)).astype(np.float32)
+    values = np.concatenate([effects.effect, values])
+    previous = tuple(f"previous_medication/{c}" for c in VOCABULARIES["medication"])
+    return EffectTable.known(
+        (*effects.codes, *previous), effects.medications, values, np.zeros_like(values), "raw"
+    )
+
+
+def test_model_inputs_are_the_same_with_and_without_previous_medications(effects):
+    ddi = np.zeros((7, 7), np.bool_)
+    without = model_inputs(VOCABULARIES, effects, ddi).effects
+    found = model_inputs(VOCABULARIES, with_previous(effects), ddi).effects
+    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((23, 7), np.float32, True)
+    assert found.tobytes() == without.tobytes()
+    found += 1  # of its own: no change of the table
+    assert not (with_previous(effects).effect[:23] == found).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: {"codes": e.codes[:-1]}, "expected 30 rows, got 29"),
+        (
+            lambda e: {"codes": (*e.codes[:23], *e.codes[:22:-1])},
+            r"rows\[23\]: expected previous_medication/atc:A00B, got previous_medication/atc:A06B",
+        ),
+        (
+            lambda e: {"codes": (*e.codes[:23], *e.medications)},
+            r"rows\[23\]: expected previous_medication/atc:A00B, got medication/atc:A00B",
+        ),
+        (lambda e: {"codes": (*e.codes[23:], *e.codes[:23])}, r"rows\[0\]: expected diagnosis"),
+        (lambda e: {"codes": (*e.codes, "diagnosis/x")}, "expected 30 rows, got 31"),
+        (lambda e: {"effect": e.effect[:23]}, r"expected shape \(30, 7\), got \(23, 7\)"),
+        (lambda e: {"effect": np.where(np.arange(30)[:, None] > 28, np.inf, e.effect)}, "finite"),
+    ],
+)
+def test_model_inputs_refuse_strange_rows_of_previous_medications(change, message, effects):
+    table = with_previous(effects)
+    other = dataclasses.replace(table, **change(table))
+    with pytest.raises(ArtifactError, match=message):
+        model_inputs(VOCABULARIES, other, np.zeros((7, 7), np.bool_))
+
+
 def test_model_inputs_say_which_medication_has_which_molecule(effects):
     names = VOCABULARIES["medication"]
     molecules = {names[4]: ("CO", "N"), names[1]: ("C", "CO"), names[6]: ("N",)}

@@ -6,7 +6,7 @@ import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,12 @@ def build(name: str, inputs: ModelInputs, options: Mapping[str, Any]) -> nn.Modu
     return Sums(inputs.sizes, torch.tensor(inputs.effects))
 
 
-def effects_of(vocabularies: Mapping[str, tuple[str, ...]]) -> EffectTable:
+def effects_of(
+    vocabularies: Mapping[str, tuple[str, ...]], previous: Sequence[str] = ()
+) -> EffectTable:
     kinds = ("diagnosis", "procedure")
     rows = tuple(node_name(kind, code) for kind in kinds for code in vocabularies[kind])
+    rows += tuple(node_name("previous_medication", code) for code in previous)
     columns = tuple(node_name("medication", code) for code in vocabularies["medication"])
     effect = np.linspace(-1, 1, len(rows) * len(columns), dtype=np.float32)
     effect = effect.reshape(len(rows), len(columns))
@@ -178,6 +181,21 @@ def test_what_was_written_comes_back(made: bundle.Bundle, folder: Path):
     assert bundle.self_check(loaded, bundle.restore_model(loaded, build)) < 1e-6
 
 
+def test_effects_of_previous_medications_travel_with_the_bundle(
+    made: bundle.Bundle, tmp_path: Path
+) -> None:
+    table = effects_of(VOCABULARIES, VOCABULARIES["medication"])
+    table.effect[:12] = made.effects.effect
+    longer = dataclasses.replace(made, effects=table)
+    bundle.write(tmp_path / "longer", longer)
+    loaded = bundle.load(tmp_path / "longer")
+    assert loaded.effects.codes == table.codes
+    np.testing.assert_array_equal(loaded.effects.effect, table.effect)
+    # Models take what they took without them.
+    assert bundle.inputs(loaded).effects.tobytes() == bundle.inputs(made).effects.tobytes()
+    assert bundle.self_check(loaded, bundle.restore_model(loaded, build)) < 1e-6
+
+
 def test_a_cohort_may_have_no_procedures_but_needs_medications(tmp_path: Path):
     bundle.write(tmp_path / "bundle", made_of(VOCABULARIES | {"procedure": ()}))
     loaded = bundle.load(tmp_path / "bundle")
@@ -294,6 +312,16 @@ FEWER = {**VOCABULARIES, "diagnosis": VOCABULARIES["diagnosis"][:-1]}
     [
         (lambda f: write_effects(effects_of(OTHER), f / "effects.npz"), "effects.npz"),
         (lambda f: write_effects(effects_of(FEWER), f / "effects.npz"), "expected 12 rows, got 11"),
+        (
+            lambda f: write_effects(effects_of(VOCABULARIES, ["atc:M0"]), f / "effects.npz"),
+            "expected 16 rows, got 13",
+        ),
+        (
+            lambda f: write_effects(
+                effects_of(VOCABULARIES, [f"atc:M{i}" for i in (0, 2, 1, 3)]), f / "effects.npz"
+            ),
+            "rows[13]: expected previous_medication/atc:M1, got previous_medication/atc:M2",
+        ),
         (
             lambda f: write_graph(
                 graph_of(("diagnosis/icd9:0", "diagnosis/icd9:99")), f / "graph.parquet"

@@ -206,6 +206,23 @@ def test_effects_file_there_and_back(tmp_path: Path) -> None:
         assert a.dtype == b.dtype
 
 
+def test_rows_are_taken_by_the_kind_of_their_node() -> None:
+    names = ("diagnosis/x:1", "diagnosis/x:2", "procedure/x:1", "previous_medication/x:1")
+    effects = dataclasses.replace(table(rows=5), codes=(*names, "previous_medication/x:2"))
+    codes, before = (
+        effects.of_kinds("diagnosis", "procedure"),
+        effects.of_kinds("previous_medication"),
+    )
+    assert (codes.codes, before.codes) == (effects.codes[:3], effects.codes[3:])
+    for part in (codes, before):
+        assert (part.medications, part.estimator) == (effects.medications, effects.estimator)
+    for name, values in vars(effects).items():
+        if isinstance(values, np.ndarray):
+            both = np.concatenate([getattr(codes, name), getattr(before, name)])
+            np.testing.assert_array_equal(both, values)
+    assert codes.of_kinds("previous_medication").effect.shape == (0, 3)
+
+
 def test_an_effects_file_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "effects.npz"
     graphs.write_effects(table(), path)

@@ -372,10 +372,11 @@ def test_the_job_writes_both_files_then_skips(make_cohort: MakeCohort, tmp_path:
     graph = graphs.read_graph(target / "graph.parquet")
     assert graph.without_sinks().num_edges == manifest.report["edges"]
     effects = graphs.read_effects(target / "effects.npz")
-    assert effects.effect.shape == (15, 5)
+    assert effects.effect.shape == (20, 5)
+    assert effects.codes[15] == "previous_medication/atc:M0"
     assert effects.estimator == CausalConfig().effects.estimator
     assert first.stdout.splitlines()[0] == f"root      {tmp_path}"
-    for word in ("training visits", "union", "merged", "direct", " effects "):
+    for word in ("training visits", "union", "merged", "direct", "of 75 pairs", "of 25 pairs"):
         assert word in first.stdout
     again = run_job(tmp_path, "causal.workers=2", "causal.cluster=local")
     assert again.returncode == 0

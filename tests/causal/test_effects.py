@@ -31,14 +31,20 @@ def graph_of(edges: list[tuple[str, str]], undirected: list[tuple[str, str]] | N
     )
 
 
-def training_rows(cohort: Cohort) -> list[tuple[set[int], set[int], set[int], set[int]]]:
-    """(diagnoses, procedures, previous medications, targets) by plain loops."""
+Row = tuple[set[int], set[int], set[int], set[int]]
+
+
+def training_rows(cohort: Cohort, *, later: bool = False) -> list[Row]:
+    """(diagnoses, procedures, previous medications, targets) by plain loops.
+
+    With `later`, of visits alone that are not the first of a patient.
+    """
     rows = []
     for patient in range(cohort.num_patients):
         if cohort.split[patient] != 0:
             continue
         start, end = cohort.patient_offsets[patient : patient + 2]
-        for t in range(start, end):
+        for t in range(start + 1 if later else start, end):
             previous = [set(cohort.medications[t - 1])] if t > start else [set()]
             if cohort.inputs == "history":
                 if t == start:
@@ -73,8 +79,108 @@ def test_raw_is_the_difference_of_proportions(make_cohort: MakeCohort, inputs: s
     found, _ = regression.regress(cols, treated, [np.zeros(0, np.int64)] * 15, targets)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
     table = effects.estimate(cohort, graph_of([]), EffectsConfig("raw"))
-    assert table.codes == tuple(names)
-    np.testing.assert_array_equal(table.effect, found.astype(np.float32))
+    previous = [f"previous_medication/{c}" for c in cohort.vocabularies["medication"]]
+    assert table.codes == (*names, *previous)
+    np.testing.assert_array_equal(table.effect[:15], found.astype(np.float32))
+
+
+@pytest.mark.parametrize("inputs", ["current", "history"])
+def test_raw_of_a_previous_medication_is_that_of_visits_with_a_visit_before(
+    make_cohort: MakeCohort, inputs: str
+) -> None:
+    cohort = make_cohort(num_patients=60, seed=1, inputs=inputs)
+    table = effects.estimate(cohort, graph_of([]), EffectsConfig("raw"))
+
+    def counted(rows: list[Row], before: int, m: int) -> tuple[float, int]:
+        given = [m in row[3] for row in rows if before in row[2]]
+        not_given = [m in row[3] for row in rows if before not in row[2]]
+        return proportion(given) - proportion(not_given), sum(given)
+
+    later, every = training_rows(cohort, later=True), training_rows(cohort)
+    assert (len(later) < len(every)) == (inputs == "current")
+    furthest = 0.0
+    for before in range(5):
+        for m in range(5):
+            expected, support = counted(later, before, m)
+            assert table.effect[15 + before, m] == pytest.approx(expected, abs=1e-7)
+            assert table.support[15 + before, m] == support
+            furthest = max(furthest, abs(counted(every, before, m)[0] - expected))
+    # First visits in the comparison would have made another number of it.
+    assert (furthest > 0.05) == (inputs == "current")
+
+
+@pytest.mark.parametrize("estimator", ["raw", "adjusted", "doubly_robust"])
+def test_first_visits_change_no_effect_of_a_previous_medication(
+    make_cohort: MakeCohort, estimator: Any
+) -> None:
+    cohort = make_cohort(seed=12)
+    first = cohort.is_first_visit()
+    changed = dataclasses.replace(
+        cohort,
+        targets=CodeLists.of(
+            [[0, 1] if first[v] else cohort.targets[v].tolist() for v in range(cohort.num_visits)]
+        ),
+    )
+    d, p = (f"{kind}/{cohort.vocabularies[kind][0]}" for kind in ("diagnosis", "procedure"))
+    m = [f"previous_medication/{c}" for c in cohort.vocabularies["medication"][:2]]
+    graph = graph_of([(d, p), (m[0], m[1])])
+    a = effects.estimate(cohort, graph, EffectsConfig(estimator))
+    b = effects.estimate(changed, graph, EffectsConfig(estimator))
+    assert a.supported[15:].any()
+    assert not np.array_equal(a.effect[:15], b.effect[:15])
+    for name in ("effect", "standard_error", "support", "supported", "visits"):
+        np.testing.assert_array_equal(getattr(a, name)[15:], getattr(b, name)[15:])
+
+
+@pytest.mark.parametrize("estimator", ["raw", "adjusted", "doubly_robust"])
+def test_without_later_visits_previous_medications_have_no_effect(
+    make_cohort: MakeCohort, estimator: Any
+) -> None:
+    cohort = make_cohort(num_patients=300, seed=3)
+    visits = cohort.patient_offsets[:-1]
+    alone = dataclasses.replace(
+        cohort,
+        patient_offsets=np.arange(301),
+        visit_ids=tuple(cohort.visit_ids[v] for v in visits),
+        admitted=cohort.admitted[visits],
+        age=cohort.age[visits],
+        **{
+            name: getattr(cohort, name).take(visits)
+            for name in ("diagnoses", "procedures", "medications", "targets")
+        },
+    )
+    table = effects.estimate(alone, graph_of([]), EffectsConfig(estimator, min_visits=0))
+    assert table.supported[:15].any()
+    assert not table.supported[15:].any()
+    assert (table.effect[15:] == 0).all()
+    assert np.isnan(table.standard_error[15:]).all()
+
+
+@pytest.mark.parametrize("estimator", ["adjusted", "doubly_robust"])
+def test_adjustment_removes_a_confounder_of_a_previous_medication(
+    make_cohort: MakeCohort, estimator: Any
+) -> None:
+    cohort = make_cohort(num_patients=3000, seed=5)
+    rng = np.random.default_rng(0)
+    # Drug 3 is given again, and drug 4 often with it: drug 4 seems to bring drug 3 a visit later.
+    taken = []
+    for v in range(cohort.num_visits):
+        others = [m for m in cohort.medications[v].tolist() if m != 4]
+        taken.append(others + [4] * (rng.random() < (0.7 if 3 in others else 0.1)))
+    targets = [[m for m in visit if m == 3] for visit in taken]
+    cohort = dataclasses.replace(
+        cohort, medications=CodeLists.of(taken), targets=CodeLists.of(targets)
+    )
+    before = [f"previous_medication/{c}" for c in cohort.vocabularies["medication"]]
+    graph = graph_of([(before[3], before[4])])
+    raw = effects.estimate(cohort, graph, EffectsConfig("raw")).of_kinds("previous_medication")
+    table = effects.estimate(cohort, graph, EffectsConfig(estimator))
+    adjusted = table.of_kinds("previous_medication")
+    assert adjusted.codes == tuple(before)
+    assert raw.effect[4, 3] > 0.3
+    assert adjusted.supported[4, 3]
+    assert abs(adjusted.effect[4, 3]) < 4 * adjusted.standard_error[4, 3] < 0.2
+    assert adjusted.effect[3, 3] > 0.6  # drug 3 itself is not adjusted for anything
 
 
 def test_adjusted_is_least_squares_on_the_parents(make_cohort: MakeCohort) -> None:
@@ -84,14 +190,18 @@ def test_adjusted_is_least_squares_on_the_parents(make_cohort: MakeCohort) -> No
     p = [f"procedure/{c}" for c in name["procedure"]]
     m = [f"previous_medication/{c}" for c in name["medication"]]
     edges = [(d[0], d[1]), (d[1], p[0]), (d[0], p[0]), (m[2], d[2]), (m[3], p[0]), (m[0], d[3])]
+    edges += [(m[0], m[1]), (m[2], m[1]), (m[0], m[4])]
     graph = graph_of(edges, undirected=[(d[4], d[5]), (p[2], p[3])])
     table = effects.estimate(cohort, graph, EffectsConfig("adjusted", min_support=1, min_visits=0))
     assert table.supported.all()
-    rows = training_rows(cohort)
-    value = {n: np.array([i in r[0] for r in rows], float) for i, n in enumerate(d)}
-    value |= {n: np.array([i in r[1] for r in rows], float) for i, n in enumerate(p)}
-    value |= {n: np.array([i in r[2] for r in rows], float) for i, n in enumerate(m)}
+    assert len(table.codes) == 20
     for c, code in enumerate(table.codes):
+        rows = training_rows(cohort, later=code in m)
+        value = {
+            name: np.array([i in r[k] for r in rows], float)
+            for k, names in enumerate((d, p, m))
+            for i, name in enumerate(names)
+        }
         parents = [a for a, b in edges if b == code]
         design = np.column_stack([np.ones(len(rows)), value[code], *(value[a] for a in parents)])
         for j in range(5):
@@ -147,17 +257,21 @@ def test_a_class_gives_mean_and_range_over_its_members(
 
 def test_support_is_counted_and_decides_which_effects_are_given(make_cohort: MakeCohort) -> None:
     cohort = make_cohort(num_patients=60, seed=8)
-    rows = training_rows(cohort)
-    n = len(rows)
-    has = np.array([[c in r[0] for c in range(9)] + [c in r[1] for c in range(6)] for r in rows])
-    given = np.array([[m in r[3] for m in range(5)] for r in rows])
-    both = has.T.astype(int) @ given
-    worth = has.sum(axis=0) * (n - has.sum(axis=0)) / n
-    expected = worth[:, None] * given.mean(axis=0)
-    supported = (np.maximum(both, expected) >= 4) & (worth >= 11)[:, None]
-    assert 0.2 < supported.mean() < 0.8
+    parts = []
+    for later, kinds in ((False, ((0, 9), (1, 6))), (True, ((2, 5),))):
+        rows = training_rows(cohort, later=later)
+        n = len(rows)
+        has = np.array([[c in r[k] for k, size in kinds for c in range(size)] for r in rows])
+        given = np.array([[m in r[3] for m in range(5)] for r in rows])
+        both = has.T.astype(int) @ given
+        worth = has.sum(axis=0) * (n - has.sum(axis=0)) / n
+        expected = worth[:, None] * given.mean(axis=0)
+        supported = (np.maximum(both, expected) >= 4) & (worth >= 8)[:, None]
+        assert 0.2 < supported.mean() < 0.8
+        parts.append((both, worth, supported, raw_effects(has, given)))
+    both, worth, supported, raw = (np.concatenate(part) for part in zip(*parts, strict=True))
     for estimator in ("raw", "adjusted", "doubly_robust"):
-        config = EffectsConfig(estimator, min_support=4, min_visits=11)
+        config = EffectsConfig(estimator, min_support=4, min_visits=8)
         table = effects.estimate(cohort, graph_of([]), config)
         np.testing.assert_array_equal(table.support, both)
         np.testing.assert_array_equal(table.supported, supported)
@@ -165,7 +279,7 @@ def test_support_is_counted_and_decides_which_effects_are_given(make_cohort: Mak
         assert (table.effect[supported] != 0).all()
         assert np.isfinite(table.standard_error[supported]).all()
         if estimator == "raw":  # what the literature has, whatever the support
-            np.testing.assert_allclose(table.effect, raw_effects(has, given), atol=1e-7)
+            np.testing.assert_allclose(table.effect, raw, atol=1e-7)
         else:
             for values in (table.effect, table.minimum, table.maximum):
                 assert (values[~supported] == 0).all()

@@ -7,7 +7,7 @@ from cafemed.cohort import Cohort
 from cafemed.graphs import EffectTable
 from cafemed.synthetic import SyntheticConfig, generate, truth
 from cafemed.synthetic.confounding import confounded
-from cafemed.synthetic.effects import true_effects
+from cafemed.synthetic.effects import previous_effects, true_effects
 from cafemed.synthetic.generator import Population
 from causal import effects
 from causal.effects import EffectsConfig
@@ -39,6 +39,8 @@ def cohort_of(population: Population) -> Cohort:
     )
 
 
+CODES = ("diagnosis", "procedure")
+
 #: Name → settings: the default population, and one whose codes cause each other more strongly.
 POPULATIONS = {
     "default": SyntheticConfig(),
@@ -61,7 +63,7 @@ def found(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray, dict[
     cohort = cohort_of(population)
     known = true_effects(population)
     tables = {
-        name: effects.estimate(cohort, graph, EffectsConfig(name))
+        name: effects.estimate(cohort, graph, EffectsConfig(name)).of_kinds(*CODES)
         for name in ("raw", "adjusted", "doubly_robust")
     }
     assert all(table.codes == known.codes for table in tables.values())
@@ -102,3 +104,20 @@ def test_adjusting_lowers_the_error_where_pairs_are_confounded(
 
     assert chosen.sum() > 1000
     assert error(estimator) < 0.97 * error("raw")
+
+
+def test_the_effect_of_a_medication_on_itself_a_visit_later_is_found() -> None:
+    population = generate(POPULATIONS["default"], 1)
+    graph, cohort = truth.graph_of(population), cohort_of(population)
+    table = effects.estimate(cohort, graph, EffectsConfig()).of_kinds("previous_medication")
+    known = previous_effects(population)
+    assert (table.codes, table.medications) == (known.codes, known.medications)
+    own = np.eye(len(known.codes), dtype=bool) & table.supported
+    assert own.sum() > 80
+    assert known.effect[own].mean() > 0.5
+    error = (table.effect - known.effect)[own]
+    assert np.sqrt((error**2).mean()) < 0.07
+    assert abs(error.mean()) < 0.02
+    # Diagnoses of the visit before are no nodes: what they confound is not adjusted for.
+    low, high = table.interval()
+    assert 0.85 < ((low <= known.effect) & (known.effect <= high))[own].mean() < 0.99

@@ -191,6 +191,12 @@ def test_effects_are_compared_pair_by_pair() -> None:
     assert compared.rmse_of_none == pytest.approx(np.sqrt(np.mean(np.square(sizes))))
     assert compared.coverage == pytest.approx(np.mean(held))
     assert 0 < compared.coverage < 1
+    # A truth says nothing of previous medications: nothing changes with rows of them.
+    more = effects_of([f"previous_medication/x:{i}" for i in range(3)], SINKS, 3)
+    arrays = ("effect", "standard_error", "minimum", "maximum", "support", "supported", "visits")
+    joined = {a: np.concatenate([getattr(found, a), getattr(more, a)]) for a in arrays}
+    longer = dataclasses.replace(found, codes=(*found.codes, *more.codes), **joined)
+    assert evaluation.compare_effects(longer, true) == compared
     assert evaluation.compare_effects(found, effects_of(["diagnosis/y:1"], SINKS, 0)).pairs == 0
 
 

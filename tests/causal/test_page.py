@@ -40,7 +40,8 @@ def random_graph(size: int, edges: int, seed: int = 0) -> CausalGraph:
 
 def random_effects(graph: CausalGraph, seed: int = 1) -> EffectTable:
     rng = np.random.default_rng(seed)
-    codes = tuple(n for n in graph.nodes if n.startswith(("diagnosis/", "procedure/")))
+    kinds = ("diagnosis", "procedure", "previous_medication")
+    codes = tuple(n for kind in kinds for n in graph.nodes if n.startswith(f"{kind}/"))
     medications = tuple(n for n in graph.nodes if n.startswith("medication/"))
     shape = (len(codes), len(medications))
     effect = rng.normal(0, 0.2, shape).astype(np.float32)
@@ -122,6 +123,7 @@ def test_the_largest_supported_effects_of_each_code_and_medication_are_shown() -
                 )
     assert found.keys() == expected.keys()
     assert len(found) < usable.sum()  # some were too many
+    assert any(code.startswith("previous_medication/") for code, _ in found)
     np.testing.assert_allclose([found[k] for k in found], [expected[k] for k in found], atol=1)
     assert shown["estimator"] == "doubly_robust"
 
@@ -234,6 +236,18 @@ def test_a_code_is_found_and_left_by_the_keyboard_in_a_browser(
         effects.medications[i].split("/")[1] for i in best
     ]
     assert browser.run("return document.querySelectorAll('svg[role=img] path.edge').length") > 1
+
+    before = next(n for n in graph.nodes if n.startswith("previous_medication/"))
+    browser.run(f"location.hash = '#{before}'")
+    assert browser.comes_to("return document.title", f"{before.split('/')[1]} – Causal graph")
+    row = effects.codes.index(before)
+    usable = effects.supported[row] & np.isfinite(effects.standard_error[row])
+    best = np.flatnonzero(usable)[np.argsort(-np.abs(effects.effect[row][usable]))[:20]]
+    assert [r[0] for r in rows("Effects on medications")] == [
+        effects.medications[i].split("/")[1] for i in best
+    ]
+    browser.post("back")
+    assert browser.comes_to("return document.title", f"{name} – Causal graph")
 
     browser.post("back")
     assert browser.comes_to(

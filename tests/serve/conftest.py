@@ -83,6 +83,9 @@ def make_bundle(
     rows = tuple(node_name(kind, c) for kind in KINDS[:2] for c in vocabularies[kind])
     columns = tuple(node_name("medication", c) for c in vocabularies["medication"])
     effect = rng.normal(0, 0.3, (len(rows), len(columns))).astype(np.float32)
+    rows += tuple(node_name("previous_medication", c) for c in vocabularies["medication"])
+    before = np.random.default_rng((seed, 1)).normal(0, 0.3, (len(columns),) * 2)
+    effect = np.concatenate([effect, before.astype(np.float32)])
     effects = EffectTable.known(rows, columns, effect, np.full_like(effect, 0.01), "raw")
     ddi = np.triu(rng.random((len(columns), len(columns))) < 0.3, 1)
     ddi |= ddi.T

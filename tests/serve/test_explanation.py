@@ -4,6 +4,7 @@ import asyncio
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cafemed import bundle as bundles
 from cafemed.bundle import Bundle, Preprocessing
 from cafemed.codes import node_name, normalise
-from cafemed.graphs import CausalGraph
+from cafemed.graphs import CausalGraph, EffectTable
 from serve import explanation
 from serve.answers import RecommendResponse
 from serve.api import create_api
@@ -210,49 +212,72 @@ def influences_of(bundle: Bundle, patient: dict[str, Any]) -> Iterator[tuple[str
             yield f"{medication.system}:{medication.code}", influence
 
 
-def test_effects_are_those_of_the_table_at_the_current_visit_only(served: Bundle) -> None:
+def drawn_effects(bundle: Bundle) -> EffectTable:
+    """The bundle's table, of which some errors are unknown and some pairs without support."""
     rng = np.random.default_rng(5)
-    shape = served.effects.effect.shape
+    shape = bundle.effects.effect.shape
     error = rng.random(shape).astype(np.float32)
     error[rng.random(shape) < 0.3] = np.nan
-    table = dataclasses.replace(
-        served.effects, standard_error=error, supported=rng.random(shape) < 0.7
+    return dataclasses.replace(
+        bundle.effects, standard_error=error, supported=rng.random(shape) < 0.7
     )
-    bundle = dataclasses.replace(served, effects=table)
+
+
+def test_effects_are_those_of_the_table_at_the_current_visit_only(served: Bundle) -> None:
+    table = drawn_effects(served)
+    preprocessing = dataclasses.replace(served.preprocessing, threshold=0.1)
+    bundle = dataclasses.replace(served, effects=table, preprocessing=preprocessing)
     seen = set()
-    for medication, influence in influences_of(bundle, some_patient(bundle)):
+    # Codes of the last of the three visits, and medications of the one before it.
+    known_at = {"diagnosis": 2, "procedure": 2, "medication": 1}
+    told = [*influences_of(bundle, some_patient(bundle))]
+    for medication, influence in told:
+        kind = influence.kind
         got = (influence.effect, influence.standard_error)
-        if influence.visit < 2 or influence.kind not in ("diagnosis", "procedure"):
+        if influence.visit < known_at[kind]:
             assert got == (None, None)
+            seen.add((kind, "earlier"))
             continue
-        row = table.codes.index(node_name(influence.kind, influence.code))
+        assert influence.visit == known_at[kind]
+        node = "previous_medication" if kind == "medication" else kind
+        row = table.codes.index(node_name(node, influence.code))
         column = table.medications.index(node_name("medication", medication))
         if not table.supported[row, column]:
             assert got == (None, None)
-            seen.add("unsupported")
+            seen.add((kind, "unsupported"))
             continue
         assert influence.effect == float(table.effect[row, column])
-        if np.isnan(error[row, column]):
+        if np.isnan(table.standard_error[row, column]):
             assert influence.standard_error is None
-            seen.add("no error")
+            seen.add((kind, "no error"))
         else:
-            assert influence.standard_error == float(error[row, column])
-            seen.add("all")
-    assert seen == {"unsupported", "no error", "all"}
+            assert influence.standard_error == float(table.standard_error[row, column])
+            seen.add((kind, "all"))
+    kinds, cases = known_at, ("earlier", "unsupported", "no error", "all")
+    assert seen == {(kind, case) for kind in kinds for case in cases}
 
 
-def test_an_effect_of_an_earlier_medication_is_told_where_the_table_has_one(
-    served: Bundle,
+def test_a_table_without_earlier_medications_explains_as_it_did(
+    served: Bundle, tmp_path: Path
 ) -> None:
-    recommender = Recommender(served, 1)
-    previous = node_name("previous_medication", served.vocabularies["medication"][0])
-    row = (previous, *served.effects.codes[1:])
-    effects = dataclasses.replace(served.effects, codes=row)
-    explainer = explanation.Explainer(dataclasses.replace(served, effects=effects), {})
-    given = explanation.Given("medication", 0, 1, 0)
-    told = explainer.influence(given, 3, 0.5, 0.4, is_current=True)
-    assert told.effect == float(served.effects.effect[0, 3])
-    assert recommender.explainer.influence(given, 3, 0.5, 0.4, is_current=True).effect is None
+    preprocessing = dataclasses.replace(served.preprocessing, threshold=0.1)
+    newer = dataclasses.replace(served, effects=drawn_effects(served), preprocessing=preprocessing)
+    old = dataclasses.replace(newer, effects=newer.effects.of_kinds("diagnosis", "procedure"))
+    assert len(old.effects.codes) == len(newer.effects.codes) - len(newer.effects.medications)
+    bundles.write(tmp_path / "old", old)
+    loaded = bundles.load(tmp_path / "old")
+    assert loaded.effects.codes == old.effects.codes
+    patient = some_patient(newer)
+    told = [*influences_of(loaded, patient)]
+    expected = [*influences_of(newer, patient)]
+    compared = 0
+    for (medication, influence), (other, wanted) in zip(told, expected, strict=True):
+        assert medication == other
+        if influence.kind == "medication":
+            compared += wanted.effect is not None
+            wanted = dataclasses.replace(wanted, effect=None, standard_error=None)
+        assert influence == wanted
+    assert compared > 10
 
 
 def test_paths_start_at_what_is_known_at_the_current_visit(served: Bundle) -> None:

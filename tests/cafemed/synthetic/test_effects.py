@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy import sparse
 
-from cafemed.synthetic.effects import interventions
+from cafemed.synthetic.effects import interventions, previous_effects
 from cafemed.synthetic.generator import previous
+from cafemed.synthetic.model import draft_log_miss, draw_medications
 
 
 @pytest.mark.parametrize("name", ["tiny", "persistent"])
@@ -31,6 +33,31 @@ def test_effects_equal_enumeration_of_the_intervened_model(name, request, enumer
     # The stated error is the spread over repetitions, not merely larger than it.
     distance = (effect - expected)[error > 1e-4] / error[error > 1e-4]
     assert 0.4 < np.sqrt(np.mean(distance**2)) < 2
+
+
+def test_effects_of_previous_medications_are_those_of_drawing_visits_again(population):
+    model, table = population.model, previous_effects(population)
+    assert table.codes == tuple(f"previous_medication/{code}" for code in model.medications)
+    rng = np.random.default_rng(2)
+    later = rng.choice(np.flatnonzero(~population.is_first_visit()), 30_000)
+    codes = np.hstack(
+        [
+            population.diagnoses.take(later).multi_hot(len(model.diagnoses)),
+            population.procedures.take(later).multi_hot(len(model.procedures)),
+        ]
+    )
+    codes = sparse.csr_array(codes.astype(np.float64))
+    before = population.medications.take(later - 1).multi_hot(len(model.medications))
+    for medication in (0, 7, 19):
+        shares = []
+        for value in (True, False):
+            before[:, medication] = value
+            shares.append(draw_medications(model, draft_log_miss(model, codes, before), rng))
+        found = shares[0].mean(axis=0) - shares[1].mean(axis=0)
+        before = population.medications.take(later - 1).multi_hot(len(model.medications))
+        chance = np.sqrt(0.5 / len(later)) + table.standard_error[medication]
+        assert (np.abs(found - table.effect[medication]) < 4 * chance).all()
+        assert found[medication] > 0.2
 
 
 def test_raw_risk_difference_is_biased_where_adjustment_is_not(population):

@@ -15,7 +15,7 @@ from cafemed.lease import TakenOverError
 from cafemed.ledger import Entry, Ledger
 from cafemed.sampling import Proposer, trial_seed
 from cafemed.stopping import make_rule
-from cafemed.sweep import Status, SweepResult, TrialRecord
+from cafemed.sweep import Status, SweepResult, TrialRecord, best_until
 from cafemed.sweep_plan import SweepPlan
 from cafemed.tracking import Progress, Tell
 from cafemed.training import FitConfig
@@ -184,8 +184,8 @@ class Conductor:
         if started is not None and (started, host) != (entry.started, entry.host):
             self._note(dataclasses.replace(entry, started=started, host=host, clock=self.seconds))
         self._tell_of(number)
-        best = max(float(epoch["metrics"]["jaccard"]) for epoch in history)
-        return self._rule.stops(number, len(history), best)
+        *_, best = best_until(history)
+        return self._rule_stops(number, len(history), best)
 
     def end(
         self,
@@ -262,6 +262,12 @@ class Conductor:
             )
         return self._result_so_far()
 
+    def _rule_stops(self, number: int, epoch: int, best: Mapping[str, Any]) -> bool:
+        """Whether a trial whose best epoch so far is `best` stops after an epoch."""
+        limit, found = self.plan.search.max_ddi_rate, best["metrics"]
+        keeps = limit is None or float(found["ddi_rate"]) <= limit
+        return self._rule.stops(number, epoch, float(found["jaccard"]), keeps)
+
     def _result_so_far(self) -> SweepResult:
         search = self.plan.search
         return SweepResult(tuple(self.ended), search.objectives, search.max_ddi_rate)
@@ -293,8 +299,8 @@ class Conductor:
         for entry in entries:
             self._proposer.repeat(entry.number, entry.parameters)
             if entry.record is not None:
-                for epoch, best in enumerate(entry.record.best_so_far, 1):
-                    self._rule.stops(entry.number, epoch, best)
+                for epoch, best in enumerate(best_until(entry.record.history), 1):
+                    self._rule_stops(entry.number, epoch, best)
                 self._proposer.tell(entry.record)
                 self._records[entry.number] = entry.record
                 self._tell_of_end(entry.record)

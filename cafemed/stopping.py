@@ -3,6 +3,9 @@
 A rule is plain bookkeeping, told a trial's best Jaccard so far after each of its epochs. Told the
 same epochs again it is where it was, so that a sweep goes on from its history as if it had not been
 interrupted; an epoch that a trial repeats, after a failure, counts once.
+
+Trials are compared with those alone that may be chosen (`search.max_ddi_rate`): one that is better
+because it is over the limit stops none that keeps it.
 """
 
 import math
@@ -18,15 +21,22 @@ _MIN_TRIALS = 3
 class Rule(Protocol):
     """Decides after an epoch whether a trial stops."""
 
-    def stops(self, trial: int, epoch: int, value: float) -> bool:
-        """Takes note of an epoch (from 1) and says whether the trial stops after it."""
+    def stops(self, trial: int, epoch: int, value: float, keeps: bool = True) -> bool:
+        """Takes note of an epoch (from 1) and says whether the trial stops after it.
+
+        Args:
+            trial: its number.
+            epoch: which.
+            value: the best until then.
+            keeps: whether the trial could be chosen for it; others are compared with it if so.
+        """
         ...
 
 
 class Never:
     """Lets every trial train to its end."""
 
-    def stops(self, trial: int, epoch: int, value: float) -> bool:  # noqa: ARG002
+    def stops(self, trial: int, epoch: int, value: float, keeps: bool = True) -> bool:  # noqa: ARG002
         """See Rule."""
         return False
 
@@ -41,17 +51,17 @@ class Asha:
     def __init__(self, epochs: int, grace_period: int, factor: float) -> None:
         self._factor = factor
         rungs = int(math.log(epochs / grace_period) / math.log(factor) + 1)
-        self._rungs: list[tuple[float, dict[int, float]]] = [
+        self._rungs: list[tuple[float, dict[int, tuple[float, bool]]]] = [
             (grace_period * factor**k, {}) for k in reversed(range(rungs))
         ]
 
-    def stops(self, trial: int, epoch: int, value: float) -> bool:
+    def stops(self, trial: int, epoch: int, value: float, keeps: bool = True) -> bool:
         """See Rule."""
         for milestone, reached in self._rungs:
             if epoch < milestone or trial in reached:
                 continue
-            before = sorted(reached.values())
-            reached[trial] = value
+            before = sorted(value for value, keeps in reached.values() if keeps)
+            reached[trial] = value, keeps
             return bool(before) and value < _quantile(before, 1 - 1 / self._factor)
         return False
 
@@ -66,18 +76,20 @@ class Median:
     def __init__(self, grace_period: int) -> None:
         self._grace_period = grace_period
         self._values: dict[int, list[float]] = {}
+        self._keeps: dict[int, list[bool]] = {}
 
-    def stops(self, trial: int, epoch: int, value: float) -> bool:
+    def stops(self, trial: int, epoch: int, value: float, keeps: bool = True) -> bool:
         """See Rule."""
         own = self._values.setdefault(trial, [])
         if epoch > len(own):
             own.append(value)
+            self._keeps.setdefault(trial, []).append(keeps)
         if epoch < self._grace_period:
             return False
         means = [
             statistics.fmean(values[self._grace_period - 1 : epoch])
             for other, values in self._values.items()
-            if other != trial and len(values) >= epoch
+            if other != trial and len(values) >= epoch and self._keeps[other][epoch - 1]
         ]
         return len(means) >= _MIN_TRIALS and value < statistics.median(means)
 

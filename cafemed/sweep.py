@@ -9,7 +9,7 @@ import datetime
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,19 @@ def whereabouts(told: Mapping[str, Any]) -> dict[str, Any]:
         "seconds": float(told.get(SECONDS, 0.0)),
         "host": str(told.get("hostname", "")),
     }
+
+
+def best_until(history: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """For each epoch the one with the best validation Jaccard until then, the first of equal ones.
+
+    Args:
+        history: see TrialRecord.
+    """
+    return itertools.accumulate(history, lambda best, epoch: max(best, epoch, key=_jaccard_of))
+
+
+def _jaccard_of(epoch: Mapping[str, Any]) -> float:
+    return float(epoch["metrics"]["jaccard"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +104,12 @@ class TrialRecord:
     @property
     def best_so_far(self) -> list[float]:
         """After each epoch, the best validation Jaccard until then."""
-        values = (float(epoch["metrics"]["jaccard"]) for epoch in self.history)
-        return list(itertools.accumulate(values, max))
+        return [float(epoch["metrics"]["jaccard"]) for epoch in best_until(self.history)]
 
     @property
     def best_epoch(self) -> Mapping[str, Any] | None:
         """The epoch with the best validation Jaccard, the first of equal ones."""
-        return max(self.history, key=lambda e: float(e["metrics"]["jaccard"]), default=None)
+        return max(self.history, key=_jaccard_of, default=None)
 
     def describe(self) -> str:
         """One line: what was measured, and with which parameters."""

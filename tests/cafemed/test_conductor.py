@@ -52,6 +52,7 @@ CASES = [
     {"sampler": "nsga2", "scheduler": "none", "population_size": 3},
     {"sampler": "tpe", "scheduler": "none", "objectives": ["jaccard", "ddi_rate"]},
     {"sampler": "tpe", "scheduler": "asha", "max_ddi_rate": 0.055},
+    {"sampler": "random", "scheduler": "median", "max_ddi_rate": 0.052},
 ]
 
 
@@ -411,6 +412,37 @@ def test_a_search_that_was_ended_early_is_not_taken_for_complete(sweeps: Any, tm
     conductor = begin(plan, tmp_path)
     sweeps.play(conductor)
     assert len(conductor.result().trials) == 3
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+@pytest.mark.parametrize("limit", [None, 0.06])
+def test_a_trial_over_the_limit_stops_none_that_keeps_it(
+    sweeps: Any, tmp_path: Path, limit: float | None, interrupted: bool
+):
+    plan = sweeps.plan_of(scheduler="asha", max_ddi_rate=limit)
+    conductor = begin(plan, tmp_path)
+
+    def stops(*measured: tuple[float, float]) -> bool:
+        """The answer to a new trial's second epoch."""
+        nonlocal conductor
+        history = sweeps.history_of({"train.learning_rate": 1e-2}, 2)
+        for epoch, (jaccard, rate) in zip(history, measured, strict=True):
+            epoch["metrics"] |= {"jaccard": jaccard, "ddi_rate": rate}
+        conductor = begin(plan, tmp_path) if interrupted else conductor
+        start = conductor.next()
+        assert start is not None
+        conductor.started(start.number)
+        found: bool = conductor.stops(start.number, history)
+        conductor.end(start.number, history)
+        return found
+
+    # The rate is that of the best epoch, as of the trial that is chosen.
+    assert not stops((0.5, 0.09), (0.4, 0.05))
+    assert stops((0.4, 0.05), (0.3, 0.09)) == (limit is None)
+    assert stops((0.3, 0.05), (0.2, 0.05))
+    assert stops((0.3, 0.09), (0.2, 0.09))
+    assert not stops((0.6, 0.09), (0.2, 0.09))
+    assert stops((0.41, 0.05), (0.2, 0.05)) == (limit is None)
 
 
 def test_the_chosen_trial_keeps_the_ddi_rate(sweeps: Any, tmp_path: Path):

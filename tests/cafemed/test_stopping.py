@@ -1,5 +1,6 @@
 """The rules decide as Ray Tune's schedulers do, and a replay is where the first telling was."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,47 @@ def test_median_decides_as_ray_tunes_does(seed: int, grace: int):
     ours = decisions(Median(grace), seed)
     assert ours == decisions(RayRule(scheduler), seed)
     assert any(stop for *_, stop in ours)
+
+
+def asha_of_those_that_keep(earlier: list[Any], trial: int, epoch: int, value: float) -> bool:
+    """With grace period 2 and factor 3."""
+    others = [v for t, e, v, keeps in earlier if e == epoch and t != trial and keeps]
+    at_rung = epoch in (2, 6, 18)
+    return at_rung and bool(others) and value < np.quantile(others, 2 / 3)
+
+
+def median_of_those_that_keep(earlier: list[Any], trial: int, epoch: int, value: float) -> bool:
+    """With grace period 2."""
+    if epoch < 2:
+        return False
+    others = {t for t, e, _, keeps in earlier if e == epoch and t != trial and keeps}
+    means = [np.mean([v for t, e, v, _ in earlier if t == o and 2 <= e <= epoch]) for o in others]
+    return len(means) >= 3 and value < np.median(means)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: Asha(EPOCHS, 2, 3.0), asha_of_those_that_keep),
+        (lambda: Median(2), median_of_those_that_keep),
+    ],
+)
+def test_trials_are_compared_with_those_that_keep_the_limit(make: Any, expected: Any, seed: int):
+    rule, random, told = make(), np.random.default_rng(seed), events(seed)
+    earlier: list[tuple[int, int, float, bool]] = []
+    stopped = dict.fromkeys([True, False], 0)
+    event = next(told)
+    with contextlib.suppress(StopIteration):
+        while True:
+            # Some never keep it, some from an epoch on, or until one.
+            keeps = bool(random.random() < (0.1, 0.9, 0.5)[event[0] % 3])
+            stop = rule.stops(*event, keeps)
+            assert stop == expected(earlier, *event)
+            earlier.append((*event, keeps))
+            stopped[keeps] += stop
+            event = told.send(stop)
+    assert min(stopped.values()) > 3  # a poor trial is stopped, whether it keeps the limit or not
 
 
 @pytest.mark.parametrize("make", [lambda: Asha(EPOCHS, 2, 3.0), lambda: Median(2), Never])

@@ -17,6 +17,7 @@ from cafemed.conductor import Conductor
 from cafemed.experiment import Experiment
 from cafemed.ledger import Header, Ledger
 from cafemed.sweep import SweepResult, TrialRecord
+from cafemed.training import Builder
 from cafemed.trials import TrialData
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -29,11 +30,18 @@ EPOCHS = 60
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def slow(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
-    """A model that needs 0.3 s an epoch, so that four processes start before a trial ends."""
-    model = models.build(name, inputs, options, seed)
-    model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
-    return model
+def held_until(lost: Path) -> Builder:
+    """Models that need 2 s an epoch, so that all processes start before a trial ends.
+
+    When the node is lost they need a tenth of it.
+    """
+
+    def build(name: str, inputs: ModelInputs, options: Mapping[str, Any], seed: int) -> nn.Module:
+        model = models.build(name, inputs, options, seed)
+        model.register_forward_pre_hook(lambda *_: time.sleep(0.03 if lost.exists() else 0.3))
+        return model
+
+    return build
 
 
 @pytest.fixture
@@ -70,7 +78,7 @@ def losing_a_node(
     search |= {"space": SPACE, "scheduler": "none"}
     values = {"model": MODEL, "train": train, "search": search}
     plan = sweep_plan.read(values, models.options_class, models.NAMES)
-    data = TrialData.of(plan, given, slow)
+    data = TrialData.of(plan, given, held_until(folder / "lost"))
     ledger = Ledger(folder / "trials")
     ledger.open(Header("f", {}, plan.settings(), {}))
     ended: list[TrialRecord] = []
@@ -79,12 +87,13 @@ def losing_a_node(
     class Losing(Conductor):
         """Takes the node away."""
 
-        def stops(self, number: int, history: Any) -> bool:
-            stop = super().stops(number, history)
+        def stops(self, number: int, history: Any, **told: Any) -> bool:
+            stop = super().stops(number, history, **told)
             begun = [n for n, epochs in self.histories.items() if len(epochs) >= 3]
             if not lost and len(begun) == at_once:
                 lost.extend(begun)
                 nodes.remove_node(second, allow_graceful=False)
+                (folder / "lost").touch()
             return stop
 
     with cluster.ray_cluster(4) as where:

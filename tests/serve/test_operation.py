@@ -212,18 +212,26 @@ def test_promoted_and_rolled_back_under_load_every_answer_is_one_versions(
     weights.write_bytes(bytes(content))
     done = False
 
+    def answering() -> int:
+        number: int = httpx.get(f"{running.url}/readyz", timeout=60).json()["model"]["version"]
+        return number
+
+    def refusals() -> list[str]:
+        return [text for text in running.logs().values() if "staying with version 1" in text]
+
     async def change() -> None:
         nonlocal done
         await asyncio.sleep(1)
-        for move in (
-            lambda: registry.promote(own, 2),
-            lambda: registry.rollback(own),
-            lambda: registry.promote(own, published),
-            lambda: registry.rollback(own),
-            lambda: registry.promote(own, 2),
+        for move, seen in (
+            (lambda: registry.promote(own, 2), lambda: answering() == 2),
+            (lambda: registry.rollback(own), lambda: answering() == 1),
+            (lambda: registry.promote(own, published), refusals),
+            (lambda: registry.rollback(own), lambda: answering() == 1),
+            (lambda: registry.promote(own, 2), lambda: answering() == 2),
         ):
             await asyncio.to_thread(move)
-            await asyncio.sleep(1.5)
+            await asyncio.to_thread(wait_for, seen)
+            await asyncio.sleep(0.5)
         done = True
 
     async def both() -> list[httpx.Response | str]:
@@ -245,8 +253,7 @@ def test_promoted_and_rolled_back_under_load_every_answer_is_one_versions(
     assert (versions[0], versions[-1]) == (1, 2)
     # To 2, back, to 2 again; requests in flight around a change may add some.
     assert sum(a != b for a, b in itertools.pairwise(versions)) >= 3
-    said = [text for text in running.logs().values() if "staying with version 1" in text]
-    assert any("model.safetensors: expected SHA-256" in text for text in said)
+    assert any("model.safetensors: expected SHA-256" in text for text in refusals())
 
     def told(before: Collection[str] = ()) -> set[str]:
         """Samples of a replica that refused one version and serves 2, none of them from before."""

@@ -1,8 +1,13 @@
 """docs/cluster.md: the files, headings and messages that it names are there."""
 
+import inspect
 import re
+import sys
+from typing import Any
 
 import pytest
+import ray
+import ray.autoscaler.sdk
 import yaml
 
 from cafemed import cluster_access, paths, shared_storage
@@ -48,3 +53,29 @@ def test_the_names_it_uses_are_the_files():
     assert f"ray-cluster-name,Values={launcher['cluster_name']}" in TEXT
     for kind in launcher["available_node_types"].values():
         assert f"`{kind['node_config']['InstanceType']}`" in TEXT
+
+
+@pytest.mark.parametrize("count", [2, 0])
+def test_the_program_that_asks_for_gpus_waits_for_them(monkeypatch: pytest.MonkeyPatch, count: int):
+    """One node with a GPU comes up each time it looks; 0 takes back what was asked for."""
+    program = re.search(r"^GPUS='([^']+)'$", TEXT, re.MULTILINE)
+    assert program
+    shape = inspect.signature(ray.autoscaler.sdk.request_resources)
+    asked: list[dict[str, Any]] = []
+    up: list[int] = []
+
+    def request(*args: Any, **kwargs: Any) -> None:
+        asked.append(dict(shape.bind(*args, **kwargs).arguments))
+
+    def resources() -> dict[str, float]:
+        return {"CPU": 4.0, **({"GPU": float(len(up))} if up else {})}
+
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request)
+    monkeypatch.setattr("ray.init", lambda: None)
+    monkeypatch.setattr("ray.cluster_resources", resources)
+    monkeypatch.setattr("time.sleep", up.append)
+    monkeypatch.setattr(sys, "argv", ["-c", str(count)])
+    exec(program[1], {})
+    assert asked == [{"bundles": [{"GPU": 1}] * count}]
+    assert len(up) == count
+    assert f'submit -- python -c "$GPUS" {count} ' in TEXT

@@ -114,7 +114,7 @@ def test_a_sweep_is_published_evaluated_and_not_run_twice(root: Path, experiment
     lines = out.splitlines()
     assert lines[0].split() == ["root", str(root)]
     assert sum(line.startswith("trial") for line in lines) == 2
-    assert len(lines) == 10  # nothing of Ray's own
+    assert len(lines) == 11  # nothing of Ray's own
     manifest = artifacts.verify(experiment / "sweep", "sweep")
     assert {"sweep.parquet", "best.json", "bundle/manifest.json"} <= set(manifest.files)
     assert manifest.report["trials"] == 2

@@ -19,9 +19,7 @@ the processor time that a request took the three processes.
 
 The model has drawn weights: an answer costs the same. The case `batch` is a Parquet file of such
 patients, scored in this process by one thread as `jobs/predict.py` does with `predict.workers=0`:
-`patients_per_s` from reading the file to the written results. `batch ray` is the same file scored
-as the job does by default, by one worker on Ray: `patients_per_s` with the worker's start, as the
-job tells it, and `start_s` until there is a Ray, before that. Of the case `replica`, `start_s` is
+`patients_per_s` from reading the file to the written results. Of the case `replica`, `start_s` is
 the time until one more endpoint on the running Ray gives its first answer, `memory_mb` the resident
 memory of the measured replica at the end.
 """
@@ -42,7 +40,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -52,9 +50,6 @@ import psutil  # noqa: E402
 
 from benchmarks.endpoint import clients, invented  # noqa: E402
 from benchmarks.endpoint.clients import Measured  # noqa: E402
-
-if TYPE_CHECKING:
-    from serve.prediction import PredictConfig
 
 CLIENTS = (1, 8, 32, 128)
 UNITS = dict.fromkeys(("p50_ms", "p99_ms", "cpu_ms", "noop_cpu_ms", "plain_cpu_ms"), "ms")
@@ -80,7 +75,7 @@ class Effort:
         clients: numbers of clients.
         warm_s, measured_s: of each number.
         rounds: the median of so many is given; the three are asked in turn.
-        scored: patients of the cases `batch` and `batch ray`.
+        scored: patients of the case `batch`.
     """
 
     clients: tuple[int, ...]
@@ -191,55 +186,25 @@ def client_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def batch(registry_dir: Path, bodies: list[dict[str, Any]], number: int, folder: Path) -> float:
-    """Patients a second of a file of so many, scored in this process."""
+    """Patients a second of a file of so many, the bodies' patients again and again."""
+    import pyarrow.parquet as pq
     import torch
 
     from cafemed import registry
-    from serve.prediction import predict
+    from serve.prediction import PredictConfig, predict
     from serve.recommender import Recommender
 
     torch.set_num_threads(1)
     recommender = Recommender.load(registry.resolve(registry_dir, "production"), 1)
-    config = write_patients(bodies, number, folder)
-    started = time.perf_counter()
-    scored = predict(recommender, config)
-    return scored / (time.perf_counter() - started)
-
-
-def batch_on_ray(
-    registry_dir: Path, bodies: list[dict[str, Any]], number: int, folder: Path
-) -> tuple[float, float]:
-    """As `batch`, by as many workers on Ray as the job has by default; and seconds to start Ray."""
-    from cafemed import cluster, registry
-    from serve.prediction import predict_on_ray
-    from serve.recommender import Recommender
-
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ.pop("RAY_ADDRESS", None)
-    recommender = Recommender.load(registry.resolve(registry_dir, "production"), 1)
-    config = write_patients(bodies, number, folder)
-    started = time.perf_counter()
-    with cluster.ray_cluster(config.workers * config.num_cpus):
-        start_s = time.perf_counter() - started
-        started = time.perf_counter()
-        scored = predict_on_ray(recommender, registry_dir, config)
-        return scored / (time.perf_counter() - started), start_s
-
-
-def write_patients(bodies: list[dict[str, Any]], number: int, folder: Path) -> "PredictConfig":
-    """Writes a file of so many patients, the bodies' again and again; gives what scores it."""
-    import pyarrow.parquet as pq
-
-    from serve.prediction import PredictConfig
-
     invented_patients = [one for body in bodies for one in body["patients"]]
     repeated = [invented_patients[i % len(invented_patients)] for i in range(number)]
     path, output = folder / "patients.parquet", folder / "answers.parquet"
-    output.unlink(missing_ok=True)
     with pq.ParquetWriter(path, _rows(repeated[:1], 0).schema) as writer:
         for start in range(0, number, _GROUP):
             writer.write_table(_rows(repeated[start : start + _GROUP], start))
-    return PredictConfig(input=str(path), output=str(output))
+    started = time.perf_counter()
+    scored = predict(recommender, PredictConfig(input=str(path), output=str(output)))
+    return scored / (time.perf_counter() - started)
 
 
 def _rows(patients: list[dict[str, Any]], first: int) -> Any:
@@ -322,9 +287,6 @@ def run(effort: Effort, seed: int) -> dict[str, dict[str, float]]:
         scored = batch(registry_dir, bodies, effort.scored, Path(temporary))
         cases["batch"] = {"patients_per_s": scored}
         print(f"batch: {scored:.0f} patients/s of {effort.scored}")
-        scored, start_s = batch_on_ray(registry_dir, bodies, effort.scored, Path(temporary))
-        cases["batch ray"] = {"patients_per_s": scored, "start_s": start_s}
-        print(f"batch ray: {scored:.0f} patients/s of {effort.scored}, Ray in {start_s:.1f} s")
     return cases
 
 

@@ -16,7 +16,6 @@ import torch
 from benchmarks.endpoint import clients, invented
 from benchmarks.endpoint.clients import Measured
 from cafemed import paths, registry
-from serve import prediction
 from serve.recommender import Recommender
 from serve.schema import RecommendRequest
 
@@ -143,18 +142,6 @@ def test_the_median_round_is_taken_whole(program: Any) -> None:
     assert program.median(rounds) == rounds[2]
 
 
-def check_answers(folder: Path, registry_dir: Path, bodies: list[dict[str, Any]]) -> None:
-    """The file has twenty patients, the bodies' again and again, with their recommendations."""
-    answers = pq.read_table(folder / "answers.parquet")
-    assert answers["patient"].to_pylist() == list(range(20))
-    assert answers["unknown_codes"].to_pylist() == [0] * 20
-    recommender = Recommender.load(registry.resolve(registry_dir, "production"), 1)
-    for i in (0, 7, 19):
-        request = RecommendRequest.model_validate(bodies[i % 8])
-        expected = [one.code for one in recommender.recommend(request)[0].medications]
-        assert [one["code"] for one in answers["medications"][i].as_py()] == expected
-
-
 def test_every_patient_of_the_batch_is_scored(program: Any, tmp_path: Path) -> None:
     registry_dir = invented.write_registry(tmp_path, 3)
     bodies = invented.bodies(8, 3)
@@ -163,30 +150,11 @@ def test_every_patient_of_the_batch_is_scored(program: Any, tmp_path: Path) -> N
         assert program.batch(registry_dir, bodies, 20, tmp_path) > 0
     finally:
         torch.set_num_threads(threads)
-    check_answers(tmp_path, registry_dir, bodies)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Data's own settings
-def test_every_patient_of_the_batch_on_ray_is_scored(
-    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By one worker; the start of Ray counts for nothing but its own figure."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # of somebody else's cluster
-    registry_dir = invented.write_registry(tmp_path, 3)
-    bodies = invented.bodies(8, 3)
-    seen: list[tuple[int, float]] = []
-    real = prediction.predict_on_ray
-
-    def told(recommender: Recommender, of: Path, config: prediction.PredictConfig) -> int:
-        started = time.monotonic()
-        number = real(recommender, of, config)
-        seen.append((config.workers, number / (time.monotonic() - started)))
-        return number
-
-    monkeypatch.setattr(prediction, "predict_on_ray", told)
-    rate, start_s = program.batch_on_ray(registry_dir, bodies, 20, tmp_path)
-    assert seen == [(1, pytest.approx(rate, rel=0.05))]
-    assert start_s > 0.5
-    check_answers(tmp_path, registry_dir, bodies)
+    answers = pq.read_table(tmp_path / "answers.parquet")
+    assert answers["patient"].to_pylist() == list(range(20))
+    assert answers["unknown_codes"].to_pylist() == [0] * 20
+    recommender = Recommender.load(registry.resolve(registry_dir, "production"), 1)
+    for i in (0, 7, 19):
+        request = RecommendRequest.model_validate(bodies[i % 8])
+        expected = [one.code for one in recommender.recommend(request)[0].medications]
+        assert [one["code"] for one in answers["medications"][i].as_py()] == expected

@@ -8,7 +8,7 @@
 Reads a Parquet file of patients (serve/patient_tables.py says which columns), or the cohort folder
 that the model was trained on, and writes a Parquet file that only its owner may read: each
 patient's recommended medications with their probabilities. With RAY_ADDRESS, and in a submitted
-job, the work is done on that cluster, whose nodes must see the registry and the input.
+job, the work is done on that cluster, whose nodes must see both paths.
 """
 
 import time
@@ -57,7 +57,7 @@ def run(told: invocation.Invocation, section: dict[str, Any]) -> None:
             reserved = {"CPU": ("predict.num_cpus", settings.num_cpus)}
             cluster.require_resources("a worker", reserved)
             started = time.monotonic()
-            number = prediction.predict_on_ray(recommender, told.registry, settings)
+            number = prediction.predict_on_ray(recommender, folder, settings)
     took_s = time.monotonic() - started
     rate = number / took_s
     console.say("predict", f"{number:,} patients in {took_s:.1f} s, {rate:,.0f} a second")

@@ -19,16 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cafemed import artifacts, cohort, errors, registry
+from cafemed import artifacts, cohort
 from cafemed.config import Range
-from cafemed.errors import ArtifactError, ConfigError, DataError, UserError
+from cafemed.errors import ConfigError, DataError
 from serve.bulk import Patients, Scorer
 from serve.patient_tables import TableReader
 from serve.recommender import Recommender
 from serve.settings import MAX_UNKNOWN_SHARE
 
-#: Columns of what a worker gives in place of results: an error's class, and its message.
-_REFUSAL, _REFUSED = "refusal", "refused"
+#: Column of what a worker gives in place of results.
+_REFUSED = "refused"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,21 +244,13 @@ def predict(recommender: Recommender, config: PredictConfig) -> int:
     return write(target, tables, recommender)
 
 
-def predict_on_ray(
-    recommender: Recommender, registry_dir: registry.Location, config: PredictConfig
-) -> int:
+def predict_on_ray(recommender: Recommender, folder: Path, config: PredictConfig) -> int:
     """As `predict`, with `config.workers` processes of the connected Ray.
 
-    A worker finds the version in the registry itself: where this machine has its bundle says
-    nothing on another one. It is the version of the recommender, wherever its alias is by then.
-
     Args:
-        recommender: of a version of the registry; checks the input here, before a worker starts.
-        registry_dir: an absolute folder or a URL; like the input seen by every node.
+        recommender: of the folder; checks the input here, before a worker starts.
+        folder: the bundle, and like the input seen by every node.
         config: see PredictConfig.
-
-    Raises:
-        UserError: as `predict`; also of a worker that does not find the version or the input.
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
@@ -269,13 +261,8 @@ def predict_on_ray(
     DataContext.get_current().execution_options.preserve_order = True
     DataContext.get_current().enable_progress_bars = False
     pieces = source.pieces()
-    job = {
-        "registry_dir": str(registry_dir),
-        "version": recommender.name.version,
-        "fingerprint": recommender.bundle.fingerprint,
-        "config": dataclasses.asdict(config),
-    }
-    told = json.dumps(job)
+    job = {"folder": str(folder), "version": recommender.name.version}
+    told = json.dumps(job | {"config": dataclasses.asdict(config)})
     asked = ray.data.from_items(
         [{"piece": piece, "job": told} for piece in pieces], override_num_blocks=len(pieces)
     )
@@ -286,9 +273,8 @@ def predict_on_ray(
         num_cpus=config.num_cpus,
         compute=ActorPoolStrategy(size=min(config.workers, len(pieces))),
     )
-    batches: Any = iter(answers.iter_batches(batch_size=None, batch_format="pyarrow"))
-    with contextlib.closing(batches):  # after a refusal the others' work ends here, not with Ray
-        return write(target, map(_unrefused, batches), recommender)
+    batches = answers.iter_batches(batch_size=None, batch_format="pyarrow")
+    return write(target, map(_unrefused, batches), recommender)
 
 
 class _Worker:
@@ -300,49 +286,25 @@ class _Worker:
     def __call__(self, asked: pa.Table) -> Iterator[pa.Table]:
         try:
             for row in asked.to_pylist():
-                self._predictor = self._predictor or _prepared(**json.loads(row["job"]))
+                self._predictor = self._predictor or self._prepared(**json.loads(row["job"]))
                 yield from self._predictor.tables(row["piece"])
-        except UserError as err:  # as a result: Ray would tell of an exception on many lines
-            yield pa.table({_REFUSAL: [type(err).__name__], _REFUSED: [str(err)]})
+        except DataError as err:  # as a result: Ray would tell of an exception on many lines
+            yield pa.table({_REFUSED: [str(err)]})
 
+    def _prepared(self, folder: str, version: int, config: dict[str, Any]) -> Predictor:
+        import torch
 
-def _prepared(
-    registry_dir: str, version: int, fingerprint: str, config: dict[str, Any]
-) -> Predictor:
-    """What a worker scores with.
-
-    Raises:
-        UserError: naming the node; the process that asks has done the same, so it is this node's.
-    """
-    import ray
-    import torch
-
-    torch.set_num_threads(1)
-    settings = PredictConfig(**config)
-    try:
-        folder = registry.resolve(registry.location(registry_dir), version)
-        recommender = Recommender.load(folder, version)
-        if recommender.bundle.fingerprint != fingerprint:
-            raise ArtifactError(f"{registry_dir}: version {version:04d} is another model here")
+        torch.set_num_threads(1)
+        settings = PredictConfig(**config)
+        recommender = Recommender.load(Path(folder), version)
         source = open_source(Path(str(settings.input)), recommender, settings.batch_size)
-    except (UserError, OSError) as err:
-        kind = type(err) if isinstance(err, UserError) else ArtifactError
-        raise kind(
-            f"node {ray.util.get_node_ip_address()}: {err}; "
-            "every node has to see the registry and predict.input"
-        ) from err
-    return Predictor(recommender, source, settings)
+        return Predictor(recommender, source, settings)
 
 
 def _unrefused(table: pa.Table) -> pa.Table:
-    """Raises in this process what a worker refused; Ray may put that into one table with results.
-
-    Raises:
-        UserError: of the class that it had there.
-    """
-    if _REFUSED in table.column_names:
-        kind, message = (table[name].drop_null()[0].as_py() for name in (_REFUSAL, _REFUSED))
-        raise getattr(errors, kind, UserError)(message)
+    """Raises in this process what a worker refused."""
+    if table.column_names == [_REFUSED]:
+        raise DataError(table[_REFUSED][0].as_py())
     return table
 
 

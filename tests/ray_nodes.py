@@ -7,7 +7,6 @@ ports and a temporary folder that goes with the cluster. Their GPUs are numbers,
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,8 +16,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pytest
 
 from cafemed import paths
 
@@ -100,15 +97,6 @@ class Nodes:
     def log(self) -> str:
         """What the nodes printed."""
         return (self.folder / "log").read_text()[-3000:]
-
-
-def with_own(folder: Path) -> list[str]:
-    """What to start a node through so that it has a disk of its own where others have a folder."""
-    mount = f'mount -t tmpfs none {folder} && exec "$@"'
-    inside = ["unshare", "--mount", "sh", "-c", mount, "sh"]
-    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], check=False).returncode:
-        pytest.skip("this user may not mount in a namespace of his own")
-    return inside
 
 
 def free_ports(count: int) -> list[int]:

@@ -4,9 +4,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -69,37 +67,3 @@ def test_a_bad_row_is_one_line_on_ray_too(root: Path, tmp_path: Path):
     # Ray's core may tell of how Ray Data starts its actors; of the error there is nothing more.
     assert all("core_worker.cc" in line for line in lines[:-1])
     assert not (tmp_path / "out.parquet").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_the_work_is_done_on_another_machine(
-    root: Path, tmp_path: Path, ray_nodes: ModuleType, monkeypatch: pytest.MonkeyPatch
-):
-    """One that has neither this one's cache nor all of its folders, but sees the object store."""
-    private = tmp_path / "private"
-    private.mkdir()
-    monkeypatch.setenv("CAFEMED_CACHE", str(private / "cache"))
-    monkeypatch.setitem(fsspec.config.conf, "file", {"auto_mkdir": True})
-    registry.publish(f"local://{tmp_path}/store/tiny", BUNDLE, {})
-    (root / "registry").rename(private / "registry")
-    job = ["python", str(JOB), f"paths.root={root}", "name=tiny", "predict.alias=1"]
-    job += [f"predict.input={tmp_path}/in.parquet", f"predict.output={tmp_path}/out.parquet"]
-    with ray_nodes.head(cpus=0) as nodes:
-        nodes.add(cpus=1, through=ray_nodes.with_own(private))
-        nodes.wait()
-        address = {"RAY_ADDRESS": nodes.address}
-        told = nodes.run([*job, f"paths.registry=local://{tmp_path}/store"], **address)
-        assert told.returncode == 0, told.stderr
-        assert pq.read_table(tmp_path / "out.parquet")["patient"].to_pylist() == list(range(40))
-        assert (private / "cache").exists()  # and the other machine has nothing of it
-
-        told = nodes.run([*job, f"paths.registry={private}/registry", "force=true"], **address)
-        assert told.returncode == 2, told.stderr
-        lines = told.stderr.strip().splitlines()
-        assert lines[-1].startswith("error: node ")
-        assert lines[-1].endswith(
-            f": {private}/registry/tiny: no version 0001; there is none (publish one with "
-            "jobs/tune.py); every node has to see the registry and predict.input"
-        )
-        assert all("core_worker.cc" in line for line in lines[:-1])

@@ -3,23 +3,19 @@
 import dataclasses
 import json
 import os
-import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cafemed import artifacts, cohort, registry
-from cafemed import bundle as bundles
+from cafemed import artifacts, cohort
 from cafemed.bundle import Bundle
 from cafemed.codes import CodeLists
-from cafemed.errors import ArtifactError, ConfigError, DataError, UserError
+from cafemed.errors import ArtifactError, ConfigError, DataError
 from cafemed.laboratory import Laboratory
 from serve import prediction, selection
 from serve.prediction import PredictConfig
@@ -279,88 +275,26 @@ def test_a_cohort_is_answered_as_the_requests_of_its_patients(served: Bundle, tm
         prediction.predict(Recommender(served, 1), asked)
 
 
-@pytest.fixture(scope="module")
-def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """A Ray whose workers have another cache than this process; gives this one's and theirs."""
-    from cafemed import cluster
-
-    own, theirs = (tmp_path_factory.mktemp(name) for name in ("own", "theirs"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("CAFEMED_CACHE", str(theirs))
-        with cluster.ray_cluster(2):
-            patch.setenv("CAFEMED_CACHE", str(own))
-            yield own, theirs
-
-
-def refused_on_ray(
-    recommender: Recommender, registry_dir: registry.Location, asked: PredictConfig
-) -> str:
-    """The one line that a worker's refusal is; the output is as it was."""
-    output = Path(str(asked.output))
-    before = output.read_bytes() if output.exists() else None
-    with pytest.raises(UserError) as told:
-        prediction.predict_on_ray(recommender, registry_dir, asked)
-    assert "\n" not in str(told.value)
-    assert (output.read_bytes() if output.exists() else None) == before
-    return f"{type(told.value).__name__}: {told.value}"
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray Data's own settings
-@pytest.mark.usefixtures("local_ray")
-def test_workers_on_ray_give_the_same_file(served: Bundle, root: Path, tmp_path: Path):
-    registry_dir = root / "registry" / "tiny"
-    recommender = Recommender.load(registry.resolve(registry_dir, 1), 1)
+def test_workers_on_ray_give_the_same_file(
+    served: Bundle, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from cafemed import cluster, registry
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    folder = registry.resolve(root / "registry" / "tiny", 1)
+    recommender = Recommender.load(folder, 1)
     patients = invent(served, 90)
     write(tmp_path / "in.parquet", patients, 20)
     asked = config(tmp_path, batch_size=16, workers=2, num_cpus=0.5, probabilities=True)
-    assert prediction.predict_on_ray(recommender, registry_dir, asked) == 90
-    assert_answered(tmp_path / "out.parquet", recommender, patients)
-    for bad in (70, 19):  # in its group's first batch, and after one whose results are there
-        changed = [
-            patient | {"age": -3.0} if i == bad else patient for i, patient in enumerate(patients)
-        ]
-        write(tmp_path / "in.parquet", changed, 20)
-        told = refused_on_ray(recommender, registry_dir, asked)
-        assert told.startswith("DataError: ")
-        assert f"row {bad + 1}: column age: expected years" in told
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_workers_find_the_version_themselves(
-    served: Bundle,
-    other: Bundle,
-    root: Path,
-    local_ray: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """Of a registry in an object store, whose copy on this machine another one has not."""
-    monkeypatch.setitem(fsspec.config.conf, "file", {"auto_mkdir": True})
-    url = f"local://{tmp_path}/store/tiny"
-    registry.publish(url, root / "bundle", {})
-    recommender = Recommender.load(registry.resolve(url, 1), 1)
-    own, theirs = local_ray
-    shutil.rmtree(own / "registry")
-    patients = invent(served, 30)
-    write(tmp_path / "in.parquet", patients, 10)
-    asked = config(tmp_path, num_cpus=0.5)
-    assert prediction.predict_on_ray(recommender, url, asked) == 30
-    assert_answered(tmp_path / "out.parquet", recommender, patients)
-    assert not list(own.iterdir())
-    assert list(theirs.glob("registry/*/0001-*/manifest.json"))
-
-    # A folder of this name on a worker's machine, with another model.
-    bundles.write(tmp_path / "bundle", other)
-    registry.publish(tmp_path / "registry", tmp_path / "bundle", {})
-    told = refused_on_ray(recommender, tmp_path / "registry", asked)
-    assert told.startswith("ArtifactError: node ")
-    assert f"{tmp_path}/registry: version 0001 is another model here" in told
-
-    shutil.rmtree(tmp_path / "registry")
-    told = refused_on_ray(recommender, tmp_path / "registry", asked)
-    assert told.startswith("ArtifactError: node ")
-    assert f"{tmp_path}/registry: no version 0001; there is none" in told
-    assert told.endswith("every node has to see the registry and predict.input")
+    with cluster.ray_cluster(2):
+        assert prediction.predict_on_ray(recommender, folder, asked) == 90
+        assert_answered(tmp_path / "out.parquet", recommender, patients)
+        patients[70]["age"] = -3.0
+        write(tmp_path / "in.parquet", patients, 20)
+        before = (tmp_path / "out.parquet").read_bytes()
+        with pytest.raises(DataError, match="row 71: column age: expected years") as told:
+            prediction.predict_on_ray(recommender, folder, asked)
+        assert "\n" not in str(told.value)
+        assert (tmp_path / "out.parquet").read_bytes() == before

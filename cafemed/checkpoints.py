@@ -144,7 +144,7 @@ def load(folder: Path, identity: str | None) -> Checkpoint | None:
         tensors = folder / content["tensors"]
         if artifacts.sha256_of(tensors) != content["sha256"]:
             raise ArtifactError(f"{tensors}: was truncated or edited; {advice}")
-        return _unflatten(content, safetensors.torch.load_file(tensors))
+        return _unflatten(content, _load_tensors(tensors))
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as err:
         raise ArtifactError(f"{path}: not a checkpoint ({type(err).__name__}); {advice}") from err
 
@@ -213,6 +213,18 @@ def _unflatten(content: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoin
             RandomStates(plain, groups[_random(rank)]) for rank, plain in enumerate(others, 1)
         ),
     )
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file.
+
+    Raises:
+        OSError: if it is gone; the next checkpoint may have been saved just now.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except RuntimeError as err:  # torch's, which maps the file after the library has opened it
+        raise OSError(str(err)) from err
 
 
 def _random(rank: int) -> str:

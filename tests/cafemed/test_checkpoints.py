@@ -125,6 +125,22 @@ def test_files_that_are_read_while_the_next_one_is_saved_belong_together(tmp_pat
     assert checkpoints.load(tmp_path / "copy", "abc").epoch == 1
 
 
+def test_one_that_goes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """A killed job's worker may save its next one while the job that goes on looks."""
+    checkpoints.save(tmp_path, _checkpoint(1))
+    real = torch.UntypedStorage.from_file
+
+    def from_file(path, *more, **named):
+        checkpoints.save(tmp_path, _checkpoint(2))
+        return real(path, *more, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.UntypedStorage, "from_file", from_file)
+        with pytest.raises(ArtifactError, match="not a checkpoint"):
+            checkpoints.load(tmp_path, "abc")
+    assert checkpoints.load(tmp_path, "abc").epoch == 2
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace", "write_text"])
 def test_dying_while_saving_leaves_the_one_before(tmp_path, monkeypatch, step):
     checkpoints.save(tmp_path, _checkpoint(1))

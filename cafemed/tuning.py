@@ -49,7 +49,14 @@ def run(conductor: Conductor, data: "TrialData") -> None:
         return
     # What goes wrong in a trial is in its record.
     with console.silenced("ray", "ray.tune", "ray.train"):
-        _tuner(conductor, data).fit()
+        try:
+            _tuner(conductor, data).fit()
+        except Exception as err:
+            # Its own files are on a disk, too: it notes there what a trial raised.
+            refused = _refused_by_disk(err)
+            if refused is None:
+                raise
+            conductor.broken = refused
 
 
 def require_resources(search: SearchConfig) -> None:
@@ -184,6 +191,13 @@ def _trial_name(trial: "Trial") -> str:
     from cafemed import tuning_hooks
 
     return tuning_hooks.trial_name(trial.config["trial"])
+
+
+def _refused_by_disk(err: BaseException | None) -> OSError | None:
+    """What a full disk raised, if that is behind an error."""
+    while err is not None and not (isinstance(err, OSError) and err.errno in _DISK):
+        err = err.__cause__ or err.__context__
+    return err
 
 
 def _first_line(cause: Any) -> str:

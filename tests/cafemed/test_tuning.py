@@ -4,15 +4,17 @@ import contextlib
 import dataclasses
 import errno
 import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,6 +29,7 @@ from cafemed import (
     artifacts,
     bundle,
     calibration,
+    checkpoints,
     cluster,
     metrics,
     promotion,
@@ -37,6 +40,7 @@ from cafemed import (
     sweep_plan,
     training,
     tuning,
+    tuning_hooks,
 )
 from cafemed.batches import ModelInputs
 from cafemed.calibration import Predictions
@@ -427,8 +431,6 @@ def harming(place: Path, kind: str) -> Any:
                     os.kill(os.getpid(), signal.SIGKILL)
             elif kind == "dies always" and options["reduction_ratio"] == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif kind == "disk is full" and not (place / "freed").exists():
-                raise OSError(errno.ENOSPC, "No space left on device", "checkpoint")
 
         model.register_forward_pre_hook(harm)
         return model
@@ -446,12 +448,21 @@ def outcome(result: SweepResult) -> list[Any]:
 ONE_BY_ONE: dict[str, Any] = {"num_samples": 4, "max_concurrent": 1, "grace_period": 1}
 
 
+@pytest.fixture(scope="module")
+def whole(
+    given: Experiment,
+    local_ray: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+) -> SweepResult:
+    """A sweep that nothing interrupts."""
+    return run(given, tmp_path_factory.mktemp("whole"), **ONE_BY_ONE)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_killed_trials_go_on_from_their_checkpoints_with_the_same_scores(
-    given: Experiment, tmp_path: Path
+    given: Experiment, tmp_path: Path, whole: SweepResult
 ):
-    whole, _, _ = run(given, tmp_path / "whole", **ONE_BY_ONE)
     (tmp_path / "marks").mkdir()
     killed, _, _ = run(
         given, tmp_path / "killed", harming(tmp_path / "marks", "dies once"), **ONE_BY_ONE
@@ -477,22 +488,158 @@ def test_a_trial_that_dies_each_time_is_recorded_and_the_sweep_goes_on(
     assert result.best.status == "finished"
 
 
+@dataclasses.dataclass
+class FullDisk:
+    """A builder that comes with a disk: in the processes that it is sent to, checkpoints fill it.
+
+    Attributes:
+        full: a file that says for what there is no space, "all" tensors, or what comes "later" than
+            a folder's first checkpoint: the tensors after the first parts of them, and when they
+            are written again, the JSON that names them.
+        victim: the first trial that this holds for.
+    """
+
+    full: Path
+    victim: int
+
+    def __call__(self, *given: Any) -> nn.Module:
+        return models.build(*given)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        mock.patch.stopall()  # of an earlier trial of the process
+        write, write_text = checkpoints._write, artifacts.write_text
+
+        def write_tensors(path: Path, parts: Iterable[Any], flush: bool) -> str:
+            again = path.with_name(f"{path.name}.partial").exists()
+
+            def written() -> Iterator[Any]:
+                for number, part in enumerate(parts):
+                    if number == 3 and not again:
+                        self._require_space(path, "later")
+                    yield part
+                self._require_space(path, "all")
+
+            return write(path, written(), flush)
+
+        def write_json(path: Path, text: str) -> None:
+            self._require_space(path, "later")
+            write_text(path, text)
+
+        mock.patch.object(checkpoints, "_write", write_tensors).start()
+        mock.patch.object(artifacts, "write_text", write_json).start()
+
+    def _require_space(self, path: Path, kind: str) -> None:
+        due = kind == "all" or path.with_name(checkpoints.FILE).exists()
+        is_victims = path.parent.parent.name >= f"trial-{self.victim:05d}"
+        if due and is_victims and self.full.read_text() == kind:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
 def test_a_full_disk_fails_no_trial_and_the_sweep_goes_on_when_it_is_freed(
-    given: Experiment, tmp_path: Path
+    given: Experiment, tmp_path: Path, whole: SweepResult
 ):
-    whole, _, _ = run(given, tmp_path / "whole", **ONE_BY_ONE)
-    build = harming(tmp_path, "disk is full")
-    with pytest.raises(OSError, match="No space left on device"):
-        run(given, tmp_path, build, **ONE_BY_ONE, max_failures=0)
-    entries = Ledger(tmp_path / "trials").entries()
-    assert entries[-1].state == "running"
-    assert "failed" not in {entry.state for entry in entries}
-    (tmp_path / "freed").touch()
+    victim = next(trial.number for trial in whole.trials[1:] if len(trial.history) > 1)
+    full, ledger = tmp_path / "full", Ledger(tmp_path / "trials")
+    build, one, two = FullDisk(full, victim), "state-000001.safetensors", "state-000002.safetensors"
+    # It is tried again, and run again, too early: then it cannot even take its checkpoint along.
+    for run_of, kind, max_failures, attempts, at, left in (
+        (1, "later", 1, 2, checkpoints.FILE, {one, two, checkpoints.FILE}),
+        (2, "all", 0, 3, one, {f"{one}.partial"}),
+    ):
+        full.write_text(kind)
+        with pytest.raises(OSError, match="No space left on device") as refused:
+            run(given, tmp_path, build, **ONE_BY_ONE, max_failures=max_failures)
+        trial = tmp_path / "trials" / f"run-{run_of:03d}" / f"trial-{victim:05d}"
+        assert refused.value.filename == str(trial / tuning_hooks.KEPT / at)
+        assert {path.name for path in (trial / tuning_hooks.KEPT).iterdir()} == left
+        *before, interrupted = ledger.entries()
+        assert [entry.number for entry in before] == list(range(victim))
+        assert {entry.state for entry in before} <= {"finished", "stopped"}
+        assert (interrupted.state, interrupted.attempts) == ("running", attempts)
+        found = ledger.checkpoint(victim)
+        assert found is not None
+        assert found[1].epoch == 1
+
+    full.write_text("nothing")
     result, ended, _ = run(given, tmp_path, build, **ONE_BY_ONE)
     assert outcome(result) == outcome(whole)
-    assert len(ended) == 4 - sum(entry.state != "running" for entry in entries)
+    # None was run twice: of those that ended these are the records, of the other one the epoch.
+    assert [trial.number for trial in ended] == list(range(victim, 4))
+    assert list(result.trials[:victim]) == [entry.record for entry in before]
+    assert result.trials[victim].history[0] == found[1].history[0]
+    assert result.trials[victim].attempts == 4
+    sweep.write(result, tmp_path, None)
+    rows = pq.read_table(tmp_path / "sweep.parquet").to_pylist()
+    assert [(row["trial"], len(row["history"])) for row in rows] == [
+        (trial.number, len(trial.history)) for trial in whole.trials
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_disk_that_is_full_for_ray_tune_too_is_told_as_such(
+    given: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It writes what a trial raised to a file, before anybody learns of it."""
+
+    real = cloudpickle.dump
+
+    def dump(content: Any, *file: Any) -> None:
+        if isinstance(content, ray.exceptions.RayError):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(content, *file)
+
+    monkeypatch.setattr(cloudpickle, "dump", dump)
+    (tmp_path / "full").write_text("all")
+    build = FullDisk(tmp_path / "full", 0)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(given, tmp_path, build, **ONE_BY_ONE)
+    assert [entry.state for entry in Ledger(tmp_path / "trials").entries()] == ["running"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_a_ledger_without_space_loses_no_trial_and_no_epoch(
+    given: Experiment, tmp_path: Path, whole: SweepResult, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk is full for the process that runs the sweep; its trials have another one."""
+    ledger, fsync = Ledger(tmp_path / "trials"), os.fsync
+
+    def run_until_noting(state: str) -> None:
+        """The disk is full when it is to be noted that trial 1 is in this state."""
+        full: list[Path] = []
+
+        def sync(handle: int) -> None:  # all is written by then, but for the new name
+            path = Path(f"/proc/self/fd/{handle}").readlink()
+            if path.name.startswith(".00001.json."):
+                full.extend([path] * (json.loads(path.read_text())["state"] == state))
+            if full and path.name.startswith("."):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", sync)
+            run(given, tmp_path, **ONE_BY_ONE)
+
+    for state, known in (("running", [0]), (whole.trials[1].status, [0, 1])):
+        with pytest.raises(OSError, match="No space left on device"):
+            run_until_noting(state)
+        entries = ledger.entries()
+        assert [entry.number for entry in entries] == known
+        assert [entry.number for entry in entries if entry.record is not None] == [0]
+        assert not list((tmp_path / "trials").glob(".*"))
+    # It had been trained already; that is what is noted now.
+    found = ledger.checkpoint(1)
+    assert found is not None
+    result, ended, _ = run(given, tmp_path, **ONE_BY_ONE)
+    assert outcome(result) == outcome(whole)
+    assert [trial.number for trial in ended] == [1, 2, 3]
+    assert result.trials[0] == entries[0].record
+    assert list(result.trials[1].history) == found[1].history
+    assert [trial.attempts for trial in result.trials] == [1] * 4
 
 
 @pytest.mark.slow

@@ -34,8 +34,8 @@ from cafemed.sweep_storage import Storage
 FILE = "sweep.json"
 TRACKING = "tracking.json"
 FORMAT_VERSION = 1
-#: What a sweep has in its folder, besides lock and lease.
-_OURS = re.compile(r"sweep\.json|tracking\.json|\d+\.json|run-\d+")
+#: What a sweep has in its folder, besides lock and lease; of a write that was killed, half a file.
+_OURS = re.compile(r"(sweep|tracking|\d+)\.json|\.(sweep|tracking|\d+)\.json\.\w+|run-\d+")
 
 State: TypeAlias = Literal["running", "finished", "stopped", "failed"]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,24 @@ def test_another_format_and_no_sweep_at_all_are_said(tmp_path: Path):
     (tmp_path / "sweep.json").write_text('{"format_version": 2}')
     with pytest.raises(ArtifactError, match="format_version 2, this program reads 1"):
         Ledger(tmp_path).header()
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "tracking.json", "00003.json"])
+def test_half_a_file_of_a_killed_process_goes_with_the_sweep(tmp_path: Path, name: str):
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom cafemed import artifacts\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), 9)\n"
+        "artifacts.write_text(Path(sys.argv[1]), '{}')\n"
+    )
+    ledger = Ledger(tmp_path / "trials")
+    with ledger.locked():
+        ledger.open(HEADER)
+        killed = [sys.executable, "-c", code, str(tmp_path / "trials" / name)]
+        assert subprocess.run(killed, check=False).returncode == -signal.SIGKILL
+        assert list((tmp_path / "trials").glob(f".{name}.*"))
+        assert ledger.entries() == []
+        ledger.remove()
+    assert not (tmp_path / "trials").exists()
 
 
 def test_one_process_at_a_time_and_none_after_it_is_killed(tmp_path: Path):

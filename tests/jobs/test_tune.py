@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from cafemed import (
     artifacts,
     bundle,
     bundle_files,
+    checkpoints,
     cohort,
     findings,
     graphs,
@@ -36,6 +37,7 @@ from cafemed import (
     sweep,
 )
 from cafemed.codes import node_name
+from cafemed.ledger import Ledger
 
 SMALL = [
     "name=small",
@@ -57,9 +59,11 @@ def environment(root: Path) -> dict[str, str]:
     return kept | {"CAFEMED_HOME": str(root), "OMP_NUM_THREADS": "1", "TMPDIR": str(root / "tmp")}
 
 
-def start(root: Path, job: str, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    root: Path, job: str, *arguments: str, through: Sequence[str] = ()
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(paths.PROJECT_DIR / "jobs" / f"{job}.py"), *arguments],
+        [sys.executable, *through, str(paths.PROJECT_DIR / "jobs" / f"{job}.py"), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -68,8 +72,8 @@ def start(root: Path, job: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def run(root: Path, job: str, *arguments: str) -> tuple[int, str, str]:
-    process = start(root, job, *arguments)
+def run(root: Path, job: str, *arguments: str, through: Sequence[str] = ()) -> tuple[int, str, str]:
+    process = start(root, job, *arguments, through=through)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
@@ -479,6 +483,111 @@ def test_a_killed_sweep_goes_on_to_the_same_scores(
     assert not (other / "trials").exists()
     shutil.rmtree(root / "tmp")
     (root / "tmp").mkdir()
+
+
+def trials_told(out: str) -> list[int]:
+    """Numbers of the trials that a job said ended."""
+    return [int(number) for number in re.findall(r"^trial +trial (\d+)", out, re.MULTILINE)]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_of_two_trials_at_a_time_runs_each_trial_once(
+    root: Path, other: Path, whole: list[dict[str, Any]]
+):
+    # Without a scheduler the scores of so few trials do not depend on which of them ends first.
+    options = ["name=other", *ONE_BY_ONE, "search.max_concurrent=2", "search.scheduler=none"]
+    options += ["train.epochs=60", "train.patience=60"]  # longer than a worker takes to start
+    trials = other / "trials"
+    ledger = Ledger(trials)
+
+    def saved(number: int) -> list[dict[str, Any]]:
+        """A trial's epochs; not with the tensors, which its worker may be replacing just now."""
+        file = next(trials.glob(f"*/*-{number:05d}/*/{checkpoints.FILE}"), None)
+        return json.loads(file.read_text())["history"] if file else []
+
+    def is_amid() -> bool:
+        """Whether a trial ended, and two others have epochs behind them, but not nearly all."""
+        entries = ledger.entries() if ledger.exists() else []
+        epochs = [len(saved(entry.number)) for entry in entries if entry.record is None]
+        return len(entries) > 2 and len(epochs) == 2 and all(1 <= n < 40 for n in epochs)
+
+    with start(root, "tune", *options, "force=true") as process:
+        deadline = time.monotonic() + 240
+        while not is_amid():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.communicate(timeout=120)
+    before = ledger.entries()
+    cut = {e.number: saved(e.number) for e in before if e.record is None}
+    assert (len(before) > 2, len(cut), all(cut.values())) == (True, 2, True)
+
+    status, out, err = run(root, "tune", *options)
+    assert (status, err) == (0, "")
+    assert f"goes on: {len(before) - 2} of 5 trials ended, 2 were interrupted and go on" in out
+    assert sorted(trials_told(out)) == sorted({*cut, *range(len(before), 5)})
+    rows = pq.read_table(other / "sweep" / "sweep.parquet").to_pylist()
+    assert [row["trial"] for row in rows] == list(range(5))
+    assert [row["attempts"] for row in rows] == [2 if n in cut else 1 for n in range(5)]
+    for entry, row in zip(before, rows, strict=False):
+        if entry.record is None:
+            # Epochs take their own time: these are those of before, and not others like them.
+            times = [epoch["seconds"] for epoch in cut[entry.number]]
+            assert [epoch["seconds"] for epoch in row["history"][: len(times)]] == times
+        else:
+            assert row["seconds"] == entry.record.seconds
+    for row, alone in zip(scores(other), whole, strict=True):
+        assert (row["status"], len(row["history"])) == ("finished", 60)
+        assert row["history"][: len(alone["history"])] == alone["history"]
+    assert not trials.exists()
+    shutil.rmtree(root / "tmp")
+    (root / "tmp").mkdir()
+
+
+#: Runs a job that finds the disk full in the middle of sweep.parquet.
+FULL = """
+import errno, os, runpy, sys
+import pyarrow.parquet
+
+def write(table, path, **more):
+    write_table(table, path, **more)
+    if path.name == "sweep.parquet":
+        os.truncate(path, path.stat().st_size // 2)
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: No space left on device")
+
+write_table, pyarrow.parquet.write_table = pyarrow.parquet.write_table, write
+_, *sys.argv = sys.argv
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_end_costs_no_trial(
+    root: Path, other: Path, whole: list[dict[str, Any]]
+):
+    folder = paths.experiment_dir(root, "full")
+    for stage in ("cohort", "graph"):
+        shutil.copytree(other / stage, folder / stage)
+    options, trials = ["name=full", *ONE_BY_ONE], folder / "trials"
+    status, out, err = run(root, "tune", *options, through=["-c", FULL])
+    assert (status, trials_told(out)) == (2, [0, 1, 2, 3, 4])
+    assert err.splitlines() == [
+        f"the sweep goes on with: python jobs/tune.py resume={trials}",
+        f"error: {root}: Error writing bytes to file. Detail: No space left on device",
+    ]
+    assert not [path for path in folder.iterdir() if "sweep" in path.name]
+    before = Ledger(trials).entries()
+
+    status, out, err = run(root, "tune", *options)
+    assert (status, err, trials_told(out)) == (0, "", [])
+    assert "goes on: 5 of 5 trials ended\n" in out
+    assert scores(folder) == whole
+    rows = pq.read_table(folder / "sweep" / "sweep.parquet").to_pylist()
+    kept = [entry.record.seconds for entry in before if entry.record is not None]
+    assert [row["seconds"] for row in rows] == kept
+    assert not trials.exists()
+    assert_nothing_runs_in(root / "tmp")
 
 
 @pytest.mark.slow
